@@ -1,0 +1,34 @@
+"""Errors that a person caused and can mend: one sentence, an exit status, no traceback."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+class UserError(Exception):
+    """Something outside the program is wrong. The message is one sentence that names the file, line or argument and the fix."""
+
+
+def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Wraps a script's `main` so that it ends as scripts should; use as `raise SystemExit(main())`.
+
+    * `UserError`: prints `error: <message>` to stderr, returns 2.
+    * Ctrl-C (KeyboardInterrupt): prints its message, or one sentence, to stderr, returns 130.
+    * Otherwise returns what `main` returned, None as 0. Every other exception is a defect and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def guarded(*args: Any, **kwargs: Any) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2
+        except KeyboardInterrupt as interrupt:
+            print(f"interrupted: {str(interrupt) or 'stopped by Ctrl-C'}", file=sys.stderr, flush=True)
+            return 130
+
+    return guarded
