@@ -1,7 +1,8 @@
-"""Which model, dtype, code and libraries made a file: what labels, checkpoints and results carry with them."""
+"""Which model, dtype, code and libraries made a file: labels, checkpoints and results carry these with them."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import platform
@@ -27,7 +28,7 @@ DTYPES = {
 
 
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
-    """The torch dtype called `name`, e.g. "bf16", "bfloat16", "torch.bfloat16". UserError on an unknown name."""
+    """The torch dtype called `name` ("bf16", "bfloat16", "torch.bfloat16", ...). UserError on an unknown name."""
     if isinstance(name, torch.dtype):
         return name
     try:
@@ -45,9 +46,10 @@ def dtype_name(dtype: str | torch.dtype) -> str:
 def fingerprint(model: nn.Module) -> str:
     """A hash that tells base models apart: labels made with one model must not train the routers of another.
 
-    Covers names, shapes and up to 256 evenly spaced values of every base parameter. The same for the stock model, the
-    path-following one and the routed one (routers are left out, wrappers' prefixes dropped), and for weights loaded as
-    fp32 or bf16, because values are rounded to bf16 first (fp16 agrees too when the stored weights are bf16).
+    Covers names, shapes and up to 256 evenly spaced values of every base parameter. The same for the stock
+    model, the path-following one and the routed one (routers are left out, wrappers' prefixes dropped), and for
+    weights loaded as fp32 or bf16, since values are rounded to bf16 first (fp16 agrees too when the stored
+    weights are bf16).
     """
     digest = hashlib.sha256()
     parameters = {}
@@ -71,10 +73,8 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that a result depends on (only those installed)."""
     found = {"python": platform.python_version()}
     for package in ("torch", "transformers", "accelerate", "datasets", "lm_eval", "math-verify"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     if torch.version.cuda and torch.cuda.is_available():
         found["cuda"] = torch.version.cuda
         found["gpu"] = torch.cuda.get_device_name()
@@ -82,7 +82,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The repository's commit, with "+changes" where tracked files differ from it; None outside a git checkout."""
+    """The repository's commit, "+changes" added where tracked files differ from it; None outside git."""
 
     def git(*arguments: str) -> str:
         root = Path(__file__).resolve().parent

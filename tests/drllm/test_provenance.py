@@ -46,7 +46,7 @@ def test_dtype_names():
     assert provenance.parse_dtype("torch.float32") is torch.float32
     assert provenance.dtype_name("fp16") == "float16"
     assert provenance.dtype_name(torch.bfloat16) == "bfloat16"
-    with pytest.raises(UserError, match="unknown dtype 'int3'.*bfloat16"):
+    with pytest.raises(UserError, match=r"unknown dtype 'int3'.*bfloat16"):
         provenance.parse_dtype("int3")
 
 
