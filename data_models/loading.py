@@ -1,0 +1,42 @@
+"""Loading a plain checkpoint as a model that follows paths."""
+
+from importlib import import_module
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+FAMILIES = {"llama": "PathLlamaForCausalLM", "qwen2": "PathQwen2ForCausalLM", "qwen3": "PathQwen3ForCausalLM"}
+
+
+def path_model_class(model_type: str) -> type:
+    """The class for `model_type` ("llama", "qwen2", "qwen3"); ValueError, with the supported ones, for another."""
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}, and "
+            "data_models/README.md shows how to add a family"
+        )
+    return getattr(import_module(f"data_models.modeling_{model_type}"), FAMILIES[model_type])
+
+
+def load_path_model(
+    name_or_path: str,
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+    **from_pretrained_arguments,
+) -> PreTrainedModel:
+    """A plain Llama, Qwen2 or Qwen3 checkpoint as a frozen model in eval mode that follows `layer_indices`.
+
+    Args:
+        name_or_path: a folder or a name on the Hub.
+        dtype: of the weights, as in `from_pretrained`; the same in all three steps of the pipeline.
+        revision: of the checkpoint on the Hub.
+        from_pretrained_arguments: device_map, attn_implementation, quantization_config, ...
+
+    Raises:
+        ValueError: for an unsupported family.
+        OSError: when the checkpoint is not found.
+    """
+    config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+    model_class = path_model_class(config.model_type)
+    model = model_class.from_pretrained(name_or_path, dtype=dtype, revision=revision, **from_pretrained_arguments)
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,15 @@
+"""Llama that follows `layer_indices`."""
+
+from transformers import LlamaForCausalLM, LlamaModel
+
+from train_models.following import CausalLMOverPaths, FollowsPaths
+
+
+class PathLlamaModel(FollowsPaths, LlamaModel):
+    """The base model along a path a row."""
+
+
+class PathLlamaForCausalLM(CausalLMOverPaths, LlamaForCausalLM):
+    """The model with the language-model head along a path a row."""
+
+    base_model_type = PathLlamaModel

@@ -1,0 +1,15 @@
+"""Qwen2 that follows `layer_indices`."""
+
+from transformers import Qwen2ForCausalLM, Qwen2Model
+
+from train_models.following import CausalLMOverPaths, FollowsPaths
+
+
+class PathQwen2Model(FollowsPaths, Qwen2Model):
+    """The base model along a path a row."""
+
+
+class PathQwen2ForCausalLM(CausalLMOverPaths, Qwen2ForCausalLM):
+    """The model with the language-model head along a path a row."""
+
+    base_model_type = PathQwen2Model

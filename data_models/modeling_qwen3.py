@@ -1,0 +1,15 @@
+"""Qwen3 that follows `layer_indices`."""
+
+from transformers import Qwen3ForCausalLM, Qwen3Model
+
+from train_models.following import CausalLMOverPaths, FollowsPaths
+
+
+class PathQwen3Model(FollowsPaths, Qwen3Model):
+    """The base model along a path a row."""
+
+
+class PathQwen3ForCausalLM(CausalLMOverPaths, Qwen3ForCausalLM):
+    """The model with the language-model head along a path a row."""
+
+    base_model_type = PathQwen3Model

@@ -1,0 +1,210 @@
+"""A KV cache for paths: each application of a block owns its keys and values.
+
+Slots 0..L-1 hold the first visits of the blocks, slots L..2L-1 the second ones. A slot holds only the rows of the batch
+whose path makes that visit, so a skipped block costs no memory. The decided paths are kept with the cache: decoding
+follows them, and no router decides twice.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+
+from .paths import Path
+
+
+class RowSchedule:
+    """Which rows of the batch run each visit of each block.
+
+    Built block by block while routers decide (`append`), or at once for known paths. Index tensors are made once, on
+    the device, and reused by each decoding step.
+    """
+
+    def __init__(self, batch_size: int, device: torch.device):
+        self.batch_size = batch_size
+        self.device = device
+        self._visits_per_block: list[list[int]] = []  # [block][row] -> 0, 1 or 2
+        self._rows: list[list[torch.Tensor | None]] = []  # [block][visit] -> row indices, None for all rows
+        self._row_index_tensors: dict[tuple[int, ...], torch.Tensor | None] = {tuple(range(batch_size)): None}
+        self._paths_tensor: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, paths: Sequence[Path], num_blocks: int, device: torch.device) -> "RowSchedule":
+        """The schedule of known paths, one a row."""
+        schedule = cls(len(paths), device)
+        for block in range(num_blocks):
+            schedule.append([path[block] for path in paths])
+        return schedule
+
+    def append(self, visits: Sequence[int]) -> None:
+        """Adds the next block, `visits[row]` times in each row."""
+        self._visits_per_block.append(list(visits))
+        row_sets = (self.rows_of(len(self._rows), visit) for visit in range(max(visits, default=0)))
+        self._rows.append([self._row_indices(rows) for rows in row_sets])
+
+    def rows_of(self, block: int, visit: int) -> tuple[int, ...]:
+        """The rows that run `block` for the (`visit` + 1)-th time."""
+        return tuple(row for row, visits in enumerate(self._visits_per_block[block]) if visits > visit)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, block: int) -> list[torch.Tensor | None]:
+        """One entry a visit that some row makes: the int64 row indices, or None when all rows make it."""
+        return self._rows[block]
+
+    def paths(self) -> list[Path]:
+        """The path of each row, as far as it is decided."""
+        return [tuple(visits[row] for visits in self._visits_per_block) for row in range(self.batch_size)]
+
+    def paths_tensor(self) -> torch.Tensor:
+        """The decided paths as int8 [batch, L] on the CPU; made once, as each decoding step reports them."""
+        if self._paths_tensor is None or self._paths_tensor.shape[1] != len(self):
+            by_block = torch.tensor(self._visits_per_block, dtype=torch.int8)
+            self._paths_tensor = by_block.view(len(self), self.batch_size).T.contiguous()
+        return self._paths_tensor
+
+    def _row_indices(self, rows: tuple[int, ...]) -> torch.Tensor | None:
+        if rows not in self._row_index_tensors:
+            self._row_index_tensors[rows] = torch.tensor(rows, device=self.device)
+        return self._row_index_tensors[rows]
+
+
+class _Slot:
+    """Stands in for the cache while one visit of one block runs, and sends its keys and values to the right slot."""
+
+    def __init__(self, cache: "PathCache", slot: int):
+        self._layer = cache.layers[slot]
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_args, **kwargs):
+        return self._layer.update(key_states, value_states, **kwargs)
+
+
+class PathCache(DynamicCache):
+    """A `DynamicCache` of 2L slots that remembers the path of each row.
+
+    All of generation's operations on caches (beam reordering, cropping, selecting and repeating rows) keep keys, values
+    and paths together. An empty stock `DynamicCache` is turned into a `PathCache` in place by `of`, so that the object
+    that the caller holds is right after the call.
+    """
+
+    def __init__(self, config: PreTrainedConfig | None = None):
+        super().__init__()
+        self._start(config)
+
+    def _start(self, config: PreTrainedConfig | None) -> None:
+        self.schedule: RowSchedule | None = None
+        self.tokens_seen = 0
+        self.forward_passes = 0
+        self._num_blocks = 0
+        if config is not None:
+            self._make_slots(config)
+
+    def _make_slots(self, config: PreTrainedConfig) -> None:
+        recording = any(getattr(layer, "record_past", False) for layer in self.layers)
+        self.layers = DynamicCache(config=config).layers + DynamicCache(config=config).layers
+        self._num_blocks = config.num_hidden_layers
+        if recording:
+            self.activate_past_recording()
+
+    @classmethod
+    def of(cls, cache, config: PreTrainedConfig) -> "PathCache":
+        """`cache` itself, ready for a model of `config`; None gives a new one.
+
+        Raises ValueError for a cache that already holds keys of another model run, and for kinds of caches (static,
+        quantised, offloaded) that cannot hold two visits of a block.
+        """
+        if cache is None:
+            return cls(config)
+        if isinstance(cache, PathCache):
+            if not cache._num_blocks:
+                cache._make_slots(config)
+            return cache
+        if type(cache) is not DynamicCache or cache.offloading:
+            kind = "an offloaded cache" if getattr(cache, "offloading", False) else f"a {type(cache).__name__}"
+            raise ValueError(
+                f"past_key_values is {kind}, which has no room for the second visit of a repeated block; leave "
+                "past_key_values and cache_implementation away, or pass a DynamicCache() or PathCache()"
+            )
+        if cache.get_seq_length() > 0:
+            raise ValueError(
+                "past_key_values already holds tokens, but no path was decided for them; pass an empty cache and the "
+                "whole prompt"
+            )
+        cache.__class__ = cls
+        cache._start(None)
+        cache._make_slots(config)
+        return cache
+
+    @property
+    def paths(self) -> list[Path] | None:
+        """The path of each row, or None before the first forward pass."""
+        return None if self.schedule is None else self.schedule.paths()
+
+    @property
+    def block_applications(self) -> list[int]:
+        """Block applications of each row, summed over the forward passes since the cache was empty."""
+        return [sum(path) * self.forward_passes for path in self.paths or []]
+
+    def slot(self, block: int, visit: int) -> _Slot:
+        """What the attention of `block` gets as its cache on its (`visit` + 1)-th visit."""
+        return _Slot(self, block + visit * self._num_blocks)
+
+    def advance(self, schedule: RowSchedule, num_tokens: int) -> None:
+        """Notes that a forward pass over `num_tokens` new tokens a row has ended."""
+        self.schedule = schedule
+        self.tokens_seen += num_tokens
+        self.forward_passes += 1
+
+    # The stock cache takes its length from the first layer, which here may be skipped by some rows or by all.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far, whichever blocks they ran through."""
+        return self.tokens_seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(key length, key offset) of the masks for the kind of layer (full or sliding) at `layer_idx`."""
+        kind = self.layers[layer_idx].is_sliding
+        in_use = (slot for slot in self.layers if slot.is_sliding == kind and slot.get_seq_length() > 0)
+        if (slot := next(in_use, None)) is not None:
+            return slot.get_mask_sizes(query_length)
+        return self.tokens_seen + query_length, 0
+
+    def reset(self) -> None:
+        """Empties the cache; the next forward pass is a prefill and decides anew."""
+        super().reset()
+        self.schedule, self.tokens_seen, self.forward_passes = None, 0, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last -`tokens_to_remove` tokens (a negative number, as in transformers) from every row."""
+        for layer in self.layers:
+            if layer.get_seq_length() > 0:
+                layer.crop(tokens_to_remove)
+        self.tokens_seen -= abs(tokens_to_remove)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows `indices` [new batch], in that order, with their paths; rows may repeat."""
+        if self.schedule is None:
+            return
+        wanted = indices.nonzero().flatten().tolist() if indices.dtype == torch.bool else indices.tolist()
+        old, paths = self.schedule, self.schedule.paths()
+        for block in range(len(old)):
+            for visit in range(len(old[block])):
+                # A slot is compact: it holds only the rows of this visit, in the order of the batch.
+                position = {row: place for place, row in enumerate(old.rows_of(block, visit))}
+                chosen = [position[row] for row in wanted if row in position]
+                slot = self.layers[block + visit * self._num_blocks]
+                if not chosen:
+                    slot.reset()
+                elif chosen != list(range(len(position))):
+                    slot.batch_select_indices(torch.tensor(chosen, device=slot.keys.device))
+        self.schedule = RowSchedule.of([paths[row] for row in wanted], len(old), old.device)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rows in the order of the surviving beams."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times in a row."""
+        if self.schedule is not None:
+            self.batch_select_indices(torch.arange(self.schedule.batch_size).repeat_interleave(repeats))

@@ -1,0 +1,328 @@
+"""Decoder models whose forward pass follows a path a row of the batch.
+
+`FollowsPaths` goes before a stock base model (`class LlamaModel(FollowsPaths, transformers.LlamaModel)`) and replaces
+only the loop over its blocks; `CausalLMOverPaths` does the same for the model with the language-model head. Blocks,
+attention, rotary embeddings and masks stay those of transformers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .cache import PathCache, RowSchedule
+from .paths import default_path, layer_indices_to_path, path_to_layer_indices
+
+MASK_FACTORIES = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+}
+
+LayerIndices = Sequence[int] | Sequence[Sequence[int]] | torch.Tensor
+
+
+@dataclass
+class PathModelOutput(BaseModelOutputWithPast):
+    """The stock output and `paths`, int8 [batch, L]: how often each block ran in each row."""
+
+    paths: torch.Tensor | None = None
+
+
+@dataclass
+class PathCausalLMOutput(CausalLMOutputWithPast):
+    """The stock output and `paths`, int8 [batch, L]: how often each block ran in each row."""
+
+    paths: torch.Tensor | None = None
+
+
+def has_a_path_per_row(layer_indices: LayerIndices) -> bool:
+    """Whether `layer_indices` lists one path a row rather than one for the whole batch."""
+    return len(layer_indices) > 0 and hasattr(layer_indices[0], "__len__") and getattr(layer_indices[0], "ndim", 1) > 0
+
+
+class _RowViews:
+    """Masks, positions and rotary embeddings for subsets of the batch, each subset made once a forward pass."""
+
+    def __init__(self, masks: dict, position_ids: torch.Tensor, position_embeddings: tuple, batch_size: int):
+        self._whole = (masks, position_ids, position_embeddings)
+        self._batch_size = batch_size
+        self._views: dict[tuple[int, str], dict] = {}
+
+    def of(self, rows: torch.Tensor | None, kind: str) -> dict:
+        """The keyword arguments that a block of attention `kind` takes for `rows` (None: all of them)."""
+        key = (id(rows), kind)  # row sets live as long as their schedule, which outlives this object
+        if key not in self._views:
+            masks, position_ids, position_embeddings = self._whole
+            self._views[key] = {
+                "attention_mask": self._select(masks[kind], rows),
+                "position_ids": self._select(position_ids, rows),
+                "position_embeddings": tuple(self._select(part, rows) for part in position_embeddings),
+            }
+        return self._views[key]
+
+    def _select(self, value, rows: torch.Tensor | None):
+        if value is None or rows is None:
+            return value
+        if not isinstance(value, torch.Tensor):  # flex attention's BlockMask is indexed by row, too
+            return value[rows]
+        if value.shape[0] != self._batch_size or self._batch_size == 1:
+            return value  # broadcast over the batch
+        return value.index_select(0, rows)
+
+
+class FollowsPaths:
+    """Mixin for a stock base model (LlamaModel, Qwen2Model, ...): the forward pass follows a path a row.
+
+    Each application of a block has its own keys and values (`PathCache`). Block l runs once over the rows with y_l >= 1,
+    then once more over those with y_l = 2. With every block executed once the logits equal the stock model's.
+    """
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: PathCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        layer_indices: LayerIndices | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> PathModelOutput | tuple:
+        """The stock forward pass along paths.
+
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds, use_cache, output_hidden_states, return_dict: as in
+                the stock model; input_ids [batch, T].
+            past_key_values: a `PathCache`, or an empty `DynamicCache`, which becomes one. Once it holds tokens, its
+                paths are followed.
+            layer_indices: a non-decreasing list of block indices for the whole batch ([0, 1, 1, 3]), or one such list a
+                row. None: the cache's paths, else what `decide` says.
+
+        Raises:
+            ValueError: for `layer_indices` that are no path or contradict the cache, for kinds of caches without room
+                for a second visit, and for `output_attentions`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if output_attentions:
+            raise ValueError(
+                "output_attentions is not offered: a repeated block attends twice and a skipped one not at all; "
+                "use the stock model to look at attention"
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        cache = PathCache.of(past_key_values, self.config) if use_cache or past_key_values is not None else None
+        tokens_seen = cache.get_seq_length() if cache is not None else 0
+        batch_size, num_tokens = inputs_embeds.shape[:2]
+        if position_ids is None:
+            position_ids = (torch.arange(num_tokens, device=inputs_embeds.device) + tokens_seen).unsqueeze(0)
+
+        schedule, decider = self._schedule(layer_indices, cache, inputs_embeds, attention_mask, kwargs)
+        kinds = self._attention_kinds()
+        views = _RowViews(
+            self._masks(set(kinds), inputs_embeds, attention_mask, cache, position_ids),
+            position_ids,
+            self.rotary_emb(inputs_embeds, position_ids),
+            batch_size,
+        )
+
+        hidden_states = inputs_embeds
+        all_hidden_states = [hidden_states]
+        for block, layer in enumerate(self.layers):
+            if decider is not None:
+                decider.before_block(block, hidden_states, schedule)
+            for visit, rows in enumerate(schedule[block]):
+                output = layer(
+                    hidden_states if rows is None else hidden_states.index_select(0, rows.to(hidden_states.device)),
+                    past_key_values=cache.slot(block, visit) if cache is not None else None,
+                    use_cache=use_cache,
+                    **views.of(rows, kinds[block]),
+                    **kwargs,
+                )
+                # Never in place: the caller may hold `inputs_embeds`, and gradients may need the old rows.
+                hidden_states = (
+                    output
+                    if rows is None
+                    else hidden_states.to(output.device).index_copy(0, rows.to(output.device), output)
+                )
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+        hidden_states = self.norm(hidden_states)
+
+        if cache is not None:
+            cache.advance(schedule, num_tokens)
+        self._last_schedule, self._last_cache = schedule, cache
+        output = self._output(
+            decider,
+            last_hidden_state=hidden_states,
+            past_key_values=cache if use_cache else None,
+            hidden_states=(*all_hidden_states[:-1], hidden_states) if output_hidden_states else None,
+            paths=schedule.paths_tensor(),
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    @property
+    def block_applications(self) -> torch.Tensor:
+        """int64 [batch]: block applications of each row since the last prefill, summed over its forward passes.
+
+        Without a cache each forward pass is a prefill of its own. Raises RuntimeError before the first forward pass.
+        """
+        if getattr(self, "_last_schedule", None) is None:
+            raise RuntimeError("no forward pass has run yet, so no block applications were counted")
+        if self._last_cache is not None:
+            return torch.tensor(self._last_cache.block_applications)
+        return torch.tensor([sum(path) for path in self._last_schedule.paths()])
+
+    def _schedule(self, layer_indices, cache, inputs_embeds, attention_mask, kwargs: dict):
+        """(schedule, decider): known paths and, where decisions or router inputs are wanted, who makes them."""
+        decided = cache.schedule if cache is not None else None
+        batch_size = inputs_embeds.shape[0]
+        if decided is not None and decided.batch_size != batch_size:
+            raise ValueError(
+                f"the batch has {batch_size} rows, but past_key_values holds {decided.batch_size}; keep them together "
+                "with past_key_values.batch_select_indices(rows)"
+            )
+        if layer_indices is None:
+            known = decided
+        else:
+            paths = self._paths_of(layer_indices, batch_size)
+            if decided is not None and decided.paths() != paths:
+                raise ValueError("layer_indices differ from the paths that past_key_values was filled along")
+            known = decided or RowSchedule.of(paths, len(self.layers), inputs_embeds.device)
+        decider = self._decider(known, decided is not None, inputs_embeds, attention_mask, kwargs)
+        if known is None:
+            known = RowSchedule(batch_size, inputs_embeds.device)
+        return known, decider
+
+    def _decider(self, known: RowSchedule | None, is_decoding: bool, inputs_embeds, attention_mask, kwargs: dict):
+        """Who appends to the schedule before each block when no path is known; here: execute every block."""
+        return None if known is not None else _ExecuteEverything(inputs_embeds.shape[0])
+
+    def _output(self, decider, **fields) -> PathModelOutput:
+        return PathModelOutput(**fields)
+
+    def _paths_of(self, layer_indices: LayerIndices, batch_size: int) -> list:
+        num_blocks = len(self.layers)
+        as_list = layer_indices.tolist() if isinstance(layer_indices, torch.Tensor) else layer_indices
+        if not has_a_path_per_row(as_list):
+            return [layer_indices_to_path([int(index) for index in as_list], num_blocks)] * batch_size
+        if len(as_list) != batch_size:
+            raise ValueError(
+                f"layer_indices gives paths for {len(as_list)} rows, but the batch has {batch_size}; pass one list for "
+                "the batch or one a row"
+            )
+        return [layer_indices_to_path([int(index) for index in row], num_blocks) for row in as_list]
+
+    def _attention_kinds(self) -> list[str]:
+        """The kind of mask that each block takes: "full_attention" or "sliding_attention"."""
+        if getattr(self.config, "layer_types", None) is not None:
+            return list(self.config.layer_types)
+        is_sliding = getattr(self.config, "sliding_window", None) is not None
+        return ["sliding_attention" if is_sliding else "full_attention"] * len(self.layers)
+
+    def _masks(self, kinds: set[str], inputs_embeds, attention_mask, cache, position_ids) -> dict:
+        if isinstance(attention_mask, dict):  # prepared by the caller, one mask a kind
+            return attention_mask
+        return {
+            kind: MASK_FACTORIES[kind](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                position_ids=position_ids,
+            )
+            for kind in kinds
+        }
+
+
+class _ExecuteEverything:
+    """Decides on the default path."""
+
+    def __init__(self, batch_size: int):
+        self._path = default_path(batch_size)  # one entry a row, all execute
+
+    def before_block(self, block: int, hidden_states: torch.Tensor, schedule: RowSchedule) -> None:
+        schedule.append(self._path)
+
+
+class CausalLMOverPaths:
+    """Mixin for a stock model with a language-model head whose base model is a `FollowsPaths`.
+
+    Subclasses set `base_model_type`, the class of `self.model`.
+    """
+
+    base_model_type: type
+    output_type = PathCausalLMOutput
+
+    def __init__(self, config):
+        # Not the stock class's __init__, which would build the stock base model first.
+        PreTrainedModel.__init__(self, config)
+        self.model = self.base_model_type(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: PathCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        layer_indices: LayerIndices | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ):
+        """The stock forward pass along paths; see `FollowsPaths.forward` for `layer_indices` and the cache."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            layer_indices=layer_indices,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        output = self.output_type(loss=loss, logits=logits, **fields)
+        return output.to_tuple() if return_dict is False else output
+
+    @property
+    def block_applications(self) -> torch.Tensor:
+        """See `FollowsPaths.block_applications`."""
+        return self.model.block_applications
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, layer_indices=None, **kwargs):
+        # The stock method repeats tensors for beams and return sequences; a list of paths needs the same.
+        if layer_indices is not None and has_a_path_per_row(layer_indices):
+            layer_indices = [row for row in layer_indices for _ in range(expand_size)]
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        if layer_indices is not None:
+            model_kwargs["layer_indices"] = layer_indices
+        return input_ids, model_kwargs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+        # Without a cache nothing else remembers what was decided at prefill.
+        if outputs.get("past_key_values") is None and model_kwargs.get("layer_indices") is None:
+            model_kwargs["layer_indices"] = [path_to_layer_indices(path) for path in outputs.paths.tolist()]
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)

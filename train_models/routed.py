@@ -1,0 +1,271 @@
+"""What turns a stock decoder into a routed one: configuration fields, a RouterBlock a block, decisions at prefill.
+
+A family needs three short classes, see `modeling_llama.py`. Nothing here knows the family.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .cache import RowSchedule
+from .following import CausalLMOverPaths, FollowsPaths, PathCausalLMOutput, PathModelOutput
+from .paths import EXECUTE
+from .routing import PromptWindows, RouterBlock, check_control, prompt_windows, route
+
+logger = logging.getLogger(__name__)
+
+ROUTER_INPUTS = ("previous_layer", "embeddings")
+
+
+@dataclass(kw_only=True)
+class RoutedConfigFields:
+    """Mixin for a stock configuration.
+
+    Attributes:
+        num_windows: windows per prompt, W.
+        trained_num_windows: W at training, None before; a difference is warned of when a model is built.
+        is_static_routing: execute every block once, whatever the routers say; the logits equal the base model's.
+        routing_control: the knob p of Appendix B; -0.5 is the pure router.
+        router_width, router_depth: shape of the routers; depth counts linear layers.
+        router_input: "previous_layer" (published) or "embeddings" (Table 6).
+        base_model_name, base_model_revision, base_model_fingerprint: what was retrofitted.
+    """
+
+    num_windows: int = 8
+    trained_num_windows: int | None = None
+    is_static_routing: bool = False
+    routing_control: float = -0.5
+    router_width: int = 128
+    router_depth: int = 2
+    router_input: str = "previous_layer"
+    base_model_name: str | None = None
+    base_model_revision: str | None = None
+    base_model_fingerprint: str | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        check_control(self.routing_control)
+        for field in ("num_windows", "router_width", "router_depth"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        if self.router_input not in ROUTER_INPUTS:
+            raise ValueError(f"router_input is {self.router_input!r}; it must be one of {', '.join(ROUTER_INPUTS)}")
+
+
+@dataclass
+class RoutedModelOutput(PathModelOutput):
+    """`PathModelOutput` and, when asked for, what the routers saw and said.
+
+    router_logits: float32 [batch, L, 3]; router_inputs: window means [batch, L, W, d]; window_mask: bool [batch, W].
+    """
+
+    router_logits: torch.Tensor | None = None
+    router_inputs: torch.Tensor | None = None
+    window_mask: torch.Tensor | None = None
+
+
+@dataclass
+class RoutedCausalLMOutput(PathCausalLMOutput):
+    """See `RoutedModelOutput`."""
+
+    router_logits: torch.Tensor | None = None
+    router_inputs: torch.Tensor | None = None
+    window_mask: torch.Tensor | None = None
+
+
+def prompt_mask_of(
+    attention_mask: torch.Tensor | None,
+    prompt_mask: torch.Tensor | None,
+    prompt_length: torch.Tensor | None,
+    batch_size: int,
+    num_tokens: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """bool [batch, T]: the tokens that the routers may read.
+
+    `prompt_mask` as it is; else the real tokens by `attention_mask` (all tokens without one), of these the first
+    `prompt_length` a row. Padding is never guessed from token ids. Raises ValueError for shapes that don't fit.
+    """
+    if prompt_mask is None:
+        if attention_mask is None:
+            prompt_mask = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=device)
+        elif isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            prompt_mask = attention_mask.to(device).bool()
+        else:
+            raise ValueError("with a prepared attention mask the routers need prompt_mask, bool [batch, tokens]")
+    prompt_mask = prompt_mask.to(device).bool()
+    if tuple(prompt_mask.shape) != (batch_size, num_tokens):
+        raise ValueError(
+            f"the prompt mask has the shape {tuple(prompt_mask.shape)}, but the prompt {(batch_size, num_tokens)}"
+        )
+    if prompt_length is None:
+        return prompt_mask
+    prompt_length = torch.as_tensor(prompt_length, device=device)
+    if tuple(prompt_length.shape) != (batch_size,):
+        raise ValueError(f"prompt_length needs one length a row, {batch_size} in all, not {prompt_length.tolist()}")
+    return prompt_mask & (prompt_mask.cumsum(1) <= prompt_length[:, None])
+
+
+class _Routers:
+    """Asks the routers during one prefill: decides blocks that no known path covers, and records what is wanted."""
+
+    def __init__(self, model: "RoutedModel", windows: PromptWindows, embeddings, decides: bool, logits, inputs):
+        self._model = model
+        self._windows = windows
+        self._pooled_embeddings = windows.pool(embeddings) if model.config.router_input == "embeddings" else None
+        self._decides = decides
+        self._has_no_prompt = ~windows.valid.any(1)
+        self._logits: list[torch.Tensor] | None = [] if logits else None
+        self._inputs: list[torch.Tensor] | None = [] if inputs else None
+        self._wants_logits = logits or (decides and not model.is_static_routing)
+
+    def before_block(self, block: int, hidden_states: torch.Tensor, schedule: RowSchedule) -> None:
+        """Appends the actions at `block`, given its input [batch, T, d], unless the path is known."""
+        logits = None
+        if self._wants_logits or self._inputs is not None:
+            pooled = self._pooled_embeddings
+            pooled = self._windows.pool(hidden_states) if pooled is None else pooled
+            if self._inputs is not None:
+                self._inputs.append(pooled)
+            if self._wants_logits:
+                logits = self._model.routers[block](pooled, self._windows.valid)
+                if self._logits is not None:
+                    self._logits.append(logits)
+        if not self._decides:
+            return
+        if self._model.is_static_routing:
+            schedule.append([EXECUTE] * schedule.batch_size)
+        else:
+            actions = route(logits, self._model.routing_control)
+            # Without a prompt there are no votes, and nothing speaks against the base model.
+            actions = actions.masked_fill(self._has_no_prompt.to(actions.device), EXECUTE)
+            schedule.append(actions.tolist())
+
+    def outputs(self) -> dict[str, torch.Tensor | None]:
+        """The recorded fields of `RoutedModelOutput`."""
+
+        def stacked(parts):
+            return None if parts is None else torch.stack([part.to(parts[0].device) for part in parts], dim=1)
+
+        inputs = stacked(self._inputs)
+        return {
+            "router_logits": stacked(self._logits),
+            "router_inputs": inputs,
+            "window_mask": None if inputs is None else self._windows.valid,
+        }
+
+
+class RoutedModel(FollowsPaths):
+    """Mixin for a stock base model: one RouterBlock a block decides, once a sequence, at prefill.
+
+    `forward` takes these arguments on top of those of `FollowsPaths.forward`:
+        prompt_mask: bool [batch, T], the tokens that routers may read at prefill; default: the attention mask.
+        prompt_length: [batch], only the first so many real tokens of a row are prompt (for log-likelihoods, where
+            context and continuation come together).
+        output_router_logits, output_router_inputs: fill these fields of the output. With `layer_indices` given the
+            execution follows those paths and the routers only look on: teacher forcing.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.routers = nn.ModuleList(
+            RouterBlock(config.hidden_size, config.router_width, config.router_depth)
+            for _ in range(config.num_hidden_layers)
+        )
+        if config.trained_num_windows not in (None, config.num_windows):
+            logger.warning(
+                "the routers were trained with num_windows=%d but will read %d windows; pass num_windows=%d to route as "
+                "trained",
+                config.trained_num_windows,
+                config.num_windows,
+                config.trained_num_windows,
+            )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, RouterBlock):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    def init_routers(self, seed: int | None = None) -> None:
+        """Initialises every router anew (Xavier-uniform weights, zero biases); a seed makes it repeatable."""
+        device = self.routers[0].layers[0].weight.device
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        with torch.no_grad():
+            for router in self.routers:
+                router.reset_parameters(generator)
+
+    @property
+    def num_windows(self) -> int:
+        """Windows per prompt; stored in the configuration."""
+        return self.config.num_windows
+
+    @num_windows.setter
+    def num_windows(self, value: int) -> None:
+        if value < 1:
+            raise ValueError(f"num_windows is {value}; it must be at least 1")
+        self.config.num_windows = value
+
+    @property
+    def is_static_routing(self) -> bool:
+        """Whether every block is executed once, as in the base model; stored in the configuration."""
+        return self.config.is_static_routing
+
+    @is_static_routing.setter
+    def is_static_routing(self, value: bool) -> None:
+        self.config.is_static_routing = value
+
+    @property
+    def routing_control(self) -> float:
+        """The knob p in [-1, 1], see `routing.action_probabilities`; stored in the configuration."""
+        return self.config.routing_control
+
+    @routing_control.setter
+    def routing_control(self, value: float) -> None:
+        check_control(value)
+        self.config.routing_control = value
+
+    def _decider(self, known, is_decoding, inputs_embeds, attention_mask, kwargs) -> _Routers | None:
+        prompt = {name: kwargs.pop(name, None) for name in ("prompt_mask", "prompt_length")}
+        wants_logits = kwargs.pop("output_router_logits", False)
+        wants_inputs = kwargs.pop("output_router_inputs", False)
+        if is_decoding or (known is not None and not wants_logits and not wants_inputs):
+            return None
+        batch_size, num_tokens = inputs_embeds.shape[:2]
+        prompt_mask = prompt_mask_of(
+            attention_mask, **prompt, batch_size=batch_size, num_tokens=num_tokens, device=inputs_embeds.device
+        )
+        windows = prompt_windows(prompt_mask, self.num_windows, inputs_embeds.dtype)
+        return _Routers(self, windows, inputs_embeds, known is None, wants_logits, wants_inputs)
+
+    def _output(self, decider, **fields) -> RoutedModelOutput:
+        return RoutedModelOutput(**fields, **(decider.outputs() if decider is not None else {}))
+
+
+class RoutedCausalLM(CausalLMOverPaths):
+    """Mixin for a stock model with a language-model head over a `RoutedModel`; `forward` takes its arguments."""
+
+    output_type = RoutedCausalLMOutput
+
+    def _init_weights(self, module: nn.Module) -> None:
+        RoutedModel._init_weights(self, module) if isinstance(module, RouterBlock) else super()._init_weights(module)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, prompt_mask=None, prompt_length=None, is_first_iteration=False, **kwargs
+    ):
+        """The stock inputs, and at prefill what the routers may read."""
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if is_first_iteration:
+            inputs |= {"prompt_mask": prompt_mask, "prompt_length": prompt_length}
+        return inputs
+
+    def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                "prefill_chunk_size is set, but the routers read the whole prompt before the first block runs on any of "
+                "it; leave prefill_chunk_size away"
+            )
+        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
