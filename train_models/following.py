@@ -77,8 +77,8 @@ class _RowViews:
 class FollowsPaths:
     """Mixin for a stock base model (LlamaModel, Qwen2Model, ...): the forward pass follows a path a row.
 
-    Each application of a block has its own keys and values (`PathCache`). Block l runs once over the rows with y_l >= 1,
-    then once more over those with y_l = 2. With every block executed once the logits equal the stock model's.
+    Each application of a block has its own keys and values (`PathCache`). Block l runs once over the rows with
+    y_l >= 1, then once more over those with y_l = 2. With every block executed once the logits equal the stock model's.
     """
 
     def forward(

@@ -1,6 +1,7 @@
 """A routed model from any plain checkpoint of a supported family, in one call."""
 
 import logging
+from contextlib import contextmanager
 from importlib import import_module
 
 import torch
@@ -70,9 +71,7 @@ def retrofit(
     return model
 
 
-def routed_config(
-    base_config: PreTrainedConfig, config_class: type, router_config: dict
-) -> PreTrainedConfig:
+def routed_config(base_config: PreTrainedConfig, config_class: type, router_config: dict) -> PreTrainedConfig:
     """The configuration of the base with the fields `router_config` of `RoutedConfigFields` added."""
     fields = base_config.to_dict()
     for field in ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path"):
@@ -80,13 +79,13 @@ def routed_config(
     return config_class(**fields, **router_config)
 
 
-class _quiet_about_new_routers:  # noqa: N801 - reads as a statement
+@contextmanager
+def _quiet_about_new_routers():
     """Silences the report that the routers are newly initialised: here they are meant to be."""
-
-    def __enter__(self):
-        self._logger = logging.getLogger("transformers.modeling_utils")
-        self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_):
-        self._logger.setLevel(self._level)
+    loading_logger = logging.getLogger("transformers.modeling_utils")
+    level = loading_logger.level
+    loading_logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        loading_logger.setLevel(level)

@@ -176,8 +176,8 @@ class RoutedModel(FollowsPaths):
         )
         if config.trained_num_windows not in (None, config.num_windows):
             logger.warning(
-                "the routers were trained with num_windows=%d but will read %d windows; pass num_windows=%d to route as "
-                "trained",
+                "the routers were trained with num_windows=%d but will read %d windows; pass num_windows=%d to route "
+                "as trained",
                 config.trained_num_windows,
                 config.num_windows,
                 config.trained_num_windows,
@@ -236,7 +236,11 @@ class RoutedModel(FollowsPaths):
             return None
         batch_size, num_tokens = inputs_embeds.shape[:2]
         prompt_mask = prompt_mask_of(
-            attention_mask, **prompt, batch_size=batch_size, num_tokens=num_tokens, device=inputs_embeds.device
+            attention_mask,
+            **prompt,
+            batch_size=batch_size,
+            num_tokens=num_tokens,
+            device=inputs_embeds.device,
         )
         windows = prompt_windows(prompt_mask, self.num_windows, inputs_embeds.dtype)
         return _Routers(self, windows, inputs_embeds, known is None, wants_logits, wants_inputs)
@@ -265,7 +269,7 @@ class RoutedCausalLM(CausalLMOverPaths):
     def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
         if generation_config.prefill_chunk_size is not None:
             raise ValueError(
-                "prefill_chunk_size is set, but the routers read the whole prompt before the first block runs on any of "
-                "it; leave prefill_chunk_size away"
+                "prefill_chunk_size is set, but a router reads the whole prompt before its block runs on any of it; "
+                "leave prefill_chunk_size away"
             )
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)

@@ -1,5 +1,6 @@
 """Routers: which action to take at a block, from a few pooled windows of the prompt (DrLLM, sections 3.1 and 3.3)."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ class RouterBlock(nn.Module):
         super().__init__()
         sizes = [hidden_size, *[width] * (depth - 1), NUM_ACTIONS]
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        for fan_in, fan_out in pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out), nn.GELU()]
         self.layers = nn.Sequential(*layers[:-1])
 
