@@ -83,9 +83,12 @@ def routed_config(base_config: PreTrainedConfig, config_class: type, router_conf
 def _quiet_about_new_routers():
     """Silences the report that the routers are newly initialised: here they are meant to be."""
     loading_logger = logging.getLogger("transformers.modeling_utils")
-    level = loading_logger.level
-    loading_logger.setLevel(logging.ERROR)
+
+    def says_nothing_of_routers(record: logging.LogRecord) -> bool:
+        return "routers" not in record.getMessage()
+
+    loading_logger.addFilter(says_nothing_of_routers)
     try:
         yield
     finally:
-        loading_logger.setLevel(level)
+        loading_logger.removeFilter(says_nothing_of_routers)
