@@ -1,0 +1,405 @@
+"""Batched rollouts: what a model answers along a path, for many questions and paths at once.
+
+The published search ran one rollout at a time, batch 1. Here hundreds of searches run side by side; each asks for one
+reward at a time (`drllm.search`), the requests are gathered into batches of (question, path), and each block runs once
+over all rows that use it. Two shortcuts, which change no answer, pay for themselves (`benchmarks/search.py`):
+
+* A row leaves the batch as soon as its reward is settled: at EOS, or when no continuation changes the grade.
+* Below its first edited block a path is the default path. The hidden states and the keys and values of the default
+  path, computed once a question, are kept, and each later rollout starts at its first edited block.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from drllm import tasks
+from drllm.errors import UserError
+from drllm.grading import first_box
+from drllm.search import PathSearch, SearchResult, SearchSettings, question_seed
+from drllm.tasks import Question
+from train_models.cache import PathCache, RowSchedule
+from train_models.paths import EXECUTE, Path, default_path, path_to_layer_indices
+
+COMPACT_SHARE = 0.25  # ended rows are dropped from the cache once they are this share of it: dropping copies the rest
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question as a model is given it: `text`, its tokens, and how many tokens a response may have."""
+
+    question: Question
+    text: str
+    input_ids: tuple[int, ...]
+    max_new_tokens: int
+
+    @classmethod
+    def of(cls, question: Question, tokenizer: PreTrainedTokenizerBase, chat: bool) -> Prompt:
+        text = tasks.apply_template(tasks.render_prompt(question), tokenizer, chat)
+        input_ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+        return cls(question, text, tuple(input_ids), tasks.response_limit(question, chat))
+
+
+@dataclass(frozen=True)
+class Request:
+    """One rollout: the response to `prompt` along `path`. `to_the_end`: also after the reward is settled."""
+
+    prompt: Prompt
+    path: Path
+    to_the_end: bool = False
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A greedy response, without special tokens, and its reward."""
+
+    response: str
+    is_right: bool
+
+
+@dataclass
+class _DefaultStates:
+    """What the default path computed for a prompt of T tokens: block inputs [L, T, d], keys and values [L, H, T, d_h]."""
+
+    inputs: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass
+class _Row:
+    """One request while its batch runs."""
+
+    request: Request
+    place: int  # of the request in the caller's list
+    tokens: list[int] = field(default_factory=list)
+
+
+class RolloutEngine:
+    """Runs requests of any number in batches of at most `batch_size` rows, greedily, and grades them.
+
+    Args:
+        model: follows `layer_indices` (`data_models.load_path_model`), on its device.
+        tokenizer: the model's.
+        batch_size: rows a batch; halved, with one line on stderr, when a batch runs out of memory.
+        reuse_default_states: start rollouts at their first edited block. Costs L T (d + 2 d_kv) values a question
+            that is being searched; `forget` gives them back.
+
+    Attributes:
+        rollouts, block_tokens: rollouts done, and block applications times tokens that they took.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        reuse_default_states: bool = True,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.num_blocks = model.config.num_hidden_layers
+        self.end_ids = _end_ids(model, tokenizer)
+        # A sliding layer's cache forgets the start of long prompts, so its keys cannot be put together from parts.
+        sliding = any(layer.is_sliding for layer in PathCache(model.config).layers)
+        self.reuse_default_states = reuse_default_states and not sliding
+        self.rollouts = 0
+        self.block_tokens = 0
+        self._default_states: dict[str, _DefaultStates] = {}
+        self._seen: dict[str, dict[tuple[int, ...], tuple[bool, Rollout]]] = {}  # question id -> tokens -> `_rollout`
+
+    def respond(self, requests: Sequence[Request]) -> list[Rollout]:
+        """One rollout a request, in the order of `requests`, which may hold any mixture of questions and paths."""
+        rollouts: list[Rollout | None] = [None] * len(requests)
+        rows = [_Row(request, place) for place, request in enumerate(requests)]
+        default = default_path(self.num_blocks)
+        for kind in (True, False):  # default paths by themselves: they run everything, and their states are kept
+            waiting = [row for row in rows if (row.request.path == default) == kind]
+            waiting.sort(key=lambda row: len(row.request.prompt.input_ids))  # neighbours need little padding
+            while waiting:
+                # Batches of one size, so that the last one is not a small remainder.
+                batches = -(-len(waiting) // self.batch_size)
+                batch = waiting[: -(-len(waiting) // batches)]
+                try:
+                    self._run(batch)
+                except Exception as error:
+                    if not _is_out_of_memory(error):
+                        raise
+                    self._halve(batch)
+                    continue
+                for row in batch:
+                    rollouts[row.place] = self._rollout(row.request, tuple(row.tokens))[1]
+                waiting = waiting[len(batch) :]
+        return rollouts
+
+    def forget(self, question: Question) -> None:
+        """Gives back the memory that `question` holds; call it when its search is over."""
+        self._default_states.pop(question.id, None)
+        self._seen.pop(question.id, None)
+
+    @torch.inference_mode()
+    def _run(self, batch: list[_Row]) -> None:
+        """Greedy decoding of one batch; fills `tokens` of each row."""
+        for row in batch:
+            row.tokens = []
+        active = list(batch)
+        widths = [len(row.request.prompt.input_ids) for row in active]
+        width, device = max(widths), self.model.device
+        mask = torch.zeros(len(active), width, dtype=torch.long)
+        for place, length in enumerate(widths):
+            mask[place, width - length :] = 1
+        mask = mask.to(device)
+        is_padded = min(widths) < width
+        logits, cache = self._prefill(active, mask, is_padded)
+        while True:
+            next_ids = logits.argmax(-1).tolist()
+            ended = []
+            for place, (row, token) in enumerate(zip(active, next_ids, strict=True)):
+                if not self._has_ended(row):
+                    row.tokens.append(token)
+                if self._has_ended(row):
+                    ended.append(place)
+            if len(ended) == len(active):
+                break
+            if len(ended) >= COMPACT_SHARE * len(active):
+                kept = torch.tensor(sorted(set(range(len(active))) - set(ended)), device=device)
+                cache.batch_select_indices(kept)
+                mask = mask[kept]
+                active = [active[place] for place in kept.tolist()]
+            mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+            self.block_tokens += sum(sum(row.request.path) for row in active)
+            logits = self.model(
+                input_ids=torch.tensor([[row.tokens[-1]] for row in active], device=device),
+                attention_mask=mask if is_padded else None,
+                position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+        self.rollouts += len(batch)
+
+    def _prefill(self, rows: list[_Row], mask: torch.Tensor, is_padded: bool) -> tuple[torch.Tensor, PathCache]:
+        """Next-token logits [B, V] and the filled cache. Each row starts at its first edited block where it can."""
+        paths = [row.request.path for row in rows]
+        prompts = [row.request.prompt for row in rows]
+        width = mask.shape[1]
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        for place, prompt in enumerate(prompts):
+            ids[place, width - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
+        embeddings = self.model.get_input_embeddings()(ids.to(mask.device))
+        states = [self._default_states.get(prompt.question.id) for prompt in prompts]
+        starts = [0 if known is None else _first_edit(path) for known, path in zip(states, paths, strict=True)]
+        for place, (known, start) in enumerate(zip(states, starts, strict=True)):
+            if start:
+                embeddings[place, width - known.inputs.shape[1] :] = known.inputs[start]
+        keep_states = self.reuse_default_states and all(path == default_path(self.num_blocks) for path in paths)
+        cache = PathCache()
+        output = self.model(
+            inputs_embeds=embeddings,
+            attention_mask=mask if is_padded else None,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            # Blocks below the start are skipped here: their output is what `embeddings` holds.
+            layer_indices=[
+                path_to_layer_indices((0,) * start + path[start:]) for start, path in zip(starts, paths, strict=True)
+            ],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            output_hidden_states=keep_states,
+        )
+        for path, start, prompt in zip(paths, starts, prompts, strict=True):
+            self.block_tokens += (sum(path) - start) * len(prompt.input_ids)
+        if keep_states:
+            self._keep(prompts, output.hidden_states, cache)
+        if any(starts):
+            _add_default_states(cache, paths, starts, states, width)
+        return output.logits[:, -1], cache
+
+    def _keep(self, prompts: list[Prompt], hidden_states: Sequence[torch.Tensor], cache: PathCache) -> None:
+        """Remembers the default path's states of each prompt, unpadded."""
+        inputs = torch.stack(list(hidden_states[: self.num_blocks]))  # [L, B, T, d]
+        keys = torch.stack([layer.keys for layer in cache.layers[: self.num_blocks]])  # [L, B, H, T, d_h]
+        values = torch.stack([layer.values for layer in cache.layers[: self.num_blocks]])
+        for place, prompt in enumerate(prompts):
+            length = len(prompt.input_ids)
+            self._default_states[prompt.question.id] = _DefaultStates(
+                inputs[:, place, -length:].clone(),  # clones: a view would keep the whole batch in memory
+                keys[:, place, :, -length:].clone(),
+                values[:, place, :, -length:].clone(),
+            )
+
+    def _has_ended(self, row: _Row) -> bool:
+        if row.tokens and row.tokens[-1] in self.end_ids:
+            return True
+        if len(row.tokens) >= row.request.prompt.max_new_tokens:
+            return True
+        if not row.tokens or row.request.to_the_end:
+            return False
+        return self._rollout(row.request, tuple(row.tokens))[0]
+
+    def _rollout(self, request: Request, tokens: tuple[int, ...]) -> tuple[bool, Rollout]:
+        """(whether the reward is settled whatever follows, the rollout if it ended here), computed once."""
+        question = request.prompt.question
+        seen = self._seen.setdefault(question.id, {})
+        if tokens not in seen:
+            response = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            is_possible = tasks.can_still_be_right(question, response)
+            is_right = is_possible and tasks.grade(question, response)
+            # The first closed box decides, so that what follows a right one is of no interest either.
+            is_boxed = tasks.SETS[question.set].kind == "math" and first_box(response) is not None
+            seen[tokens] = not is_possible or is_boxed, Rollout(response, is_right)
+        return seen[tokens]
+
+    def _halve(self, batch: list[_Row]) -> None:
+        """Makes room after a batch ran out of memory, or gives up on one that cannot be smaller."""
+        self._default_states.clear()  # only a shortcut: rollouts start at block 0 again
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            length = len(batch[0].request.prompt.input_ids)
+            raise UserError(
+                f"one prompt of {length} tokens runs out of memory; free some, use a smaller dtype or a larger device"
+            )
+        self.batch_size = len(batch) // 2
+        print(f"out of memory at {len(batch)} rows a batch: going on with {self.batch_size}", file=sys.stderr)
+
+
+def _add_default_states(
+    cache: PathCache,
+    paths: list[Path],
+    starts: list[int],
+    states: list[_DefaultStates | None],
+    width: int,
+) -> None:
+    """Completes a cache whose row r ran the blocks from `starts[r]` on with the default path's keys and values.
+
+    Left-padded positions are zero; the attention mask hides them.
+    """
+    highest = max(starts)
+    some = next(known for known, start in zip(states, starts, strict=True) if start)
+    parts = []
+    for name in ("keys", "values"):
+        stored = getattr(some, name)
+        whole = stored.new_zeros(highest, len(paths), stored.shape[1], width, stored.shape[3])
+        for row, (known, start) in enumerate(zip(states, starts, strict=True)):
+            if start:
+                whole[:start, row, :, width - known.inputs.shape[1] :] = getattr(known, name)[:start]
+        parts.append(whole)
+    device = some.keys.device
+    for block in range(highest):
+        computed = [row for row, path in enumerate(paths) if starts[row] <= block and path[block]]
+        visiting = [row for row, path in enumerate(paths) if path[block]]
+        layer = cache.layers[block]
+        keys, values = parts[0][block], parts[1][block]
+        if computed:
+            where = torch.tensor(computed, device=device)
+            keys.index_copy_(0, where, layer.keys)
+            values.index_copy_(0, where, layer.values)
+        if len(visiting) < len(paths):
+            where = torch.tensor(visiting, device=device)
+            keys, values = keys[where], values[where]
+        if computed:
+            layer.keys, layer.values = keys, values
+        elif visiting:
+            layer.update(keys, values)  # the first use of an empty layer
+    cache.schedule = RowSchedule.of(paths, len(paths[0]), device)
+
+
+def _first_edit(path: Path) -> int:
+    """The first block that does not run exactly once; the last block for the default path."""
+    return next((block for block, visits in enumerate(path) if visits != EXECUTE), len(path) - 1)
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens at which `generate` stops: those of the generation config, else the tokenizer's."""
+    configured = model.generation_config.eos_token_id
+    if configured is None:
+        configured = tokenizer.eos_token_id
+    return set(configured if isinstance(configured, list) else [configured]) - {None}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch on a CPU
+
+
+# --------------------------------------------------------------------------------------------------------
+# Many searches at once
+
+
+@dataclass(frozen=True)
+class SearchedQuestion:
+    """A finished search. `result` is that of the default path alone where the search was not wanted."""
+
+    prompt: Prompt
+    result: SearchResult
+    base_response: str
+    path_response: str | None  # along the best path
+
+
+@dataclass
+class _OpenSearch:
+    prompt: Prompt
+    search: PathSearch
+    responses: dict[Path, str] = field(default_factory=dict)  # of right paths, and of the default one
+
+    def close(self) -> SearchedQuestion:
+        result = self.search.result()
+        best = None if result.best_path is None else self.responses[result.best_path]
+        return SearchedQuestion(self.prompt, result, self.responses[self.search.root.path], best)
+
+
+def search_questions(
+    engine: RolloutEngine,
+    prompts: Iterable[Prompt],
+    settings: SearchSettings,
+    seed: int,
+    concurrency: int,
+    is_wanted: Callable[[Prompt, bool], bool] = lambda prompt, base_correct: True,
+) -> Iterator[SearchedQuestion]:
+    """Searches all `prompts`, at most `concurrency` at once, and yields each as soon as it is finished.
+
+    A question's result depends on `seed`, its id and the model alone. `is_wanted(prompt, base_correct)` is asked once
+    the default path's reward is known; where it says no, the search ends there. `prompts` is read as far as there is
+    room, so that memory does not grow with their number.
+    """
+    waiting = iter(prompts)
+    is_exhausted = False
+    searches: list[_OpenSearch] = []
+    while True:
+        # New questions come in groups, because their default paths make batches of their own.
+        if not is_exhausted and len(searches) <= concurrency - min(engine.batch_size, -(-concurrency // 2)):
+            while len(searches) < concurrency:
+                prompt = next(waiting, None)
+                if prompt is None:
+                    is_exhausted = True
+                    break
+                own_seed = question_seed(seed, prompt.question.id)
+                searches.append(_OpenSearch(prompt, PathSearch(engine.num_blocks, settings, own_seed)))
+        if not searches:
+            return
+        requests = [
+            Request(one.prompt, one.search.request, to_the_end=one.search.base_correct is None) for one in searches
+        ]
+        still_open = []
+        for one, rollout in zip(searches, engine.respond(requests), strict=True):
+            path = one.search.request
+            is_new = one.search.base_correct is None
+            if is_new or rollout.is_right:
+                one.responses[path] = rollout.response
+            one.search.tell(float(rollout.is_right))
+            if one.search.request is None or (is_new and not is_wanted(one.prompt, one.search.base_correct)):
+                engine.forget(one.prompt.question)
+                yield one.close()
+            else:
+                still_open.append(one)
+        searches = still_open
