@@ -46,6 +46,10 @@ class RoutedConfigFields:
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        self.check_routing()
+
+    def check_routing(self) -> None:
+        """Raises ValueError, with the field, for values that no router can work with."""
         check_control(self.routing_control)
         for field in ("num_windows", "router_width", "router_depth"):
             if getattr(self, field) < 1:
@@ -169,6 +173,7 @@ class RoutedModel(FollowsPaths):
     """
 
     def __init__(self, config):
+        config.check_routing()  # again: from_pretrained sets fields on a configuration that is already made
         super().__init__(config)
         self.routers = nn.ModuleList(
             RouterBlock(config.hidden_size, config.router_width, config.router_depth)
@@ -258,10 +263,18 @@ class RoutedCausalLM(CausalLMOverPaths):
         RoutedModel._init_weights(self, module) if isinstance(module, RouterBlock) else super()._init_weights(module)
 
     def prepare_inputs_for_generation(
-        self, input_ids, prompt_mask=None, prompt_length=None, is_first_iteration=False, **kwargs
+        self,
+        input_ids,
+        inputs_embeds=None,
+        prompt_mask=None,
+        prompt_length=None,
+        is_first_iteration=False,
+        **kwargs,
     ):
         """The stock inputs, and at prefill what the routers may read."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         if is_first_iteration:
             inputs |= {"prompt_mask": prompt_mask, "prompt_length": prompt_length}
         return inputs
