@@ -39,6 +39,7 @@ _WORD_LOOKAHEAD = 3
 # "A because ..." and "1 is right" do.
 _ALSO_A_WORD = re.compile(r"[AaIi]|\d+")
 _MAY_FOLLOW = frozenset({"because", "since", "is", "as"})
+_ARITHMETIC = tuple("%/+-*=^°$<>")
 _NEXT_WORD = re.compile(r"[ \t]+([a-z]\w*)")
 _ANNOUNCED = re.compile(r"\b(?:answer|option|choice|label)(?:\s+is)?\W{0,4}\Z", re.IGNORECASE)
 
@@ -67,7 +68,7 @@ def _find_label(text: str, labels: tuple[str, ...]) -> tuple[str | None, int]:
             following = _NEXT_WORD.match(text, end)
             if following and following.group(1) not in _MAY_FOLLOW:
                 continue
-            if token.isdigit() and text[end : end + 1] in tuple("%/+*=^°$"):
+            if token.isdigit() and (text[end : end + 1] in _ARITHMETIC or text[: word.start()][-1:] in _ARITHMETIC):
                 continue
             rest = text[end:]
             blank = len(rest) - len(rest.lstrip(" \t"))
@@ -313,8 +314,7 @@ def _serve(timeout_s: float, memory_bytes: int) -> None:
         faulthandler.dump_traceback_later(timeout_s + 1, exit=True)
         try:
             gold, given = (
-                parse(text, latex, fallback_mode="no_fallback", parsing_timeout=soft_s)
-                for text in json.loads(line)
+                parse(text, latex, fallback_mode="no_fallback", parsing_timeout=soft_s) for text in json.loads(line)
             )
             equal = bool(gold and given and verify(gold, given, timeout_seconds=soft_s))
         except (Exception, RecursionError, MemoryError):
