@@ -251,6 +251,9 @@ def test_a_committed_label_ends_the_rollout():
     assert not label_can_still_be_right("B. The sun", LETTERS, "C")
     assert not label_can_still_be_right(" B\n\nQ", LETTERS, "C")
     assert label_can_still_be_right(" B", LETTERS, "C")  # may become "Because"
+    assert label_can_still_be_right("A is", LETTERS, "C")  # may become "A issue ... (C)"
+    assert label_can_still_be_right("A    ", LETTERS, "C")  # may become "A    good answer"
+    assert not label_can_still_be_right("A is r", LETTERS, "C")
     assert label_can_still_be_right("B. The sun", LETTERS, "B")
 
 
