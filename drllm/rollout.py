@@ -64,7 +64,7 @@ class Rollout:
 
 @dataclass
 class _DefaultStates:
-    """What the default path computed for a prompt of T tokens: block inputs [L, T, d], keys and values [L, H, T, d_h]."""
+    """The default path over a prompt of T tokens: block inputs [L, T, d], keys and values [L, H, T, d_h]."""
 
     inputs: torch.Tensor
     keys: torch.Tensor
@@ -314,8 +314,8 @@ def _add_default_states(
 
 
 def _first_edit(path: Path) -> int:
-    """The first block that does not run exactly once; the last block for the default path."""
-    return next((block for block, visits in enumerate(path) if visits != EXECUTE), len(path) - 1)
+    """The first block that does not run exactly once; 0 for the default path, which is computed whole."""
+    return next((block for block, visits in enumerate(path) if visits != EXECUTE), 0)
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

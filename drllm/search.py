@@ -165,12 +165,12 @@ class PathSearch:
     def _run(self) -> Generator[Path, float, None]:
         self._learn(self.root, (yield self.root.path))
         while self.simulations < self.settings.num_simulations:
-            self.simulations += 1
             leaf = self._descend()
             reward = self.rewards.get(leaf.path)
             if reward is None:
                 reward = yield leaf.path
             self._learn(leaf, reward)
+            self.simulations += 1
             if not self.base_correct and _is_right(reward):
                 return
 

@@ -1,0 +1,73 @@
+"""A random model that answers in letters and boxes, and questions for it: what the tests of the search run on."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from data_models import load_path_model
+from drllm.rollout import Prompt
+from drllm.tasks import load_questions
+
+LETTERS = ["A", "B", "C", "D"]
+BOXES = [f"\\boxed{{{value}}}" for value in range(6)]
+FILLERS = ["so", "then"]
+WORDS = [f"w{number}" for number in range(40)]
+FIXED = ["Question:", "Problem:", "Answer:", "with", "the", "label", "A.", "B.", "C.", "D."]
+VOCABULARY = ["<unk>", "<s>", "</s>", *LETTERS, *BOXES, *FILLERS, *WORDS, *FIXED]
+ANSWERS = range(2, 3 + len(LETTERS + BOXES + FILLERS))  # ids that the model may answer with, </s> among them
+
+
+def make_model(folder: Path, stock_model) -> Path:
+    """A random checkpoint in `folder` whose greedy answers depend on the path; `stock_model` is the fixture."""
+    model = stock_model("llama", {"vocab_size": len(VOCABULARY), "eos_token_id": 2, "tie_word_embeddings": False})
+    with torch.no_grad():
+        quiet = torch.ones(len(VOCABULARY), dtype=torch.bool)
+        quiet[list(ANSWERS)] = False
+        model.lm_head.weight[quiet] *= 0.01
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({word: place for place, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_data(folder: Path, count: int, seed: int = 0) -> Path:
+    """`count` questions a set, of different lengths, in the Hub's schemas: both ARC sets and DART levels 1 and 2."""
+    choose = random.Random(seed)
+
+    def text() -> str:
+        return " ".join(choose.choices(WORDS, k=choose.randint(2, 14)))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem in ("arc_easy", "arc_challenge"):
+        with (folder / f"{stem}_train.jsonl").open("w") as file:
+            for number in range(count):
+                choices = {"text": choose.sample(WORDS, 4), "label": LETTERS}
+                row = {"id": f"{number}", "question": text(), "choices": choices, "answerKey": choose.choice(LETTERS)}
+                print(json.dumps(row), file=file)
+    with (folder / "dart_math_train.jsonl").open("w") as file:
+        for number in range(2 * count):
+            level = {"level": 1 + number % 2, "id": f"train/{number}"}
+            row = {"query": text(), "gt_ans": str(choose.randrange(6)), "query_metadata": level}
+            print(json.dumps(row), file=file)
+    return folder
+
+
+def load(folder: Path):
+    """(model, tokenizer) of `folder`, fp32."""
+    return load_path_model(str(folder), dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+
+def prompts(data: Path, tokenizer, sets=("arc_easy", "dart-1", "dart-2")) -> list[Prompt]:
+    """The prompts of all questions of `sets`."""
+    return [
+        Prompt.of(question, tokenizer, chat=False) for name in sets for question in load_questions(name, "train", data)
+    ]
