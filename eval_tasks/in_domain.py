@@ -1,0 +1,76 @@
+"""The in-domain tasks of the paper for lm-eval: ARC by option label, DART levels 1 to 5 by boxed answer.
+
+Everything that gives a score its meaning (rows, prompts, response limits, graders) is `drllm/tasks.py`; this file
+only fits it to lm-eval. Rows come from the Hub, or with `--metadata data_dir=FOLDER` from local files of the
+same schema (`{FOLDER}/arc_easy_test.jsonl`, `dart_math_test.jsonl`, ...).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+
+# `lm_eval --include_path eval_tasks` may run from any folder, and the repository is not installed.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from drllm.tasks import Question, grade, load_questions, render_prompt, response_limit
+
+_FIELDS = ("set", "id", "text", "choices", "labels", "answer", "context")
+
+
+def _question(doc: dict[str, Any]) -> Question:
+    fields = {name: doc[name] for name in _FIELDS}
+    return Question(**(fields | {"choices": tuple(doc["choices"]), "labels": tuple(doc["labels"])}))
+
+
+def doc_to_text(doc: dict[str, Any]) -> str:
+    """The prompt of the search."""
+    return render_prompt(_question(doc))
+
+
+def doc_to_target(doc: dict[str, Any]) -> str:
+    """The gold answer: a label, or a LaTeX expression."""
+    return doc["answer"]
+
+
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Accuracy of one response, by the grader of the search."""
+    return {"acc": float(grade(_question(doc), results[0]))}
+
+
+class InDomainTask(ConfigurableTask):
+    """One question set as an lm-eval task; `dataset_kwargs.set` names the set."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    @property
+    def data_dir(self) -> str | None:
+        """Folder of local files (`--metadata data_dir=...`), or None for the Hub."""
+        return (self.config.metadata or {}).get("data_dir")
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Loads the test questions of the set."""
+        questions = load_questions(dataset_kwargs["set"], "test", self.data_dir)
+        # No columns are inferred: an empty tuple of choices would become a column of nulls.
+        text, texts = datasets.Value("string"), datasets.List(datasets.Value("string"))
+        features = {name: texts if name in ("choices", "labels") else text for name in _FIELDS}
+        rows = [{name: getattr(question, name) for name in _FIELDS} for question in questions]
+        self.dataset = {"test": datasets.Dataset.from_list(rows, features=datasets.Features(features))}
+
+    def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> Instance:
+        """One generation, limited as in the paper: ARC to 2 new tokens for base models and 10 with a chat template."""
+        chat = kwargs.get("apply_chat_template", False)
+        request = super().construct_requests(doc, ctx, **kwargs)
+        generation = request.arguments[1]
+        generation.setdefault("max_gen_toks", response_limit(_question(doc), chat))  # --gen_kwargs wins
+        return request
+
+    def build_all_requests(self, **kwargs: Any) -> None:
+        """As in lm-eval, but `--cache_requests` stays out of it: its key would not know the data folder."""
+        super().build_all_requests(**(kwargs | {"cache_requests": False, "rewrite_requests_cache": False}))
