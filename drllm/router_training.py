@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.data import Dataset
@@ -261,6 +262,7 @@ def _trainer_arguments(
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup_steps,
         bf16=bf16,
+        use_cpu=PartialState().device.type == "cpu",
         seed=config.seed,
         data_seed=config.seed,
         eval_strategy="epoch",
@@ -296,7 +298,7 @@ def train_routers(config: RouterTrainingConfig, callbacks: Sequence[TrainerCallb
     Raises:
         UserError: bad arguments or labels, labels of another model, a folder that holds another run, NaN loss.
     """
-    state = _process_state()
+    state = PartialState()
     say = print if state.is_main_process else _silence
     _check_config(config)
     labels = load_labels(config.data, config.with_squad, config.with_commonsense, say)
@@ -415,12 +417,6 @@ def evaluate_routers(
         logits.append(torch.stack(votes, 1))
         labels.append(batch["labels"])
     return evaluate_logits(torch.cat(logits), torch.cat(labels), config, alpha)
-
-
-def _process_state():
-    from accelerate import PartialState
-
-    return PartialState()
 
 
 def _silence(message: str) -> None:

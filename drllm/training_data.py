@@ -44,7 +44,8 @@ def load_labels(
     """Read label folders, drop the optional sets that were not asked for, check that the folders belong together.
 
     Raises:
-        UserError: folders of different models, layer counts, dtypes or templates; no row left.
+        UserError: folders of different models, layer counts, dtypes or templates; a question labelled twice; no row
+            left.
     """
     wanted = {"squadv2": with_squad, "commonsense": with_commonsense}
     rows, manifests, left_out = [], [], Counter()
@@ -72,6 +73,13 @@ def load_labels(
                 f"--{flag} was given, but {' '.join(directories)} has no rows of {set_name}; make them with "
                 f"data_generation.py --dataset {set_name}"
             )
+    identities = Counter((row["set"], row["question_id"]) for row in rows)
+    repeated = [identity for identity, count in identities.items() if count > 1]
+    if repeated:
+        raise UserError(
+            f"question {'/'.join(repeated[0])} has labels twice in {' '.join(directories)}; name each "
+            "folder once, and label each question once"
+        )
     if not rows:
         raise UserError(f"no labels to train on in {' '.join(directories)}")
     return TrainingLabels(

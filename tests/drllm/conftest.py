@@ -7,30 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from drllm.provenance import fingerprint
 
 WORDS = [f"w{i}" for i in range(60)]
-FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
 LAYERS = 5
 
 
-def make_base(directory: Path, family: str = "llama", layers: int = LAYERS, seed: int = 0, hidden: int = 32) -> Path:
-    """A stock model of random weights with a word-level tokenizer, saved."""
+def make_base(directory: Path, layers: int = LAYERS, seed: int = 0, hidden: int = 32) -> Path:
+    """A stock Llama of random weights with a word-level tokenizer, saved."""
     torch.manual_seed(seed)
-    config_class, model_class = FAMILIES[family]
-    config = config_class(
+    config = LlamaConfig(
         vocab_size=len(WORDS) + 4,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -41,9 +29,13 @@ def make_base(directory: Path, family: str = "llama", layers: int = LAYERS, seed
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **({"head_dim": hidden // 4} if family == "qwen3" else {}),
     )
-    model_class(config).save_pretrained(directory)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():  # the stock initialisation is so small that blocks hardly matter
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(6)
+    model.save_pretrained(directory)
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -57,12 +49,8 @@ def make_labels(
     directory: Path, base: Path, questions: int = 24, seed: int = 0, dtype: str = "float32", sets=("arc_easy", "dart-1")
 ) -> Path:
     """Label rows whose best path depends on the first word, so that routers have something to learn."""
-    from transformers import AutoModelForCausalLM
-
-    from drllm.provenance import fingerprint
-
     rng = random.Random(seed)
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = LlamaForCausalLM.from_pretrained(base)
     layers = model.config.num_hidden_layers
     directory.mkdir(parents=True, exist_ok=True)
     rows = []
