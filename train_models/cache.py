@@ -46,6 +46,9 @@ class RowSchedule:
         """The rows that run `block` for the (`visit` + 1)-th time."""
         return tuple(row for row, visits in enumerate(self._visits_per_block[block]) if visits > visit)
 
+    def __bool__(self) -> bool:
+        return True  # also before the first block is decided, and for an empty batch
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -192,21 +192,24 @@ class FollowsPaths:
                 f"the batch has {batch_size} rows, but past_key_values holds {decided.batch_size}; keep them together "
                 "with past_key_values.batch_select_indices(rows)"
             )
-        if layer_indices is None:
-            known = decided
-        else:
+        if layer_indices is not None:
             paths = self._paths_of(layer_indices, batch_size)
             if decided is not None and decided.paths() != paths:
                 raise ValueError("layer_indices differ from the paths that past_key_values was filled along")
             known = decided or RowSchedule.of(paths, len(self.layers), inputs_embeds.device)
+        else:
+            known = decided or self._default_schedule(batch_size, inputs_embeds.device)
         decider = self._decider(known, decided is not None, inputs_embeds, attention_mask, kwargs)
-        if known is None:
-            known = RowSchedule(batch_size, inputs_embeds.device)
-        return known, decider
+        return known or RowSchedule(batch_size, inputs_embeds.device), decider
+
+    def _default_schedule(self, batch_size: int, device: torch.device) -> RowSchedule | None:
+        """What to follow when neither the caller nor the cache says; None leaves it to the decider."""
+        num_blocks = len(self.layers)
+        return RowSchedule.of([default_path(num_blocks)] * batch_size, num_blocks, device)
 
     def _decider(self, known: RowSchedule | None, is_decoding: bool, inputs_embeds, attention_mask, kwargs: dict):
-        """Who appends to the schedule before each block when no path is known; here: execute every block."""
-        return None if known is not None else _ExecuteEverything(inputs_embeds.shape[0])
+        """Who is asked before each block: appends to the schedule when no path is known, and may record; or None."""
+        return None
 
     def _output(self, decider, **fields) -> PathModelOutput:
         return PathModelOutput(**fields)
@@ -243,16 +246,6 @@ class FollowsPaths:
             )
             for kind in kinds
         }
-
-
-class _ExecuteEverything:
-    """Decides on the default path."""
-
-    def __init__(self, batch_size: int):
-        self._path = default_path(batch_size)  # one entry a row, all execute
-
-    def before_block(self, block: int, hidden_states: torch.Tensor, schedule: RowSchedule) -> None:
-        schedule.append(self._path)
 
 
 class CausalLMOverPaths:

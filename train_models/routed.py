@@ -123,25 +123,19 @@ class _Routers:
         self._has_no_prompt = ~windows.valid.any(1)
         self._logits: list[torch.Tensor] | None = [] if logits else None
         self._inputs: list[torch.Tensor] | None = [] if inputs else None
-        self._wants_logits = logits or (decides and not model.is_static_routing)
+        self._wants_logits = logits or decides
 
     def before_block(self, block: int, hidden_states: torch.Tensor, schedule: RowSchedule) -> None:
         """Appends the actions at `block`, given its input [batch, T, d], unless the path is known."""
-        logits = None
-        if self._wants_logits or self._inputs is not None:
-            pooled = self._pooled_embeddings
-            pooled = self._windows.pool(hidden_states) if pooled is None else pooled
-            if self._inputs is not None:
-                self._inputs.append(pooled)
-            if self._wants_logits:
-                logits = self._model.routers[block](pooled, self._windows.valid)
-                if self._logits is not None:
-                    self._logits.append(logits)
-        if not self._decides:
+        pooled = self._windows.pool(hidden_states) if self._pooled_embeddings is None else self._pooled_embeddings
+        if self._inputs is not None:
+            self._inputs.append(pooled)
+        if not self._wants_logits:
             return
-        if self._model.is_static_routing:
-            schedule.append([EXECUTE] * schedule.batch_size)
-        else:
+        logits = self._model.routers[block](pooled, self._windows.valid)
+        if self._logits is not None:
+            self._logits.append(logits)
+        if self._decides:
             actions = route(logits, self._model.routing_control)
             # Without a prompt there are no votes, and nothing speaks against the base model.
             actions = actions.masked_fill(self._has_no_prompt.to(actions.device), EXECUTE)
@@ -232,6 +226,9 @@ class RoutedModel(FollowsPaths):
     def routing_control(self, value: float) -> None:
         check_control(value)
         self.config.routing_control = value
+
+    def _default_schedule(self, batch_size: int, device: torch.device) -> RowSchedule | None:
+        return super()._default_schedule(batch_size, device) if self.is_static_routing else None
 
     def _decider(self, known, is_decoding, inputs_embeds, attention_mask, kwargs) -> _Routers | None:
         prompt = {name: kwargs.pop(name, None) for name in ("prompt_mask", "prompt_length")}
