@@ -11,6 +11,7 @@ over all rows that use it. Two shortcuts, which change no answer, pay for themse
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -358,48 +359,77 @@ class _OpenSearch:
         return SearchedQuestion(self.prompt, result, self.responses[self.search.root.path], best)
 
 
-def search_questions(
-    engine: RolloutEngine,
-    prompts: Iterable[Prompt],
-    settings: SearchSettings,
-    seed: int,
-    concurrency: int,
-    is_wanted: Callable[[Prompt, bool], bool] = lambda prompt, base_correct: True,
-) -> Iterator[SearchedQuestion]:
-    """Searches all `prompts`, at most `concurrency` at once, and yields each as soon as it is finished.
+class SearchPool:
+    """Runs the searches of many questions side by side, at most `concurrency` at once.
 
-    A question's result depends on `seed`, its id and the model alone. `is_wanted(prompt, base_correct)` is asked once
-    the default path's reward is known; where it says no, the search ends there. `prompts` is read as far as there is
-    room, so that memory does not grow with their number.
+    A question's result depends on `seed`, its id and the model alone.
+
+    Args:
+        is_wanted: asked with (prompt, whether the default path is right) once that is known; where it says no, the
+            search of this question ends there.
+        after_round: called after each round of rollouts, one for each open search.
+
+    Attributes:
+        simulations: walks through all trees so far.
     """
-    waiting = iter(prompts)
-    is_exhausted = False
-    searches: list[_OpenSearch] = []
-    while True:
-        # New questions come in groups, because their default paths make batches of their own.
-        if not is_exhausted and len(searches) <= concurrency - min(engine.batch_size, -(-concurrency // 2)):
-            while len(searches) < concurrency:
-                prompt = next(waiting, None)
-                if prompt is None:
-                    is_exhausted = True
-                    break
-                own_seed = question_seed(seed, prompt.question.id)
-                searches.append(_OpenSearch(prompt, PathSearch(engine.num_blocks, settings, own_seed)))
-        if not searches:
-            return
-        requests = [
-            Request(one.prompt, one.search.request, to_the_end=one.search.base_correct is None) for one in searches
-        ]
-        still_open = []
-        for one, rollout in zip(searches, engine.respond(requests), strict=True):
-            path = one.search.request
-            is_new = one.search.base_correct is None
-            if is_new or rollout.is_right:
-                one.responses[path] = rollout.response
-            one.search.tell(float(rollout.is_right))
-            if one.search.request is None or (is_new and not is_wanted(one.prompt, one.search.base_correct)):
-                engine.forget(one.prompt.question)
-                yield one.close()
-            else:
-                still_open.append(one)
-        searches = still_open
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        settings: SearchSettings,
+        seed: int,
+        concurrency: int,
+        is_wanted: Callable[[Prompt, bool], bool] = lambda prompt, base_correct: True,
+        after_round: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.seed = seed
+        self.concurrency = concurrency
+        self.is_wanted = is_wanted
+        self.after_round = after_round
+        self.simulations = 0
+
+    def search(self, prompts: Iterable[Prompt]) -> Iterator[SearchedQuestion]:
+        """Yields each question as soon as it is finished.
+
+        `prompts` is read only as far as there is room, so that memory does not grow with their number.
+        """
+        waiting = iter(prompts)
+        has_more = True
+        searches: list[_OpenSearch] = []
+        while True:
+            # New questions come in groups, because their default paths make batches of their own.
+            group = min(self.engine.batch_size, -(-self.concurrency // 2))
+            if has_more and len(searches) <= self.concurrency - group:
+                new = [self._open(prompt) for prompt in itertools.islice(waiting, self.concurrency - len(searches))]
+                has_more = len(searches) + len(new) == self.concurrency
+                searches += new
+            if not searches:
+                return
+            requests = [Request(one.prompt, one.search.request, one.search.base_correct is None) for one in searches]
+            rollouts = self.engine.respond(requests)
+            still_open = []
+            for one, rollout in zip(searches, rollouts, strict=True):
+                if self._tell(one, rollout):
+                    still_open.append(one)
+                else:
+                    self.engine.forget(one.prompt.question)
+                    yield one.close()
+            searches = still_open
+            self.after_round()
+
+    def _open(self, prompt: Prompt) -> _OpenSearch:
+        own_seed = question_seed(self.seed, prompt.question.id)
+        return _OpenSearch(prompt, PathSearch(self.engine.num_blocks, self.settings, own_seed))
+
+    def _tell(self, one: _OpenSearch, rollout: Rollout) -> bool:
+        """Whether the search goes on."""
+        search = one.search
+        is_default = search.base_correct is None
+        if is_default or rollout.is_right:
+            one.responses[search.request] = rollout.response
+        walked = search.simulations
+        search.tell(float(rollout.is_right))
+        self.simulations += search.simulations - walked
+        return search.request is not None and (not is_default or self.is_wanted(one.prompt, rollout.is_right))

@@ -8,7 +8,7 @@ import torch
 from data_models import load_path_model
 from drllm import tasks
 from drllm.errors import UserError
-from drllm.rollout import Prompt, Request, RolloutEngine, search_questions
+from drllm.rollout import Prompt, Request, RolloutEngine, SearchPool
 from drllm.search import PathSearch, SearchSettings, question_seed
 from tests import search_toys
 from train_models.paths import default_path, is_allowed, path_to_layer_indices
@@ -137,24 +137,24 @@ def by_id(searched):
 def test_searches_do_not_depend_on_what_runs_beside_them(toy):
     model, tokenizer, prompts = toy
     settings = SearchSettings(num_simulations=6)
-    expected = by_id(search_questions(RolloutEngine(model, tokenizer, 64), prompts, settings, 0, 64))
+    expected = by_id(SearchPool(RolloutEngine(model, tokenizer, 64), settings, 0, 64).search(prompts))
     assert len(expected) == len(prompts)
     assert {result.kind for result, *_ in expected.values()} == {None, "shorter", "wrong_to_right"}
     for batch_size, concurrency, reuse, order in ((1, 1, True, 1), (5, 9, True, -1), (16, 3, False, -1)):
         engine = RolloutEngine(model, tokenizer, batch_size, reuse_default_states=reuse)
-        found = by_id(search_questions(engine, prompts[::order], settings, 0, concurrency))
+        found = by_id(SearchPool(engine, settings, 0, concurrency).search(prompts[::order]))
         assert found == expected
         assert not engine._default_states
         assert not engine._seen
         # Nothing is computed twice: one rollout a distinct path of a question.
         assert engine.rollouts == sum(result.inferences for result, *_ in expected.values())
-    assert by_id(search_questions(RolloutEngine(model, tokenizer, 64), prompts, settings, 1, 64)) != expected
+    assert by_id(SearchPool(RolloutEngine(model, tokenizer, 64), settings, 1, 64).search(prompts)) != expected
 
 
 def test_batched_searches_equal_the_published_way(toy):
     model, tokenizer, prompts = toy
     settings = SearchSettings(num_simulations=6)
-    searched = by_id(search_questions(RolloutEngine(model, tokenizer, 32), prompts, settings, 0, 32))
+    searched = by_id(SearchPool(RolloutEngine(model, tokenizer, 32), settings, 0, 32).search(prompts))
     for prompt in prompts[::4]:
         search = PathSearch(NUM_BLOCKS, settings, question_seed(0, prompt.question.id))
         while search.request is not None:
@@ -165,9 +165,9 @@ def test_batched_searches_equal_the_published_way(toy):
 
 def test_unwanted_searches_end_after_the_default_path(toy):
     model, tokenizer, prompts = toy
-    engine = RolloutEngine(model, tokenizer, 32)
-    settings = SearchSettings(num_simulations=10)
-    for one in search_questions(engine, prompts, settings, 0, 32, lambda prompt, base_correct: not base_correct):
+    engine, settings = RolloutEngine(model, tokenizer, 32), SearchSettings(num_simulations=10)
+    pool = SearchPool(engine, settings, 0, 32, is_wanted=lambda prompt, base_correct: not base_correct)
+    for one in pool.search(prompts):
         assert one.result.inferences == 1 or not one.result.base_correct
         if one.result.base_correct:
             assert (one.result.simulations, one.result.kind) == (0, None)
@@ -184,7 +184,7 @@ def test_questions_are_read_as_there_is_room(toy):
             yield prompt
 
     engine = RolloutEngine(model, tokenizer, 4)
-    searched = search_questions(engine, reading(), SearchSettings(num_simulations=5), 0, 8)
+    searched = SearchPool(engine, SearchSettings(num_simulations=5), 0, 8).search(reading())
     next(searched)
     assert len(read) == 8
     assert len(engine._default_states) <= 8
