@@ -92,10 +92,11 @@ def make_labels(
         "num_layers": layers,
         "dtype": dtype,
         "chat_template": False,
-        "arguments": {},
+        "arguments": {"budget": 2.0},
         "versions": {},
         "commit": None,
         "seed": seed,
+        "labels": len(rows),
         "table2": [],
     }
     (directory / "manifest.json").write_text(json.dumps(manifest))
