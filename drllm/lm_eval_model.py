@@ -31,7 +31,7 @@ from lm_eval.api.model import hash_args
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from data_models import path_model_class
 from drllm.errors import UserError
@@ -221,6 +221,16 @@ class RoutedLM(HFLM):
             )
         self.AUTO_MODEL_CLASS = path_model_class(model_type)
         self._config = AutoConfig.from_pretrained(pretrained, **location)
+
+    def _get_backend(self, *arguments: Any, **kwargs: Any) -> None:
+        self.backend = "causal"
+
+    def _create_tokenizer(self, pretrained: str, tokenizer: Any, **kwargs: Any) -> None:
+        if tokenizer is None and self.is_routed:
+            # With the configuration in hand transformers has no reason to ask for the checkpoint's own code.
+            options = {"revision": kwargs.get("revision"), "subfolder": kwargs.get("subfolder") or ""}
+            tokenizer = AutoTokenizer.from_pretrained(pretrained, config=self._config, **options)
+        super()._create_tokenizer(pretrained, tokenizer, **kwargs)
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         super()._create_model(pretrained, **kwargs, **(self._routing if self.is_routed else {}))

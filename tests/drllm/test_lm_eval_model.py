@@ -1,0 +1,293 @@
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from drllm.errors import UserError
+from drllm.evaluate import lm_eval_arguments
+from tests.eval_toys import (
+    evaluate,
+    make_base,
+    make_routed,
+    make_tasks,
+    metrics,
+    responses,
+    routed_lm,
+    stock_lm,
+)
+from train_models import RoutedLlamaForCausalLM
+
+GENERATION = ["drllm_arc_easy", "drllm_dart_1", "toy_stop"]
+CHOICES = ["toy_choice", "toy_label"]
+BLOCKS = 6
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, stock_model) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"), stock_model)
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory, base) -> Path:
+    return make_routed(base, tmp_path_factory.mktemp("routed"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+def _close(first, second) -> bool:
+    """Equal texts, and log-likelihoods equal up to fp32 rounding."""
+    if isinstance(first, float):
+        return first == pytest.approx(second, abs=2e-4)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(_close, first, second))
+    return first == second
+
+
+def _counts(results: dict) -> dict:
+    return results["config"]["block_applications"]
+
+
+@pytest.mark.parametrize("batch_size", [8, "auto"])
+def test_results_do_not_depend_on_the_batch_size(routed, folder, batch_size):
+    alone = evaluate(routed_lm(routed), folder, GENERATION + CHOICES)
+    together = evaluate(routed_lm(routed, batch_size), folder, GENERATION + CHOICES)
+    assert metrics(alone) == metrics(together)
+    assert _counts(alone) == _counts(together)
+    first, second = responses(alone), responses(together)
+    assert first.keys() == second.keys()
+    assert all(_close(first[task], second[task]) for task in first)
+    shares = _counts(alone)["drllm_arc_easy"]["share"]
+    assert all(share > 0 for share in shares.values()), "the toy routers must use every action"
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_static_routing_equals_lm_evals_own_model(base, routed, folder, batch_size):
+    tasks = [*GENERATION, *CHOICES, "toy_rolling"]
+    stock = evaluate(stock_lm(base, batch_size), folder, tasks)
+    for ours in (
+        evaluate(routed_lm(routed, batch_size, is_static_routing=True), folder, tasks),
+        evaluate(routed_lm(base, batch_size), folder, tasks),
+    ):
+        found, expected = metrics(ours), metrics(stock)
+        perplexity = found.pop("toy_rolling"), expected.pop("toy_rolling")
+        assert found == expected
+        assert perplexity[0] == pytest.approx(perplexity[1], rel=1e-5)
+        mine, theirs = responses(ours), responses(stock)
+        assert all(_close(mine[task], theirs[task]) for task in theirs)
+        counts = _counts(ours)
+        assert all(task["blocks_per_pass"] == BLOCKS for task in counts.values())
+        assert counts["toy_label"]["blocks_per_query"] == BLOCKS  # one prefill answers all four labels
+        assert counts["drllm_arc_easy"]["share"] == {"skip": 0.0, "execute": 1.0, "repeat": 0.0}
+
+
+def test_routing_changes_something(base, routed, folder):
+    assert responses(evaluate(routed_lm(base), folder, CHOICES)) != responses(
+        evaluate(routed_lm(routed), folder, CHOICES)
+    )
+
+
+class _HookCounter:
+    """Counts the rows that run through each block of a model."""
+
+    def __init__(self, model):
+        self.rows = self.calls = 0
+        for layer in model.model.layers:
+            layer.register_forward_hook(self._count)
+
+    def _count(self, module, inputs, output):
+        self.rows += inputs[0].shape[0]
+        self.calls += 1
+
+
+@pytest.mark.parametrize(
+    ("tasks", "batch_size"), [(GENERATION, 1), (["toy_choice"], 1), (["toy_choice"], 4), (["toy_label"], 4)]
+)
+def test_counted_layers_are_those_that_ran(routed, folder, tasks, batch_size):
+    lm = routed_lm(routed, batch_size)
+    counter = _HookCounter(lm.model)
+    counts = _counts(evaluate(lm, folder, tasks))
+    assert counter.rows == sum(task["blocks"] for task in counts.values()) > 0
+
+
+def test_rows_that_have_ended_are_not_counted(base, folder):
+    lm = routed_lm(base, batch_size=6)
+    results = evaluate(lm, folder, ["toy_stop"])
+    counts = _counts(results)["toy_stop"]
+    texts = [text for [[text]] in responses(results)["toy_stop"]]
+    passes = [query["passes"] for query in lm.layer_counts.queries()]
+    assert len(set(passes)) > 1, "the toy rows must end at different lengths"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for text, needed in zip(texts, passes, strict=True):
+        assert needed == min(9, len(tokenizer.tokenize(text)) + 1)  # the stop or end token is a pass, too
+    assert counts["blocks"] == BLOCKS * sum(passes)
+
+
+def test_options_follow_the_path_that_the_prompt_alone_gives(routed, folder):
+    lm = routed_lm(routed, batch_size=4)
+    results = evaluate(lm, folder, ["toy_choice"])
+    model = RoutedLlamaForCausalLM.from_pretrained(routed, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(routed)
+    seen = set()
+    for sample, query in zip(results["samples"]["toy_choice"], lm.layer_counts.queries(), strict=True):
+        tokens = tokenizer(sample["doc"]["question"], return_tensors="pt").input_ids
+        with torch.no_grad():
+            (path,) = model(tokens).paths.tolist()
+        assert query["paths"] == ["".join(map(str, path))]
+        seen |= set(query["paths"])
+    assert len(seen) > 1
+
+
+def test_prompt_is_computed_once_for_all_options(routed, folder):
+    lm = routed_lm(routed)
+    tokens = []
+    lm.model.model.register_forward_pre_hook(
+        lambda module, arguments, options: tokens.append(options["input_ids"].shape), with_kwargs=True
+    )
+    results = evaluate(lm, folder, ["toy_choice"])
+    documents = results["samples"]["toy_choice"]
+    prefills = [shape for shape in tokens if shape[0] == 1]
+    options = [shape for shape in tokens if shape[0] > 1]
+    assert len(prefills) + len(options) == len(tokens)
+    assert len(prefills) >= len(documents) >= len(options)
+    assert len(tokens) <= 2 * len(documents)
+
+
+def test_a_fixed_path_is_followed_and_counted(base, routed, folder):
+    for checkpoint in (base, routed):
+        results = evaluate(routed_lm(checkpoint, 4, path=11021), folder, ["drllm_arc_easy", "toy_choice"])
+        for counts in _counts(results).values():
+            assert counts["blocks_per_pass"] == 5
+            assert counts["share_per_block"]["skip"] == [1, 0, 0, 1, 0, 0]
+        assert results["config"]["routing"]["path"] == "011021"
+
+
+def test_answers_are_cached_with_their_counts(base, routed, folder, tmp_path):
+    cache, tasks = str(tmp_path / "answers.db"), ["drllm_arc_easy", "toy_choice"]
+    first = evaluate(routed_lm(routed, 4, response_cache=cache), folder, tasks)
+    again = routed_lm(routed, 1, response_cache=cache)
+    counter = _HookCounter(again.model)
+    second = evaluate(again, folder, tasks)
+    assert counter.calls == 0
+    assert metrics(first) == metrics(second)
+    assert _counts(first) == _counts(second)
+    assert responses(first) == responses(second)
+    # other weights or settings never see these answers
+    for other in (
+        routed_lm(base, response_cache=cache),
+        routed_lm(routed, response_cache=cache, is_static_routing=True),
+        routed_lm(routed, response_cache=cache, routing_control=0.0),
+        routed_lm(routed, response_cache=cache, num_windows=2),
+        routed_lm(make_routed(base, tmp_path / "other", seed=1), response_cache=cache),
+    ):
+        counter = _HookCounter(other.model)
+        evaluate(other, folder, ["toy_label"])
+        results = evaluate(other, folder, tasks)
+        assert counter.calls > 0
+        assert _counts(results)["toy_choice"]["queries"] == 6
+
+
+def test_lm_evals_own_cache_is_refused(routed, folder, tmp_path):
+    with pytest.raises(UserError, match=r"drllm\.evaluate --use_cache"):
+        evaluate(routed_lm(routed), folder, ["toy_label"], use_cache=str(tmp_path / "cache"))
+
+
+def test_routing_log_has_a_line_a_query(routed, folder, tmp_path):
+    log = tmp_path / "logs" / "routing.jsonl"
+    results = evaluate(routed_lm(routed, routing_log=str(log)), folder, ["drllm_arc_easy", "toy_choice"])
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(rows) == 12
+    blocks = sum(row["blocks"] for row in rows if row["task"] == "toy_choice")
+    assert blocks == _counts(results)["toy_choice"]["blocks"]
+    assert all(len(path) == BLOCKS for row in rows for path in row["paths"])
+
+
+def test_bad_arguments_are_refused(base, routed, folder, tmp_path):
+    with pytest.raises(UserError, match="without routers: leave routing_control away"):
+        routed_lm(base, routing_control=0.0)
+    with pytest.raises(UserError, match="one digit 0"):
+        routed_lm(base, path=1111111)
+    with pytest.raises(UserError, match="one digit 0"):
+        routed_lm(base, path="000000")
+    with pytest.raises(UserError, match="could not load"):
+        routed_lm(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="routing_control is 3"):
+        routed_lm(routed, routing_control=3)
+    with pytest.raises(UserError, match="num_beams"):
+        evaluate(routed_lm(routed), folder, ["toy_stop"], gen_kwargs="num_beams=2")
+
+
+def test_other_windows_than_in_training_are_said_aloud(routed, tmp_path, caplog):
+    model = RoutedLlamaForCausalLM.from_pretrained(routed)
+    model.config.trained_num_windows = 8
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(routed).save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert routed_lm(tmp_path, num_windows=3).config.num_windows == 3
+    assert "trained with num_windows=8" in caplog.text
+
+
+def test_launcher_arguments(tmp_path):
+    arguments = lm_eval_arguments(
+        [
+            "--model_args",
+            "pretrained=x,dtype=float32",
+            "--use_cache",
+            "c.db",
+            "--data_dir",
+            str(tmp_path),
+            "--tasks",
+            "t",
+        ]
+    )
+    joined = " ".join(arguments)
+    assert "--model drllm --model_args pretrained=x,dtype=float32,response_cache=c.db" in joined
+    assert f"--metadata data_dir={tmp_path}" in joined
+    assert "--use_cache" not in joined
+    assert "eval_tasks" in joined
+    kept = " ".join(lm_eval_arguments(["--model", "hf", "--use_cache", "c.db", "--tasks", "t"]))
+    assert "--use_cache c.db" in kept
+    with pytest.raises(UserError, match=r"--data_dir .*nowhere does not exist"):
+        lm_eval_arguments(["--data_dir", str(tmp_path / "nowhere")])
+
+
+def _launch(arguments: list[str], processes: int = 1) -> None:
+    module = ["-m", "drllm.evaluate", *arguments]
+    if processes > 1:
+        module = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), *module]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *module], capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def _saved(folder: Path) -> dict:
+    (path,) = folder.rglob("results_*.json")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+def test_command_line_with_one_and_two_processes(routed, folder, tmp_path):
+    found = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        tasks = f"drllm_arc,{folder}/toy_choice.yaml"
+        _launch(
+            f"--model_args pretrained={routed},dtype=float32 --tasks {tasks} --data_dir {folder} "
+            f"--device cpu --output_path {output} --batch_size 4".split(),
+            processes,
+        )
+        found.append(_saved(output))
+    one, two = found
+    assert metrics(one) == metrics(two)
+    assert _counts(one) == _counts(two)
+    assert _counts(one)["drllm_arc_easy"]["queries"] == 6
