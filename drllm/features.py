@@ -58,16 +58,16 @@ class PassStatistics:
     seconds: float = 0.0
 
 
-def pad_batch(
-    examples: Sequence[Example], pad_token_id: int, device: torch.device | str = "cpu"
+def pad_ids(
+    prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """Left-pad prompts as generation does: input_ids and attention_mask [B, T]."""
-    longest = max(len(e.token_ids) for e in examples)
-    input_ids = torch.full((len(examples), longest), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros((len(examples), longest), dtype=torch.long)
-    for row, example in enumerate(examples):
-        input_ids[row, longest - len(example.token_ids) :] = torch.tensor(example.token_ids)
-        attention_mask[row, longest - len(example.token_ids) :] = 1
+    """Left-pad prompts of token ids as generation does: input_ids and attention_mask [B, T]."""
+    longest = max(len(token_ids) for token_ids in prompts)
+    input_ids = torch.full((len(prompts), longest), pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros((len(prompts), longest), dtype=torch.long)
+    for row, token_ids in enumerate(prompts):
+        input_ids[row, longest - len(token_ids) :] = torch.tensor(token_ids)
+        attention_mask[row, longest - len(token_ids) :] = 1
     return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
 
 
@@ -230,7 +230,7 @@ def router_inputs(model, examples: Sequence[Example], pad_token_id: int = 0) -> 
         windows [B, L, W, d] in the model's dtype and window_mask bool [B, W], both on the model's device.
     """
     output = model.model(
-        **pad_batch(examples, pad_token_id, model.device),
+        **pad_ids([e.token_ids for e in examples], pad_token_id, model.device),
         layer_indices=[path_to_layer_indices(e.path) for e in examples],
         use_cache=False,
         output_router_inputs=True,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from drllm.features import PassStatistics
 from train_models.paths import path_to_layer_indices
 
 
@@ -74,14 +76,14 @@ class FullModelRouters(nn.Module):
         self.routers = routed.model.routers
         self.teacher_forcing = teacher_forcing
         self._routed = (routed,)  # in a tuple, torch doesn't register the base weights
-        self.block_applications = 0
-        self.forward_passes = 0
+        self.statistics = PassStatistics()
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, paths: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """{"logits": float32 [B, L, 3]} for prompts [B, T]; paths [B, L] are followed under teacher forcing."""
         (routed,) = self._routed
+        start = time.perf_counter()
         output = routed.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -89,8 +91,10 @@ class FullModelRouters(nn.Module):
             use_cache=False,
             output_router_logits=True,
         )
-        self.block_applications += int(routed.block_applications.sum())
-        self.forward_passes += 1
+        self.statistics.examples += len(input_ids)
+        self.statistics.forward_passes += 1
+        self.statistics.block_applications += int(routed.block_applications.sum())
+        self.statistics.seconds += time.perf_counter() - start
         return {"logits": output.router_logits}
 
 

@@ -8,6 +8,7 @@ model at every step instead: the slow path, kept as a rival and as a reference.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
@@ -34,7 +35,7 @@ from transformers import (
 )
 
 from drllm.errors import UserError
-from drllm.features import Example, FeatureStore, PassStatistics, compute_features, duration, pad_batch
+from drllm.features import Example, FeatureStore, compute_features, duration, pad_ids
 from drllm.losses import class_counts, effective_number_weights, routing_loss
 from drllm.metrics import routing_metrics
 from drllm.provenance import commit, dtype_name, fingerprint, parse_dtype, versions
@@ -115,7 +116,7 @@ class _PromptCollator:
     def __call__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         batch = [self.examples[i] for i in indices]
         paths = torch.tensor([e.path for e in batch])
-        return pad_batch(batch, self.pad_token_id) | {"paths": paths, "labels": paths.clone()}
+        return pad_ids([e.token_ids for e in batch], self.pad_token_id) | {"paths": paths, "labels": paths.clone()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -298,7 +299,8 @@ def train_routers(config: RouterTrainingConfig, callbacks: Sequence[TrainerCallb
     Raises:
         UserError: bad arguments or labels, labels of another model, a folder that holds another run, NaN loss.
     """
-    state = PartialState()
+    # A process that is done with its share of the features waits for the others, for hours if need be.
+    state = PartialState(timeout=datetime.timedelta(days=1))
     say = print if state.is_main_process else _silence
     _check_config(config)
     labels = load_labels(config.data, config.with_squad, config.with_commonsense, say)
@@ -379,7 +381,7 @@ def train_routers(config: RouterTrainingConfig, callbacks: Sequence[TrainerCallb
         "alpha": effective_number_weights(counts, config.beta).tolist(),
         "best_step": result.best_step,
         "steps": result.steps,
-        "features": dataclasses.asdict(store.statistics if store else PassStatistics()),
+        "base_model_passes": dataclasses.asdict(store.statistics if store else module.statistics),
         "seconds_training": result.seconds,
         "seconds": time.perf_counter() - start,
         "base_model": {"name": model_id, "revision": revision, "fingerprint": found, "dtype": dtype_name(dtype)},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from drllm.features import Example, pad_batch
+from drllm.features import pad_ids
 from drllm.losses import routing_loss
 from drllm.router_modules import FullModelRouters, StackedRouters, init_final_biases
 from train_models import RouterBlock, retrofit
@@ -93,8 +93,7 @@ PATHS = [(1, 1, 0, 2, 1, 1), (2, 0, 1, 1, 0, 1)]
 
 
 def full_model_batch() -> dict[str, torch.Tensor]:
-    examples = [Example("s/a", tuple(range(1, 30)), PATHS[0]), Example("s/b", (3, 4, 5), PATHS[1])]
-    return pad_batch(examples, 0) | {"paths": torch.tensor(PATHS)}
+    return pad_ids([range(1, 30), (3, 4, 5)], 0) | {"paths": torch.tensor(PATHS)}
 
 
 def test_the_full_model_follows_labels_under_teacher_forcing(routed):
@@ -113,7 +112,7 @@ def test_the_full_model_follows_its_own_decisions_without(routed):
     own = routed(**batch, output_router_logits=True)
     torch.testing.assert_close(found, own.router_logits)
     assert torch.equal(own.router_logits.argmax(-1), own.paths.long())
-    assert module.block_applications == own.paths.sum()
+    assert module.statistics.block_applications == own.paths.sum()
     found.sum().backward()
     assert all(router.layers[0].weight.grad is not None for router in routed.model.routers)
     assert {name.split(".")[0] for name, _ in module.named_parameters()} == {"routers"}
