@@ -272,8 +272,8 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         if not state.is_main_process:
             raise SystemExit(130) from None
-        done = len(selection.records)
-        raise KeyboardInterrupt(f"at least {done} questions are finished in {folder}; the same command continues") from None
+        safe = f"at least {len(selection.records)} finished questions are in {folder}"
+        raise KeyboardInterrupt(f"{safe}; the same command continues") from None
 
 
 if __name__ == "__main__":

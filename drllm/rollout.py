@@ -115,7 +115,9 @@ class RolloutEngine:
         self.rollouts = 0
         self.block_tokens = 0
         self._default_states: dict[str, _DefaultStates] = {}
-        self._seen: dict[str, dict[tuple[int, ...], tuple[bool, Rollout]]] = {}  # question id -> tokens -> `_rollout`
+        # What is known of the responses of the questions being searched, by question id and tokens: there are few.
+        self._settled: dict[str, dict[tuple[int, ...], bool]] = {}
+        self._graded: dict[str, dict[tuple[int, ...], Rollout]] = {}
 
     def respond(self, requests: Sequence[Request]) -> list[Rollout]:
         """One rollout a request, in the order of `requests`, which may hold any mixture of questions and paths."""
@@ -137,14 +139,15 @@ class RolloutEngine:
                     self._halve(batch)
                     continue
                 for row in batch:
-                    rollouts[row.place] = self._rollout(row.request, tuple(row.tokens))[1]
+                    rollouts[row.place] = self._grade(row.request.prompt.question, tuple(row.tokens))
                 waiting = waiting[len(batch) :]
         return rollouts
 
     def forget(self, question: Question) -> None:
         """Gives back the memory that `question` holds; call it when its search is over."""
         self._default_states.pop(question.id, None)
-        self._seen.pop(question.id, None)
+        self._settled.pop(question.id, None)
+        self._graded.pop(question.id, None)
 
     @torch.inference_mode()
     def _run(self, batch: list[_Row]) -> None:
@@ -244,20 +247,24 @@ class RolloutEngine:
             return True
         if not row.tokens or row.request.to_the_end:
             return False
-        return self._rollout(row.request, tuple(row.tokens))[0]
+        return self._is_settled(row.request.prompt.question, tuple(row.tokens))
 
-    def _rollout(self, request: Request, tokens: tuple[int, ...]) -> tuple[bool, Rollout]:
-        """(whether the reward is settled whatever follows, the rollout if it ended here), computed once."""
-        question = request.prompt.question
-        seen = self._seen.setdefault(question.id, {})
-        if tokens not in seen:
+    def _is_settled(self, question: Question, tokens: tuple[int, ...]) -> bool:
+        """Whether the reward of a response that begins with `tokens` is known, whatever follows."""
+        known = self._settled.setdefault(question.id, {})
+        if tokens not in known:
             response = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            is_possible = tasks.can_still_be_right(question, response)
-            is_right = is_possible and tasks.grade(question, response)
-            # The first closed box decides, so that what follows a right one is of no interest either.
+            # The first closed box decides, so what follows a right one is of no interest either.
             is_boxed = tasks.SETS[question.set].kind == "math" and first_box(response) is not None
-            seen[tokens] = not is_possible or is_boxed, Rollout(response, is_right)
-        return seen[tokens]
+            known[tokens] = is_boxed or not tasks.can_still_be_right(question, response)
+        return known[tokens]
+
+    def _grade(self, question: Question, tokens: tuple[int, ...]) -> Rollout:
+        known = self._graded.setdefault(question.id, {})
+        if tokens not in known:
+            response = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            known[tokens] = Rollout(response, tasks.grade(question, response))
+        return known[tokens]
 
     def _halve(self, batch: list[_Row]) -> None:
         """Makes room after a batch ran out of memory, or gives up on one that cannot be smaller."""

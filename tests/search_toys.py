@@ -16,11 +16,10 @@ from drllm.tasks import load_questions
 
 LETTERS = ["A", "B", "C", "D"]
 BOXES = [f"\\boxed{{{value}}}" for value in range(6)]
-FILLERS = ["so", "then"]
 WORDS = [f"w{number}" for number in range(40)]
 FIXED = ["Question:", "Problem:", "Answer:", "with", "the", "label", "A.", "B.", "C.", "D."]
-VOCABULARY = ["<unk>", "<s>", "</s>", *LETTERS, *BOXES, *FILLERS, *WORDS, *FIXED]
-ANSWERS = range(2, 3 + len(LETTERS + BOXES + FILLERS))  # ids that the model may answer with, </s> among them
+VOCABULARY = ["<unk>", "<s>", "</s>", *LETTERS, *BOXES, *WORDS, *FIXED]
+ANSWERS = range(2, 3 + len(LETTERS + BOXES))  # ids that the model may answer with, </s> among them
 
 
 def make_model(folder: Path, stock_model) -> Path:

@@ -145,7 +145,8 @@ def test_searches_do_not_depend_on_what_runs_beside_them(toy):
         found = by_id(SearchPool(engine, settings, 0, concurrency).search(prompts[::order]))
         assert found == expected
         assert not engine._default_states
-        assert not engine._seen
+        assert not engine._settled
+        assert not engine._graded
         # Nothing is computed twice: one rollout a distinct path of a question.
         assert engine.rollouts == sum(result.inferences for result, *_ in expected.values())
     assert by_id(SearchPool(RolloutEngine(model, tokenizer, 64), settings, 1, 64).search(prompts)) != expected
