@@ -8,9 +8,9 @@ follows them, and no router decides twice.
 from collections.abc import Sequence
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, StaticCache
 
-from .paths import Path
+from .paths import EXECUTE, REPEAT, Path
 
 
 class RowSchedule:
@@ -91,22 +91,32 @@ class PathCache(DynamicCache):
     that the caller holds is right after the call.
     """
 
-    def __init__(self, config: PreTrainedConfig | None = None):
+    def __init__(self, config: PreTrainedConfig | None = None, max_cache_len: int | None = None):
+        """
+        Args:
+            config: of the model; None leaves making the slots to the first forward pass.
+            max_cache_len: tokens to allocate a slot for at its first use, for compiled blocks; None grows as needed.
+        """
         super().__init__()
-        self._start(config)
+        self._start(config, max_cache_len)
 
-    def _start(self, config: PreTrainedConfig | None) -> None:
+    def _start(self, config: PreTrainedConfig | None, max_cache_len: int | None) -> None:
         self.schedule: RowSchedule | None = None
         self.tokens_seen = 0
         self.forward_passes = 0
-        self._num_blocks = 0
+        self._config = config
+        self._max_cache_len = max_cache_len
         if config is not None:
-            self._make_slots(config)
+            self._make_slots()
 
-    def _make_slots(self, config: PreTrainedConfig) -> None:
+    def _make_slots(self) -> None:
         recording = any(getattr(layer, "record_past", False) for layer in self.layers)
-        self.layers = DynamicCache(config=config).layers + DynamicCache(config=config).layers
-        self._num_blocks = config.num_hidden_layers
+        self.layers = []
+        for _visit in (EXECUTE, REPEAT):
+            if self._max_cache_len is None:
+                self.layers += DynamicCache(config=self._config).layers
+            else:
+                self.layers += StaticCache(config=self._config, max_cache_len=self._max_cache_len).layers
         if recording:
             self.activate_past_recording()
 
@@ -114,29 +124,30 @@ class PathCache(DynamicCache):
     def of(cls, cache, config: PreTrainedConfig) -> "PathCache":
         """`cache` itself, ready for a model of `config`; None gives a new one.
 
-        Raises ValueError for a cache that already holds keys of another model run, and for kinds of caches (static,
-        quantised, offloaded) that cannot hold two visits of a block.
+        Raises ValueError for a cache that already holds keys of another model run, and for kinds of caches (quantised,
+        offloaded) that cannot hold two visits of a block.
         """
         if cache is None:
             return cls(config)
         if isinstance(cache, PathCache):
-            if not cache._num_blocks:
-                cache._make_slots(config)
+            if cache._config is None:
+                cache._config = config
+                cache._make_slots()
             return cache
-        if type(cache) is not DynamicCache or cache.offloading:
+        if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
             kind = "an offloaded cache" if getattr(cache, "offloading", False) else f"a {type(cache).__name__}"
             raise ValueError(
                 f"past_key_values is {kind}, which has no room for the second visit of a repeated block; leave "
-                "past_key_values and cache_implementation away, or pass a DynamicCache() or PathCache()"
+                "past_key_values and cache_implementation away, or pass a DynamicCache(), StaticCache() or PathCache()"
             )
         if cache.get_seq_length() > 0:
             raise ValueError(
                 "past_key_values already holds tokens, but no path was decided for them; pass an empty cache and the "
                 "whole prompt"
             )
+        max_cache_len = cache.get_max_length() if type(cache) is StaticCache else None
         cache.__class__ = cls
-        cache._start(None)
-        cache._make_slots(config)
+        cache._start(config, max_cache_len)
         return cache
 
     @property
@@ -151,7 +162,7 @@ class PathCache(DynamicCache):
 
     def slot(self, block: int, visit: int) -> _Slot:
         """What the attention of `block` gets as its cache on its (`visit` + 1)-th visit."""
-        return _Slot(self, block + visit * self._num_blocks)
+        return _Slot(self, block + visit * self._config.num_hidden_layers)
 
     def advance(self, schedule: RowSchedule, num_tokens: int) -> None:
         """Notes that a forward pass over `num_tokens` new tokens a row has ended."""
@@ -168,20 +179,19 @@ class PathCache(DynamicCache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(key length, key offset) of the masks for the kind of layer (full or sliding) at `layer_idx`."""
         kind = self.layers[layer_idx].is_sliding
-        in_use = (slot for slot in self.layers if slot.is_sliding == kind and slot.get_seq_length() > 0)
+        in_use = (slot for slot in self.layers if slot.is_sliding == kind and slot.is_initialized)
         if (slot := next(in_use, None)) is not None:
             return slot.get_mask_sizes(query_length)
-        return self.tokens_seen + query_length, 0
+        return self._max_cache_len or self.tokens_seen + query_length, 0
 
     def reset(self) -> None:
         """Empties the cache; the next forward pass is a prefill and decides anew."""
-        super().reset()
-        self.schedule, self.tokens_seen, self.forward_passes = None, 0, 0
+        self._start(self._config, self._max_cache_len)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last -`tokens_to_remove` tokens (a negative number, as in transformers) from every row."""
         for layer in self.layers:
-            if layer.get_seq_length() > 0:
+            if layer.is_initialized:
                 layer.crop(tokens_to_remove)
         self.tokens_seen -= abs(tokens_to_remove)
 
@@ -196,11 +206,12 @@ class PathCache(DynamicCache):
                 # A slot is compact: it holds only the rows of this visit, in the order of the batch.
                 position = {row: place for place, row in enumerate(old.rows_of(block, visit))}
                 chosen = [position[row] for row in wanted if row in position]
-                slot = self.layers[block + visit * self._num_blocks]
+                slot = self.layers[block + visit * self._config.num_hidden_layers]
                 if not chosen:
-                    slot.reset()
+                    slot.keys = slot.values = None
+                    slot.is_initialized = False
                 elif chosen != list(range(len(position))):
-                    slot.batch_select_indices(torch.tensor(chosen, device=slot.keys.device))
+                    slot.reorder_cache(torch.tensor(chosen, device=slot.keys.device))
         self.schedule = RowSchedule.of([paths[row] for row in wanted], len(old), old.device)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

@@ -305,6 +305,18 @@ class CausalLMOverPaths:
         """See `FollowsPaths.block_applications`."""
         return self.model.block_applications
 
+    def compile_blocks(self, **compile_arguments) -> None:
+        """Compiles each block with `torch.compile(**compile_arguments)`; one compilation serves all blocks and paths.
+
+        The loop over the blocks stays in Python, as its path differs from prompt to prompt. Pass a static cache
+        (`PathCache(max_cache_len=...)`, or cache_implementation="static" to `generate`), so that shapes stay the same.
+        """
+        for block in self.model.layers:
+            block.compile(**compile_arguments)
+
+    def _valid_auto_compile_criteria(self, *_args, **_kwargs) -> bool:
+        return False  # `generate` would compile the whole loop, anew for each path; see `compile_blocks`
+
     def _expand_inputs_for_generation(self, expand_size: int = 1, layer_indices=None, **kwargs):
         # The stock method repeats tensors for beams and return sequences; a list of paths needs the same.
         if layer_indices is not None and has_a_path_per_row(layer_indices):

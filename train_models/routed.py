@@ -262,6 +262,7 @@ class RoutedCausalLM(CausalLMOverPaths):
     def prepare_inputs_for_generation(
         self,
         input_ids,
+        attention_mask=None,
         inputs_embeds=None,
         prompt_mask=None,
         prompt_length=None,
@@ -270,9 +271,17 @@ class RoutedCausalLM(CausalLMOverPaths):
     ):
         """The stock inputs, and at prefill what the routers may read."""
         inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
         if is_first_iteration:
+            # With a static cache the stock method prepares masks that no longer tell where the prompt is.
+            if prompt_mask is None and (attention_mask is None or attention_mask.ndim == 2):
+                prompt = input_ids if inputs_embeds is None else inputs_embeds[:, :, 0]
+                prompt_mask = torch.ones_like(prompt, dtype=torch.bool) if attention_mask is None else attention_mask
             inputs |= {"prompt_mask": prompt_mask, "prompt_length": prompt_length}
         return inputs
 

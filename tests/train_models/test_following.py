@@ -4,7 +4,8 @@ import random
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from data_models import load_path_model
 from train_models import PathCache
@@ -124,8 +125,8 @@ def test_a_stock_cache_handed_in_ends_up_right(family, stock_checkpoint):
 def test_caches_without_room_are_refused_with_a_sentence(stock_checkpoint):
     model = load_path_model(stock_checkpoint("llama"), dtype=torch.float32)
     input_ids = prompts(1)
-    with pytest.raises(ValueError, match="StaticCache, which has no room"):
-        model(input_ids, past_key_values=StaticCache(config=model.config, max_cache_len=16))
+    with pytest.raises(ValueError, match="a Cache, which has no room"):
+        model(input_ids, past_key_values=Cache(layer_class_to_replicate=DynamicLayer))
     with pytest.raises(ValueError, match="an offloaded cache"):
         model(input_ids, past_key_values=DynamicCache(offloading=True))
     filled = DynamicCache()
@@ -248,3 +249,37 @@ def test_an_unsupported_family_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match="'gpt2' is not supported; supported are llama, qwen2, qwen3"):
         load_path_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("path", NAMED_PATHS.values(), ids=NAMED_PATHS.keys())
+def test_a_static_cache_gives_the_same_tokens(model, path):
+    layer_indices = [path_to_layer_indices(path), path_to_layer_indices((1, 0, 2, 1, 0, 1))]
+    input_ids = prompts(2)
+    mask = torch.ones_like(input_ids)
+    mask[0, :3] = 0
+    expected = greedy(model, input_ids, attention_mask=mask, layer_indices=layer_indices)
+    static = StaticCache(config=model.config, max_cache_len=16)
+    for arguments in ({"cache_implementation": "static"}, {"past_key_values": static}):
+        tokens = greedy(model, input_ids, attention_mask=mask, layer_indices=layer_indices, **arguments)
+        assert torch.equal(tokens, expected)
+    used = [slot.is_initialized for slot in static.layers]
+    assert used == [any(each.count(block) > visit for each in layer_indices) for visit in (0, 1) for block in range(6)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_blocks_give_the_same_tokens(family, stock_checkpoint):
+    paths = [*NAMED_PATHS.values(), *random_paths(2, seed=4)]
+    input_ids = prompts(2)
+    arguments = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(input_ids)}
+    model = load_path_model(stock_checkpoint(family), dtype=torch.float32)
+    expected = [model.generate(input_ids, layer_indices=path_to_layer_indices(path), **arguments) for path in paths]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.compile_blocks()
+    for path, tokens in zip(paths, expected, strict=True):
+        static = model.generate(
+            input_ids, layer_indices=path_to_layer_indices(path), cache_implementation="static", **arguments
+        )
+        assert torch.equal(static, tokens)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4, "one compilation serves every block"

@@ -140,8 +140,9 @@ def test_the_decision_is_made_once_and_kept_with_the_cache(family, routed):
         hook.remove()
     assert len(calls) == NUM_BLOCKS, "one call a router, at prefill"
     assert output.past_key_values.paths == [tuple(path) for path in model(input_ids).paths.tolist()]
-    uncached = model.generate(input_ids, attention_mask=mask, max_new_tokens=7, do_sample=False, use_cache=False)
-    assert torch.equal(output.sequences, uncached)
+    for arguments in ({"use_cache": False}, {"cache_implementation": "static"}):
+        again = model.generate(input_ids, attention_mask=mask, max_new_tokens=7, do_sample=False, **arguments)
+        assert torch.equal(output.sequences, again)
 
 
 def test_block_applications_equal_a_count_by_hooks(routed):
