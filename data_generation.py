@@ -258,13 +258,13 @@ def main(arguments: list[str] | None = None) -> None:
     pool.after_round = display.after_round
     remaining = selection.remaining(state.process_index, state.num_processes)
     try:
-        for searched in pool.search(prompts_of(remaining, model, tokenizer, chat)):
-            progress.append(labels.to_row(searched))
-        progress.close()
-        state.wait_for_everyone()
-        progress.update()
-        display.show()
-        display.bar.close()
+        with display.bar:
+            for searched in pool.search(prompts_of(remaining, model, tokenizer, chat)):
+                progress.append(labels.to_row(searched))
+            progress.close()
+            state.wait_for_everyone()
+            progress.update()
+            display.show()
         if state.is_main_process:
             print_table2(labels.finish(folder, progress), folder)
         state.wait_for_everyone()

@@ -1,0 +1,311 @@
+"""data_generation.py as a person runs it: end to end, killed, interrupted, on a full disk, with bad input."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import data_generation
+from drllm import labels
+from tests import search_toys
+
+ROOT = Path(data_generation.__file__).parent
+SMALL_SEARCH = ["--dataset", "arc,dart-1", "--num_simulations", "8", "--samples", "12", "--batch_size", "16"]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory, stock_model):
+    """Arguments that choose the toy model and its data."""
+    folder = tmp_path_factory.mktemp("toy")
+    search_toys.make_model(folder / "model", stock_model)
+    search_toys.make_data(folder / "data", 40)
+    return ["--model", str(folder / "model"), "--data_dir", str(folder / "data")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(toy, tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert data_generation.main([*toy, *SMALL_SEARCH, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def start(arguments: list[str], num_processes: int = 1) -> subprocess.Popen:
+    """The script in a session of its own, so that all its processes can be killed at one instant."""
+    command = [sys.executable, str(ROOT / "data_generation.py"), *arguments]
+    if num_processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = str(probe.getsockname()[1])
+        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(num_processes)]
+        command = [sys.executable, *launch, "--main_process_port", port, *command[1:]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, start_new_session=True, env=environment, cwd=ROOT, **pipes)
+
+
+def kill(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def lines_in(folder: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in (folder / "progress").glob("*.jsonl"))
+
+
+def wait_for_lines(process: subprocess.Popen, folder: Path, count: int) -> None:
+    """Waits until `count` questions are finished, or the script is."""
+    while lines_in(folder) < count and process.poll() is None:
+        time.sleep(0.002)
+
+
+def labels_of(folder: Path) -> bytes:
+    return (folder / "labels.jsonl").read_bytes()
+
+
+def test_labels_manifest_and_table(toy, undisturbed, tmp_path, capsys):
+    assert data_generation.main([*toy, *SMALL_SEARCH, "--output_dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert " ".join(out[0].split()) == (
+        "set original sampled visited inferences wrong-to-right base accuracy layers saved"
+    )
+    assert [line.split()[0] for line in out[1:5]] == ["arc_easy", "arc_challenge", "dart-1", "total"]
+    assert out[-1] == f"labels: {tmp_path / 'labels.jsonl'}"
+    found = labels.read_labels(tmp_path)
+    assert labels_of(tmp_path) == labels_of(undisturbed)
+    assert {row["kind"] for row in found.rows} == {"wrong_to_right", "shorter"}
+    for row in found.rows:
+        assert row["inferences"] <= row["simulations"] + 1 <= 9
+        if row["kind"] == "shorter":
+            assert row["base_correct"]
+            assert sum(row["optimal_layer_config"]) < 6
+        else:
+            assert not row["base_correct"]
+        assert row["optimal_layer_config"] in row["good_paths"]
+    manifest = found.manifest
+    expected = {"num_layers": 6, "dtype": "float32", "chat_template": False, "seed": 0}
+    assert {key: manifest[key] for key in expected} == expected
+    assert manifest["arguments"]["num_simulations"] == 8
+    assert len(manifest["model_fingerprint"]) == 16
+    assert sum(row["sampled"] for row in manifest["table2"]) == len(found.rows)
+
+
+@pytest.mark.parametrize("changes", [["--batch_size", "3"], ["--batch_size", "64", "--concurrency", "5"]])
+def test_labels_do_not_depend_on_the_batch(toy, undisturbed, tmp_path, changes):
+    assert data_generation.main([*toy, *SMALL_SEARCH, *changes, "--output_dir", str(tmp_path)]) == 0
+    assert labels_of(tmp_path) == labels_of(undisturbed)
+
+
+def test_killed_and_interrupted_runs_continue(toy, undisturbed, tmp_path):
+    arguments = [*toy, *SMALL_SEARCH, "--concurrency", "8", "--output_dir", str(tmp_path)]
+    process = start(arguments)
+    wait_for_lines(process, tmp_path, 5)
+    kill(process)
+    killed_at = lines_in(tmp_path)
+    assert 5 <= killed_at < 100
+    with (tmp_path / "progress" / "00000.jsonl").open("ab") as file:
+        file.write(b'{"question": "half a li')  # what a kill in the middle of a write leaves
+    process = start(arguments)
+    wait_for_lines(process, tmp_path, killed_at + 5)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("interrupted: at least ")
+    assert last.endswith(f"finished questions are in {tmp_path}; the same command continues")
+    interrupted_at = lines_in(tmp_path)
+    assert killed_at + 5 <= interrupted_at
+    assert data_generation.main(arguments) == 0
+    assert labels_of(tmp_path) == labels_of(undisturbed)
+    # Each question was finished once.
+    records = [json.loads(line) for line in (tmp_path / "progress" / "00000.jsonl").read_bytes().splitlines()]
+    assert len({record["question_id"] for record in records}) == len(records)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_twenty_random_instants_with_changing_processes(toy, undisturbed, tmp_path, seed):
+    choose = random.Random(seed)
+    arguments = [*toy, *SMALL_SEARCH, "--concurrency", "4", "--batch_size", "4", "--output_dir", str(tmp_path)]
+    finished = 0
+    for kills in range(20):
+        process = start(arguments, num_processes=choose.choice([1, 1, 2, 3]))
+        if kills % 4 == 3:
+            time.sleep(choose.uniform(0, 12))  # at any time: also while starting
+        else:
+            wait_for_lines(process, tmp_path, finished + choose.randint(1, 5))
+            time.sleep(choose.uniform(0, 0.1))
+        kill(process)
+        assert lines_in(tmp_path) >= finished
+        finished = lines_in(tmp_path)
+    process = start(arguments, num_processes=2)
+    out, said = process.communicate()
+    assert process.returncode == 0, said
+    assert f"labels: {tmp_path / 'labels.jsonl'}" in out
+    assert labels_of(tmp_path) == labels_of(undisturbed)
+
+
+@pytest.mark.slow
+def test_several_processes_find_the_same_labels(toy, undisturbed, tmp_path):
+    process = start([*toy, *SMALL_SEARCH, "--output_dir", str(tmp_path)], num_processes=3)
+    out, said = process.communicate()
+    assert process.returncode == 0, said
+    assert out.count("labels: ") == 1
+    assert labels_of(tmp_path) == labels_of(undisturbed)
+    shards = sorted((tmp_path / "progress").glob("*.jsonl"))
+    assert [shard.name for shard in shards] == ["00000.jsonl", "00001.jsonl", "00002.jsonl"]
+    ids = [json.loads(line)["question_id"] for shard in shards for line in shard.read_bytes().splitlines()]
+    assert len(set(ids)) == len(ids)
+    # One process continues where three left off: there is nothing to search, and the file stays the same.
+    assert data_generation.main([*toy, *SMALL_SEARCH, "--output_dir", str(tmp_path)]) == 0
+    assert labels_of(tmp_path) == labels_of(undisturbed)
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(toy, undisturbed, tmp_path, capsys):
+    arguments = [*toy, *SMALL_SEARCH, "--output_dir", str(tmp_path)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, before[1]))  # no file may grow beyond
+    try:
+        assert data_generation.main(arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"error: no room left to write {tmp_path / 'progress' / '00000.jsonl'}")
+    assert last.endswith("finished questions are safe: make room and repeat the command")
+    content = (tmp_path / "progress" / "00000.jsonl").read_bytes()
+    assert content.endswith(b"\n")
+    assert content.count(b"\n") > 3
+    assert data_generation.main(arguments) == 0
+    assert labels_of(tmp_path) == labels_of(undisturbed)
+
+
+def test_a_run_with_other_arguments_is_refused_and_changes_nothing(toy, undisturbed, capsys):
+    before = labels_of(undisturbed)
+    for changes, difference in (
+        (["--c", "2.5"], "arguments.c was 1.8 and is now 2.5"),
+        (["--seed", "1"], "questions.arc_easy was "),
+        (["--dtype", "bf16"], 'dtype was "float32" and is now "bfloat16"'),
+        (["--samples", "13"], "arguments.samples.arc_challenge was 12 and is now 13"),
+        (["--limit", "5"], "arguments.limit was null and is now 5"),
+    ):
+        assert data_generation.main([*toy, *SMALL_SEARCH, *changes, "--output_dir", str(undisturbed)]) == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith(f"error: {undisturbed} holds labels of another run: ")
+        assert difference in last or changes[0] == "--seed"
+        assert "choose another --output_dir" in last
+    assert labels_of(undisturbed) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--model", "/no/such/model"], "cannot load --model /no/such/model: "),
+        (["--dataset", "arc,mmlu"], "unknown question set 'mmlu'; there are the groups arc, dart"),
+        (["--data_dir", "/no/such/folder"], "data folder /no/such/folder does not exist"),
+        (["--budget", "0.5"], "budget is 0.5; it must be at least 1"),
+        (["--dtype", "int7"], "unknown dtype 'int7': choose one of float32"),
+        (["--samples", "many"], "--samples many: expected paper, a number, or"),
+        (["--samples", "squadv2=3"], "--samples squadv2=3: expected numbers of at least 1 for sets of --dataset: arc"),
+        (["--wrong_to_right_share", "30"], "--wrong_to_right_share is 30; it must be within 0 and 1"),
+        (["--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
+        (["--chat_template", "on"], "--chat_template on: the tokenizer of"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(toy, tmp_path, capsys, changes, message):
+    assert data_generation.main([*toy, *SMALL_SEARCH, "--output_dir", str(tmp_path / "out"), *changes]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert said[0].startswith(f"error: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unsupported_family_and_empty_data_are_one_sentence(toy, tmp_path, capsys):
+    model, data = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(toy[1], model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    arguments = [*SMALL_SEARCH, "--output_dir", str(tmp_path / "out")]
+    assert data_generation.main(["--model", str(model), *toy[2:], *arguments]) == 2
+    assert "model_type 'gpt2' is not supported; supported are llama" in capsys.readouterr().err
+    data.mkdir()
+    for stem in ("arc_easy", "arc_challenge", "dart_math"):
+        (data / f"{stem}_train.jsonl").touch()
+    assert data_generation.main([*toy[:2], "--data_dir", str(data), *arguments]) == 2
+    assert "has no question of the set 'arc_easy'" in capsys.readouterr().err
+    (data / "arc_easy_train.jsonl").write_text('{"question": "a')
+    assert data_generation.main([*toy[:2], "--data_dir", str(data), *arguments]) == 2
+    assert "arc_easy_train.jsonl:1: not valid JSON" in capsys.readouterr().err
+
+
+def test_questions_longer_than_the_context_are_left_out_and_said(toy, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(toy[3], data)
+    row = json.loads((data / "arc_easy_train.jsonl").read_text().splitlines()[0])
+    long = json.dumps(row | {"question": "w1 " * 300}) + "\n"
+    (data / "arc_easy_train.jsonl").write_text(long + (data / "arc_easy_train.jsonl").read_text())
+    arguments = [*toy[:2], "--data_dir", str(data), "--dataset", "arc_easy", "--num_simulations", "2"]
+    assert data_generation.main([*arguments, "--output_dir", str(tmp_path / "out")]) == 0
+    captured = capsys.readouterr()
+    assert "left out 1 questions longer than the model's context of 256 tokens" in captured.err
+    assert captured.out.splitlines()[1].split()[:4:3] == ["arc_easy", "40"]  # visited all others
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "has_template", "expected"),
+    [
+        ("auto", "meta-llama/Llama-3.2-3B-Instruct", True, True),
+        ("auto", "org/model-INSTRUCT", True, True),
+        ("auto", "Qwen/Qwen2.5-3B", True, False),  # a base model that carries a template
+        ("auto", "org/model-instruct", False, False),
+        ("on", "Qwen/Qwen3-4B", True, True),
+        ("off", "org/model-instruct", True, False),
+    ],
+)
+def test_chat_templates_are_for_instruct_models_in_any_spelling(setting, name, has_template, expected):
+    class Tokenizer:
+        chat_template = "{{ messages }}" if has_template else None
+
+    assert data_generation.wants_chat_template(setting, name, Tokenizer()) is expected
+
+
+def test_samples_a_set():
+    sets = ["arc_easy", "dart-5", "squadv2"]
+    assert data_generation.samples_of("paper", sets) == {"arc_easy": 400, "dart-5": 1000, "squadv2": 1000}
+    assert data_generation.samples_of("7", sets) == dict.fromkeys(sets, 7)
+    assert data_generation.samples_of("dart-5=3, squadv2=4", sets) == {"arc_easy": 400, "dart-5": 3, "squadv2": 4}
+
+
+def test_the_paper_s_values_are_the_defaults():
+    args = data_generation.parse_arguments([])
+    assert (args.num_simulations, args.budget, args.c, args.length_penalty, args.p_rand) == (50, 2.0, 1.8, 3.0, 0.1)
+    assert (args.dataset, args.wrong_to_right_share, args.output_dir) == ("arc,dart", 0.3, "data/")
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_the_number_of_questions(toy, tmp_path):
+    code = (
+        "import resource, sys, data_generation; status = data_generation.main(sys.argv[1:]); "
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(status)"
+    )
+    peaks = {}
+    for count in (50, 1000):
+        data = search_toys.make_data(tmp_path / f"data{count}", count)
+        search = ["--dataset", "arc", "--num_simulations", "4", "--samples", "5000", "--batch_size", "16"]
+        arguments = ["--model", toy[1], "--data_dir", str(data), *search, "--output_dir", str(tmp_path / f"{count}")]
+        command = [sys.executable, "-c", code, *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+        assert done.returncode == 0, done.stderr
+        peaks[count] = int(done.stdout.split()[-1]) / 1024
+    # Twenty times the questions; what is known of each, and its text, are a few hundred bytes.
+    assert peaks[1000] - peaks[50] < 25, peaks
