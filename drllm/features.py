@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -209,6 +210,8 @@ def compute_features(
             model, examples, store_dir, shards, mine, digest, shape, pad_token_id, batch_size, state, say
         )
         state.wait_for_everyone()
+        if state.num_processes > 1:
+            statistics = _of_all_processes(statistics)
 
     store = FeatureStore(store_dir, examples, layers, statistics)
     num_valid = []
@@ -271,7 +274,8 @@ def _run_shards(
             now = time.perf_counter()
             if state.is_main_process and (not eta_said or now - last_report > 10):
                 left = (now - start) / statistics.examples * (total - statistics.examples)
-                say(f"features: {statistics.examples} of {total} examples, about {duration(left)} left")
+                whose = " of the first process" if state.num_processes > 1 else ""
+                say(f"features: {statistics.examples} of {total} examples{whose}, about {duration(left)} left")
                 eta_said, last_report = True, now
         _write_shard(
             _shard_path(store_dir, s, len(shards)), {"windows": windows, "num_valid": num_valid}, {"key": digest}
@@ -280,6 +284,16 @@ def _run_shards(
     if state.is_main_process:
         say(f"features: done in {duration(statistics.seconds)}")
     return statistics
+
+
+def _of_all_processes(own: PassStatistics) -> PassStatistics:
+    everybody = gather_object([own])
+    return PassStatistics(
+        examples=sum(s.examples for s in everybody),
+        forward_passes=sum(s.forward_passes for s in everybody),
+        block_applications=sum(s.block_applications for s in everybody),
+        seconds=max(s.seconds for s in everybody),
+    )
 
 
 def _announce(say, store_dir: Path, shape, todo: int, total: int, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -263,7 +264,8 @@ def _trainer_arguments(
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup_steps,
         bf16=bf16,
-        use_cpu=PartialState().device.type == "cpu",
+        use_cpu=_process_state().device.type == "cpu",
+        ddp_find_unused_parameters=False,
         seed=config.seed,
         data_seed=config.seed,
         eval_strategy="epoch",
@@ -299,8 +301,7 @@ def train_routers(config: RouterTrainingConfig, callbacks: Sequence[TrainerCallb
     Raises:
         UserError: bad arguments or labels, labels of another model, a folder that holds another run, NaN loss.
     """
-    # A process that is done with its share of the features waits for the others, for hours if need be.
-    state = PartialState(timeout=datetime.timedelta(days=1))
+    state = _process_state()
     say = print if state.is_main_process else _silence
     _check_config(config)
     labels = load_labels(config.data, config.with_squad, config.with_commonsense, say)
@@ -421,6 +422,13 @@ def evaluate_routers(
     return evaluate_logits(torch.cat(logits), torch.cat(labels), config, alpha)
 
 
+def _process_state() -> PartialState:
+    """The processes of accelerate launch or torchrun; one process without them."""
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    # A process that is done with its share of the features waits for the others, for hours if need be.
+    return PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=1))
+
+
 def _silence(message: str) -> None:
     """Takes the place of `print` on all processes but the first."""
 
@@ -455,6 +463,8 @@ def _check_config(config: RouterTrainingConfig) -> None:
         raise UserError(f"--num_windows is {config.num_windows}; it must lie in 1..{MAX_WINDOWS}")
     if not 0 <= config.beta <= 1:
         raise UserError(f"--beta is {config.beta}; it must lie in [0, 1]")
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise UserError(f"--report_to {config.report_to}: not installed; pip install {config.report_to}")
     if not 0 <= config.eval_fraction < 1:
         raise UserError(f"--eval_fraction is {config.eval_fraction}; it must lie in [0, 1)")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -209,3 +210,23 @@ def test_help_names_every_argument(capsys):
     text = capsys.readouterr().out
     for name in train.RouterTrainingConfig.__dataclass_fields__:
         assert f"--{name}" in text
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_features_and_train_to_the_same_weights(data, tmp_path):
+    # 16 examples to train on: a last batch that is short would be filled up with repeated examples.
+    arguments = ["--data", str(data), "--output_dir", str(tmp_path), "--num_epochs", "3", "--warmup_steps", "2"]
+    arguments += ["--with_squad", "--eval_fraction", "0.2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "train.py", *arguments, "--run_name", "two", "--features_dir", str(tmp_path / "features")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("labels: 20 paths of 20 questions") == 1
+    assert train.main([*arguments, "--run_name", "one"]) == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-5, msg=name)
+    records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("one", "two")]
+    assert (
+        records[0]["base_model_passes"]["block_applications"] == records[1]["base_model_passes"]["block_applications"]
+    )

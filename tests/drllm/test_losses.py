@@ -48,13 +48,9 @@ def test_focal_by_hand():
     logits = torch.log(torch.tensor([[0.2, 0.5, 0.3], [0.2, 0.5, 0.3]]))
     alpha = torch.tensor([2.0, 0.5, 1.5])
     loss = routing_loss(logits, torch.tensor([0, 2]), "focal", alpha, gamma=2.0)
-    assert loss.tolist() == pytest.approx(
-        [2.0 * 0.64 * -math.log(0.2), 1.5 * 0.49 * -math.log(0.3)], rel=1e-5
-    )
+    assert loss.tolist() == pytest.approx([2.0 * 0.64 * -math.log(0.2), 1.5 * 0.49 * -math.log(0.3)], rel=1e-5)
     cubed = routing_loss(logits, torch.tensor([0, 2]), "focal", alpha, gamma=3.0)
-    assert cubed.tolist() == pytest.approx(
-        [2.0 * 0.512 * -math.log(0.2), 1.5 * 0.343 * -math.log(0.3)], rel=1e-5
-    )
+    assert cubed.tolist() == pytest.approx([2.0 * 0.512 * -math.log(0.2), 1.5 * 0.343 * -math.log(0.3)], rel=1e-5)
 
 
 def test_rivals_equal_torch():
@@ -88,9 +84,7 @@ def test_focal_gradient_is_finite_and_right(gamma):
             up, down = x.detach().clone(), x.detach().clone()
             up[i, j] += step
             down[i, j] -= step
-            assert ((focal(up) - focal(down)) / (2 * step)).item() == pytest.approx(
-                x.grad[i, j].item(), abs=2e-3
-            )
+            assert ((focal(up) - focal(down)) / (2 * step)).item() == pytest.approx(x.grad[i, j].item(), abs=2e-3)
 
 
 def test_refusals():
