@@ -178,7 +178,7 @@ def compute_features(
     layers = config.num_hidden_layers
     stored_layers = 1 if config.router_input == "embeddings" else layers
     shape = (stored_layers, config.num_windows, config.hidden_size)
-    shards = [range(s, min(s + SHARD_EXAMPLES, len(examples))) for s in range(0, len(examples), SHARD_EXAMPLES)]
+    shards = shard_ranges(len(examples))
     for example in examples:
         if not example.token_ids:
             raise UserError(f"question {example.question}: its prompt has no tokens; remove it from the labels")
@@ -218,7 +218,7 @@ def compute_features(
     for s, rows in enumerate(shards):
         shard = _open_shard(store_dir, s, len(shards), digest, rows, shape, model.dtype)
         if shard is None:
-            raise UserError(f"{_shard_path(store_dir, s, len(shards))} cannot be read back; is the disk full?")
+            raise UserError(f"{shard_path(store_dir, s, len(shards))} cannot be read back; is the disk full?")
         store._windows.append(shard[0])
         num_valid.append(shard[1])
     store._num_valid = torch.cat(num_valid).long()
@@ -277,9 +277,7 @@ def _run_shards(
                 whose = " of the first process" if state.num_processes > 1 else ""
                 say(f"features: {statistics.examples} of {total} examples{whose}, about {duration(left)} left")
                 eta_said, last_report = True, now
-        _write_shard(
-            _shard_path(store_dir, s, len(shards)), {"windows": windows, "num_valid": num_valid}, {"key": digest}
-        )
+        write_shard(shard_path(store_dir, s, len(shards)), windows, num_valid, digest)
     statistics.seconds = time.perf_counter() - start
     if state.is_main_process:
         say(f"features: done in {duration(statistics.seconds)}")
@@ -328,13 +326,26 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _shard_path(store_dir: Path, shard: int, shards: int) -> Path:
+def shard_ranges(count: int) -> list[range]:
+    """The examples of each shard."""
+    return [range(start, min(start + SHARD_EXAMPLES, count)) for start in range(0, count, SHARD_EXAMPLES)]
+
+
+def shard_path(store_dir: Path, shard: int, shards: int) -> Path:
+    """The file of shard number `shard` (from 0) of `shards`."""
     return store_dir / f"features-{shard + 1:05d}-of-{shards:05d}.safetensors"
+
+
+def write_shard(path: Path, windows: torch.Tensor, num_valid: torch.Tensor, digest: str) -> None:
+    """Write windows [n, L, W, d] and the number of valid ones uint8 [n] under a key, whole or not at all."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file({"windows": windows, "num_valid": num_valid}, partial, metadata={"key": digest})
+    os.replace(partial, path)
 
 
 def _open_shard(store_dir, shard, shards, digest, rows, shape, dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(windows, num_valid), memory-mapped; None when the shard is missing, cut off or another key's."""
-    path = _shard_path(store_dir, shard, shards)
+    path = shard_path(store_dir, shard, shards)
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("key") != digest:
@@ -345,12 +356,6 @@ def _open_shard(store_dir, shard, shards, digest, rows, shape, dtype) -> tuple[t
     if tuple(windows.shape) != (len(rows), *shape) or windows.dtype != dtype or len(num_valid) != len(rows):
         return None
     return windows, num_valid
-
-
-def _write_shard(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, path)
 
 
 def _write_text(path: Path, text: str) -> None:
