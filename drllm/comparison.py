@@ -10,8 +10,8 @@ Writes, for each of the runs "base" and "router" (and "path-..." for `--path`), 
     {run}/run.json            what was run: arguments, digests of checkpoint and data, versions, commit, seconds
     {run}/command.txt, log.txt
 
-and table.md, table.tex and figures/. A run that is complete with the same arguments is kept; one that was stopped
-continues with the answers it already has.
+and command.txt, table.md, table.tex and figures/. A run that is complete with the same arguments is kept; one that was
+stopped continues with the answers it already has.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def plan(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     checkpoint = Path(args.checkpoint)
     if not (checkpoint / "config.json").is_file():
         raise UserError(f"{checkpoint} is no checkpoint: it has no config.json; train.py writes checkpoints/RUN_NAME")
-    model_type = json.loads((checkpoint / "config.json").read_text()).get("model_type", "")
+    config = json.loads((checkpoint / "config.json").read_text())
+    model_type = config.get("model_type", "")
     if not model_type.startswith("drllm_"):
         raise UserError(
             f"{checkpoint} is a plain {model_type} checkpoint without routers; give one that train.py wrote "
@@ -101,6 +102,11 @@ def plan(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         raise UserError(f"--data_dir {args.data_dir} does not exist")
     if args.labels is not None and not Path(args.labels).is_dir():
         raise UserError(f"--labels {args.labels} does not exist")
+    for path in args.path:
+        if len(path) != config["num_hidden_layers"] or not set(path) <= set("012"):
+            raise UserError(
+                f"--path {path} must have one digit 0, 1 or 2 a block, {config['num_hidden_layers']} in all"
+            )
     common = {
         "tasks": args.tasks,
         "data": None if args.data_dir is None else _digest_of_files(Path(args.data_dir)),
@@ -144,6 +150,12 @@ def _launch_command(run: dict[str, Any], folder: Path, args: argparse.Namespace)
     return command + (["--confirm_run_unsafe_code"] if args.unsafe_code else [])
 
 
+def _launch(command: list[str], log: Path) -> int:
+    """Runs `command` with its output in `log`; returns its exit status. A process of its own frees all memory."""
+    with log.open("w") as output:
+        return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+
+
 def run_lm_eval(name: str, run: dict[str, Any], folder: Path, args: argparse.Namespace) -> None:
     """Runs lm-eval for one run, unless `folder` already holds it."""
     record = folder / "run.json"
@@ -165,9 +177,7 @@ def run_lm_eval(name: str, run: dict[str, Any], folder: Path, args: argparse.Nam
     log = folder / "log.txt"
     print(f"{name}: running lm-eval on {run['tasks']} (log: {log})", flush=True)
     started = time.monotonic()
-    with log.open("w") as output:
-        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
-    if status:
+    if status := _launch(command, log):
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
         raise UserError(f"lm-eval ended with status {status}: {reason.removeprefix('error: ')[:500]} (see {log})")
@@ -202,6 +212,8 @@ def main() -> None:
     runs = plan(args)
     output = Path(args.output_dir or ROOT / "results" / Path(args.checkpoint).resolve().name)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "command.txt").write_text(shlex.join(["./eval.sh", *sys.argv[1:]]) + "\n")
     for name, run in runs.items():
         run_lm_eval(name, run, output / name, args)
     from drllm import figures, tables

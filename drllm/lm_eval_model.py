@@ -191,8 +191,10 @@ class RoutedLM(HFLM):
         if hasattr(self, "accelerator") and self._world_size == 1:  # hf distributes over GPUs only
             self._rank, self._world_size = self.accelerator.local_process_index, self.accelerator.num_processes
         self._num_blocks = self.config.num_hidden_layers
-        self._layer_indices = None if path is None else path_to_layer_indices(self._parse_path(path))
-        self._fixed_path = None if path is None else str(path).zfill(self._num_blocks)
+        self._fixed_path = None if path is None else self._parse_path(path)
+        self._layer_indices = None
+        if self._fixed_path is not None:
+            self._layer_indices = path_to_layer_indices([int(visits) for visits in self._fixed_path])
         self._passes: list[torch.Tensor] = []  # paths [rows, L] of each forward pass since the last reset
         self.model.register_forward_hook(lambda module, inputs, output: self._passes.append(output.paths))
         self.layer_counts = LayerCounts()
@@ -235,14 +237,15 @@ class RoutedLM(HFLM):
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         super()._create_model(pretrained, **kwargs, **(self._routing if self.is_routed else {}))
 
-    def _parse_path(self, path: str | int) -> list[int]:
-        digits = str(path).zfill(self._num_blocks)  # lm-eval reads digits as a number and drops leading zeros
-        if len(digits) != self._num_blocks or not set(digits) <= set("012") or not digits.strip("0"):
+    def _parse_path(self, path: str | int) -> str:
+        if isinstance(path, int):  # lm-eval reads unquoted digits as a number, without its leading zeros
+            path = str(path).zfill(self._num_blocks)
+        if len(path) != self._num_blocks or not set(path) <= set("012") or not path.strip("0"):
             raise UserError(
                 f"path={path} must have one digit 0 (skip), 1 (execute) or 2 (repeat) for each of the "
                 f"{self._num_blocks} blocks, and run at least one"
             )
-        return [int(digit) for digit in digits]
+        return path
 
     def _identity(self, settings: dict[str, Any]) -> str:
         """A hash of everything that an answer depends on, other than the request."""

@@ -275,8 +275,8 @@ def write_comparison(folder: Path) -> str:
     ]
     if router.record["run"]["limit"] is not None:
         notes.append(f"Only the first {router.record['run']['limit']} questions of each task were asked.")
-    commands = [f"    {(folder / run.name / 'command.txt').read_text().strip()}" for run in runs]
+    command = (folder / "command.txt").read_text().strip()
     text = "\n\n".join([*parts, "\n".join(note for note in notes if note)])
-    (folder / "table.md").write_text(text + "\n\nCommands:\n\n" + "\n".join(commands) + "\n")
+    (folder / "table.md").write_text(f"{text}\n\nCommand:\n\n    {command}\n")
     (folder / "table.tex").write_text("\n".join(tex))
     return text

@@ -216,10 +216,7 @@ def load_questions(
     spec = SETS[set_name]
     if split not in spec.splits:
         raise UserError(f"unknown split '{split}' of {set_name}; there are train and test")
-    if data_dir is None:
-        rows = _hub_rows(spec, split)
-    else:
-        rows = _local_rows(spec, Path(data_dir), spec.splits[split])
+    rows = _hub_rows(spec, split) if data_dir is None else _local_rows(spec, Path(data_dir), spec.splits[split])
     questions: dict[str, Question] = {}
     for place, row in rows:
         try:

@@ -79,7 +79,7 @@ def make_routed(base: Path, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def make_tasks(folder: Path, count: int = 6, seed: int = 0) -> Path:
+def make_tasks(folder: Path, count: int = 5, seed: int = 0) -> Path:
     """In `folder`: test rows of the in-domain sets, and the YAML of `TASKS` over rows of their own."""
     choose = random.Random(seed)
 
@@ -127,10 +127,12 @@ def evaluate(lm, folder: Path, tasks: list[str], **options) -> dict:
 
 
 def routed_lm(checkpoint: Path, batch_size: int | str = 1, **arguments) -> RoutedLM:
+    """The model under test on the CPU, in fp32."""
     return RoutedLM(str(checkpoint), dtype="float32", device="cpu", batch_size=batch_size, **arguments)
 
 
 def stock_lm(checkpoint: Path, batch_size: int = 1) -> HFLM:
+    """lm-eval's own model on the CPU, in fp32."""
     return HFLM(str(checkpoint), dtype="float32", device="cpu", batch_size=batch_size)
 
 

@@ -56,10 +56,15 @@ def _counts(results: dict) -> dict:
     return results["config"]["block_applications"]
 
 
+@pytest.fixture(scope="module")
+def alone(routed, folder):
+    """Results one question at a time."""
+    return evaluate(routed_lm(routed), folder, GENERATION + CHOICES)
+
+
 @pytest.mark.parametrize("batch_size", [8, "auto"])
-def test_results_do_not_depend_on_the_batch_size(routed, folder, batch_size):
-    alone = evaluate(routed_lm(routed), folder, GENERATION + CHOICES)
-    together = evaluate(routed_lm(routed, batch_size), folder, GENERATION + CHOICES)
+def test_results_do_not_depend_on_the_batch_size(alone, routed, folder, batch_size):
+    together = evaluate(routed_lm(routed, batch_size, max_batch_size=4), folder, GENERATION + CHOICES)
     assert metrics(alone) == metrics(together)
     assert _counts(alone) == _counts(together)
     first, second = responses(alone), responses(together)
@@ -69,7 +74,7 @@ def test_results_do_not_depend_on_the_batch_size(routed, folder, batch_size):
     assert all(share > 0 for share in shares.values()), "the toy routers must use every action"
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 6])
 def test_static_routing_equals_lm_evals_own_model(base, routed, folder, batch_size):
     tasks = [*GENERATION, *CHOICES, "toy_rolling"]
     stock = evaluate(stock_lm(base, batch_size), folder, tasks)
@@ -89,10 +94,9 @@ def test_static_routing_equals_lm_evals_own_model(base, routed, folder, batch_si
         assert counts["drllm_arc_easy"]["share"] == {"skip": 0.0, "execute": 1.0, "repeat": 0.0}
 
 
-def test_routing_changes_something(base, routed, folder):
-    assert responses(evaluate(routed_lm(base), folder, CHOICES)) != responses(
-        evaluate(routed_lm(routed), folder, CHOICES)
-    )
+def test_routing_changes_something(alone, base, folder):
+    plain = responses(evaluate(routed_lm(base, 6), folder, CHOICES))
+    assert all(not _close(answers, responses(alone)[task]) for task, answers in plain.items())
 
 
 class _HookCounter:
@@ -119,7 +123,7 @@ def test_counted_layers_are_those_that_ran(routed, folder, tasks, batch_size):
 
 
 def test_rows_that_have_ended_are_not_counted(base, folder):
-    lm = routed_lm(base, batch_size=6)
+    lm = routed_lm(base, batch_size=5)
     results = evaluate(lm, folder, ["toy_stop"])
     counts = _counts(results)["toy_stop"]
     texts = [text for [[text]] in responses(results)["toy_stop"]]
@@ -189,10 +193,9 @@ def test_answers_are_cached_with_their_counts(base, routed, folder, tmp_path):
         routed_lm(make_routed(base, tmp_path / "other", seed=1), response_cache=cache),
     ):
         counter = _HookCounter(other.model)
-        evaluate(other, folder, ["toy_label"])
-        results = evaluate(other, folder, tasks)
+        results = evaluate(other, folder, ["toy_choice"])
         assert counter.calls > 0
-        assert _counts(results)["toy_choice"]["queries"] == 6
+        assert _counts(results)["toy_choice"]["queries"] == 5
 
 
 def test_lm_evals_own_cache_is_refused(routed, folder, tmp_path):
@@ -204,7 +207,7 @@ def test_routing_log_has_a_line_a_query(routed, folder, tmp_path):
     log = tmp_path / "logs" / "routing.jsonl"
     results = evaluate(routed_lm(routed, routing_log=str(log)), folder, ["drllm_arc_easy", "toy_choice"])
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    assert len(rows) == 12
+    assert len(rows) == 10
     blocks = sum(row["blocks"] for row in rows if row["task"] == "toy_choice")
     assert blocks == _counts(results)["toy_choice"]["blocks"]
     assert all(len(path) == BLOCKS for row in rows for path in row["paths"])
@@ -290,4 +293,4 @@ def test_command_line_with_one_and_two_processes(routed, folder, tmp_path):
     one, two = found
     assert metrics(one) == metrics(two)
     assert _counts(one) == _counts(two)
-    assert _counts(one)["drllm_arc_easy"]["queries"] == 6
+    assert _counts(one)["drllm_arc_easy"]["queries"] == 5
