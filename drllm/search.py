@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 
 from train_models.paths import DEFAULT_BUDGET, EXECUTE, REPEAT, SKIP, Path, default_path, is_allowed
 
+EDITS = (SKIP, REPEAT)  # of a block that runs once
+
 POLICIES = ("chain", "full", "widening", "guided")
 DEFAULT_POLICY = "widening"
 
@@ -98,7 +100,7 @@ class Node:
     path: Path
     parent: Node | None = None
     children: list[Node] = field(default_factory=list)
-    untried: list[Path] | None = None  # allowed single edits in random order; None until the first walk arrives
+    untried: list[tuple[int, int]] | None = None  # edits (block, visits) in random order; None until the first walk
     visits: int = 0
     total_reward: float = 0.0
 
@@ -194,37 +196,26 @@ class PathSearch:
                 return len(node.children) < math.sqrt(2 * node.visits)
 
     def _grow(self, node: Node) -> Node | None:
-        """Adds a child of `node` whose path is new to the tree; None when there is none left."""
+        """Adds a child of `node` whose path is allowed and new to the tree; None when there is none left."""
         if node.untried is None:
-            node.untried = self._allowed_edits(node.path)
-        node.untried = [path for path in node.untried if path not in self.rewards]
-        if not node.untried:
-            return None
-        if self.settings.policy == "guided":
-            path = max(node.untried, key=lambda path: self._promise(node.path, path))
-            node.untried.remove(path)
-        else:
-            path = node.untried.pop()
-        child = Node(path, node)
-        node.children.append(child)
-        return child
+            unedited = [block for block, visits in enumerate(node.path) if visits == EXECUTE]
+            node.untried = [(block, visits) for block in unedited for visits in EDITS]
+            self._random.shuffle(node.untried)
+        while node.untried:
+            if self.settings.policy == "guided":
+                node.untried.sort(key=self._promise)  # stable: equal ones stay in random order
+            block, visits = node.untried.pop()
+            path = (*node.path[:block], visits, *node.path[block + 1 :])
+            # The constraints are those of the whole path, so that edits cannot add up to what none of them may do.
+            if path not in self.rewards and is_allowed(path, self.settings.budget):
+                child = Node(path, node)
+                node.children.append(child)
+                return child
+        return None
 
-    def _allowed_edits(self, path: Path) -> list[Path]:
-        """The allowed paths one edit from `path`, in random order. The constraints are those of the whole path."""
-        edited = [
-            (*path[:block], visits, *path[block + 1 :])
-            for block in range(len(path))
-            if path[block] == EXECUTE
-            for visits in (SKIP, REPEAT)
-        ]
-        allowed = [candidate for candidate in edited if is_allowed(candidate, self.settings.budget)]
-        self._random.shuffle(allowed)
-        return allowed
-
-    def _promise(self, parent: Path, child: Path) -> tuple[bool, float]:
-        block = next(block for block in range(len(parent)) if parent[block] != child[block])
-        count, total = self._edit_rewards.get((block, child[block]), (0, 0.0))
-        is_preferred = child[block] == SKIP or not self.base_correct
+    def _promise(self, edit: tuple[int, int]) -> tuple[bool, float]:
+        count, total = self._edit_rewards.get(edit, (0, 0.0))
+        is_preferred = edit[1] == SKIP or not self.base_correct
         return is_preferred, (total + 1) / (count + 1)  # an edit not tried yet counts as right
 
     def _select(self, node: Node) -> Node:

@@ -21,7 +21,7 @@ def toy(tmp_path_factory, stock_model):
     """(model, tokenizer, prompts)."""
     folder = tmp_path_factory.mktemp("toy")
     model, tokenizer = search_toys.load(search_toys.make_model(folder / "model", stock_model))
-    return model, tokenizer, search_toys.prompts(search_toys.make_data(folder / "data", 6, seed=1), tokenizer)
+    return model, tokenizer, search_toys.prompts(search_toys.make_data(folder / "data", 6, seed=3), tokenizer)
 
 
 def alone(model, tokenizer, prompt: Prompt, path) -> str:

@@ -1,0 +1,360 @@
+"""How fast the search is, and what each of its policies finds.
+
+    python benchmarks/search.py speed          # against the published way and against plain batched generation
+    python benchmarks/search.py concurrency    # throughput for 1 to 256 questions at once, with a figure
+    python benchmarks/search.py shortcuts      # what each exact shortcut is worth
+    python benchmarks/search.py policies       # what each search policy finds in 50 simulations
+    python benchmarks/search.py speed --shape llama-3.2-3b --dtype bfloat16   # random weights, on a GPU
+
+Each prints its figures and writes them, with command, seed, versions, commit and runtime, to results/search_*.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data_models import load_path_model, path_model_class  # noqa: E402
+from drllm import provenance, tasks  # noqa: E402
+from drllm.errors import UserError, main_guard  # noqa: E402
+from drllm.labels import seeded_order  # noqa: E402
+from drllm.rollout import Prompt, RolloutEngine, SearchedQuestion, SearchPool  # noqa: E402
+from drllm.search import POLICIES, PathSearch, SearchResult, SearchSettings, question_seed  # noqa: E402
+from train_models.paths import path_to_layer_indices  # noqa: E402
+
+SHAPES = {
+    "llama-3.2-3b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any, torch.device]:
+    """(model, tokenizer, device): the checkpoint of --model, or random weights of --shape with its tokenizer."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = provenance.parse_dtype(args.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if args.shape is None:
+        return load_path_model(args.model, dtype=dtype).to(device), tokenizer, device
+    torch.manual_seed(args.seed)
+    with torch.device(device):
+        model = path_model_class("llama")(SHAPES[args.shape]).to(dtype)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model.requires_grad_(False).eval(), tokenizer, device
+
+
+def load_prompts(args: argparse.Namespace, tokenizer: Any, count: int) -> list[Prompt]:
+    """`count` training questions, as evenly from the sets as they allow, in seeded order."""
+    sets = tasks.expand_sets(args.dataset)
+    orders = [seeded_order(tasks.load_questions(name, "train", args.data_dir), args.seed) for name in sets]
+    in_turn = (question for turn in itertools.zip_longest(*orders) for question in turn if question is not None)
+    return [Prompt.of(question, tokenizer, chat=False) for question in itertools.islice(in_turn, count)]
+
+
+class Stopwatch:
+    """Seconds of a `with` block, after the device is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __enter__(self) -> Stopwatch:
+        self._wait()
+        self.started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._wait()
+        self.seconds = time.perf_counter() - self.started
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def search_batched(engine: RolloutEngine, prompts: list[Prompt], settings: SearchSettings, seed: int, concurrency: int):
+    """All questions with the engine: (searched questions by id, simulations)."""
+    pool = SearchPool(engine, settings, seed, concurrency)
+    return {one.prompt.question.id: one for one in pool.search(prompts)}, pool.simulations
+
+
+@torch.inference_mode()
+def search_published(model: Any, tokenizer: Any, prompts: Iterable[Prompt], settings: SearchSettings, seed: int):
+    """The published way: one rollout at a time with stock `generate`. (results by id, simulations)."""
+    results: dict[str, tuple[SearchResult, dict]] = {}
+    for prompt in prompts:
+        ids = torch.tensor([prompt.input_ids], device=model.device)
+        search = PathSearch(model.config.num_hidden_layers, settings, question_seed(seed, prompt.question.id))
+        responses = {}
+        while (path := search.request) is not None:
+            generated = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                layer_indices=path_to_layer_indices(path),
+                max_new_tokens=prompt.max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            responses[path] = tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)
+            search.tell(float(tasks.grade(prompt.question, responses[path])))
+        results[prompt.question.id] = search.result(), responses
+    return results, sum(result.simulations for result, _ in results.values())
+
+
+def same_labels(batched: dict[str, SearchedQuestion], published: dict[str, tuple[SearchResult, dict]]) -> int:
+    """How many questions have the same result and responses; the engine may end a response once it is settled."""
+    same = 0
+    for question_id, (result, responses) in published.items():
+        one = batched[question_id]
+        same += (
+            one.result == result
+            and one.base_response == responses[(1,) * len(next(iter(responses)))]
+            and (one.path_response is None or responses[result.best_path].startswith(one.path_response))
+        )
+    return same
+
+
+@torch.inference_mode()
+def plain_generation(model: Any, tokenizer: Any, prompts: list[Prompt], batch_size: int) -> None:
+    """The ceiling: stock `generate` on the default path, full batches of neighbouring lengths and equal limits."""
+    ordered = sorted(prompts, key=lambda prompt: (prompt.max_new_tokens, len(prompt.input_ids)))
+    for limit, group in itertools.groupby(ordered, key=lambda prompt: prompt.max_new_tokens):
+        rest = list(group)
+        while batch := rest[:batch_size]:
+            rest = rest[batch_size:]
+            width = len(batch[-1].input_ids)
+            pad = tokenizer.pad_token_id or 0
+            ids = torch.tensor([[pad] * (width - len(one.input_ids)) + list(one.input_ids) for one in batch])
+            mask = torch.tensor([[0] * (width - len(one.input_ids)) + [1] * len(one.input_ids) for one in batch])
+            model.generate(
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=limit,
+                do_sample=False,
+                pad_token_id=pad,
+            )
+
+
+def speed(args: argparse.Namespace) -> dict[str, Any]:
+    """The engine against the published way (same questions, seeds and rewards) and against plain generation."""
+    model, tokenizer, device = load(args)
+    prompts = load_prompts(args, tokenizer, args.questions)
+    settings = SearchSettings(num_simulations=args.num_simulations)
+    few = prompts[: min(8, len(prompts))]
+    search_batched(RolloutEngine(model, tokenizer, 8), few, SearchSettings(num_simulations=2), 0, 8)  # warm up
+    search_published(model, tokenizer, few[:2], SearchSettings(num_simulations=2), 0)
+    with Stopwatch(device) as watch:
+        engine = RolloutEngine(model, tokenizer, args.batch_size)
+        batched, simulations = search_batched(engine, prompts, settings, args.seed, args.concurrency)
+    engine_rate = simulations / watch.seconds
+    rollout_rate = engine.rollouts / watch.seconds
+    with Stopwatch(device) as watch:
+        repeats = 1
+        plain_generation(model, tokenizer, prompts, args.batch_size)
+        while time.perf_counter() - watch.started < args.least_seconds:
+            plain_generation(model, tokenizer, prompts, args.batch_size)
+            repeats += 1
+    plain_rate = repeats * len(prompts) / watch.seconds
+    with Stopwatch(device) as watch:
+        asked = prompts[: args.published_questions or len(prompts)]
+        published, published_simulations = search_published(model, tokenizer, asked, settings, args.seed)
+    published_rate = published_simulations / watch.seconds
+    same = same_labels(batched, published)
+    print(f"published way, batch 1      {published_rate:10.1f} simulations/s   ({len(asked)} questions)")
+    print(f"engine, batch {args.batch_size:<14d}{engine_rate:10.1f} simulations/s   ({len(prompts)} questions)")
+    print(f"plain generation, same batch{plain_rate:10.1f} responses/s")
+    print(f"engine / published          {engine_rate / published_rate:10.1f} x")
+    print(f"engine / plain generation   {rollout_rate / plain_rate:10.2f}     (rollouts/s over responses/s)")
+    print(f"same results                {same:10d} of {len(published)} questions")
+    return {
+        "published_simulations_per_s": published_rate,
+        "engine_simulations_per_s": engine_rate,
+        "engine_rollouts_per_s": rollout_rate,
+        "plain_responses_per_s": plain_rate,
+        "engine_over_published": engine_rate / published_rate,
+        "engine_over_plain": rollout_rate / plain_rate,
+        "questions_with_same_result": same,
+        "questions_compared": len(published),
+    }
+
+
+def concurrency(args: argparse.Namespace) -> dict[str, Any]:
+    """Simulations a second for 1, 2, 4, ... 256 questions at once."""
+    model, tokenizer, device = load(args)
+    settings = SearchSettings(num_simulations=args.num_simulations)
+    search_batched(RolloutEngine(model, tokenizer, 8), load_prompts(args, tokenizer, 8), settings, 0, 8)  # warm up
+    points = []
+    for at_once in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        # As many questions as are searched at once, so that the concurrency is the same from beginning to end.
+        prompts = load_prompts(args, tokenizer, at_once)
+        engine = RolloutEngine(model, tokenizer, args.batch_size)
+        simulations, watch = 0, Stopwatch(device)
+        with watch:
+            for seed in itertools.count():
+                simulations += search_batched(engine, prompts, settings, seed, at_once)[1]
+                if time.perf_counter() - watch.started > args.least_seconds:
+                    break
+        points.append({"questions_at_once": at_once, "simulations_per_s": simulations / watch.seconds})
+        print(f"{at_once:4d} questions at once  {points[-1]['simulations_per_s']:10.1f} simulations/s", flush=True)
+    _plot_concurrency(points, args)
+    return {"points": points}
+
+
+def _plot_concurrency(points: list[dict[str, float]], args: argparse.Namespace) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    axes.plot(*zip(*(point.values() for point in points), strict=True), marker="o")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set(xlabel="questions searched at once", ylabel="simulations / s", title="Search throughput")
+    axes.grid(alpha=0.3, which="both")
+    path = args.output_dir / "search_concurrency.png"
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    print(f"figure: {path}")
+
+
+def shortcuts(args: argparse.Namespace) -> dict[str, Any]:
+    """Throughput with and without reusing the default path's states, in alternating runs."""
+    model, tokenizer, device = load(args)
+    prompts = load_prompts(args, tokenizer, args.questions)
+    settings = SearchSettings(num_simulations=args.num_simulations)
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    applications: dict[bool, float] = {}
+    results = {}
+    for repeat in range(args.repeats + 1):
+        for reuse in (True, False):
+            engine = RolloutEngine(model, tokenizer, args.batch_size, reuse_default_states=reuse)
+            with Stopwatch(device) as watch:
+                found, simulations = search_batched(engine, prompts, settings, args.seed, args.concurrency)
+            if repeat:  # the first pair warms up
+                rates[reuse].append(simulations / watch.seconds)
+            applications[reuse] = engine.block_tokens / engine.rollouts
+            results[reuse] = {question_id: one.result for question_id, one in found.items()}
+    same = sum(results[True][question_id] == result for question_id, result in results[False].items())
+    gain = statistics.median(rates[True]) / statistics.median(rates[False])
+    for reuse, name in ((False, "whole prefill"), (True, "from the first edit")):
+        rate, blocks = statistics.median(rates[reuse]), applications[reuse]
+        print(f"{name:20s}{rate:10.1f} simulations/s {blocks:8.1f} block applications x tokens a rollout")
+    print(f"gain {gain:.2f}x; same results for {same} of {len(prompts)} questions")
+    return {
+        "whole_prefill_simulations_per_s": rates[False],
+        "from_first_edit_simulations_per_s": rates[True],
+        "block_tokens_a_rollout": {"whole_prefill": applications[False], "from_first_edit": applications[True]},
+        "gain": gain,
+        "questions_with_same_result": same,
+        "questions_compared": len(prompts),
+    }
+
+
+def policies(args: argparse.Namespace) -> dict[str, Any]:
+    """What each policy finds on the same questions, with the spread over seeds."""
+    model, tokenizer, _ = load(args)
+    prompts = load_prompts(args, tokenizer, args.questions)
+    table = {}
+    print(f"{len(prompts)} questions, {args.num_simulations} simulations; mean and deviation of {args.seeds} seeds")
+    print("policy     wrong made right   layers saved, right   with a shorter path   inferences")
+    for policy in args.policies.split(","):
+        settings = SearchSettings(num_simulations=args.num_simulations, policy=policy)
+        by_seed: dict[str, list[float]] = {"fixed": [], "saved": [], "shortened": [], "inferences": [], "fix_edits": []}
+        for seed in range(args.seeds):
+            engine = RolloutEngine(model, tokenizer, args.batch_size)
+            found, _ = search_batched(engine, prompts, settings, seed, args.concurrency)
+            results = [one.result for one in found.values()]
+            wrong = [result for result in results if not result.base_correct]
+            right = [result for result in results if result.base_correct]
+            fixes = [result.best_path for result in wrong if result.kind == "wrong_to_right"]
+            by_seed["fixed"].append(len(fixes) / max(len(wrong), 1))
+            by_seed["saved"].append(_mean(len(result.best_path) - sum(result.best_path) for result in right))
+            by_seed["shortened"].append(sum(result.kind == "shorter" for result in right) / max(len(right), 1))
+            by_seed["inferences"].append(_mean(result.inferences for result in results))
+            by_seed["fix_edits"].append(_mean(sum(visits != 1 for visits in path) for path in fixes))
+        table[policy] = by_seed
+        shown = {name: (statistics.mean(values), statistics.stdev(values)) for name, values in by_seed.items()}
+        print(
+            f"{policy:10s}{100 * shown['fixed'][0]:9.1f}% ({100 * shown['fixed'][1]:.1f})"
+            f"{shown['saved'][0]:15.2f} ({shown['saved'][1]:.2f})"
+            f"{100 * shown['shortened'][0]:15.1f}% ({100 * shown['shortened'][1]:.1f})"
+            f"{shown['inferences'][0]:12.1f} ({shown['inferences'][1]:.1f})",
+            flush=True,
+        )
+    return {"wrong": len(wrong), "right": len(right), "by_seed": table}
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.mean(list(values) or [0.0])
+
+
+BENCHMARKS = {"speed": speed, "concurrency": concurrency, "shortcuts": shortcuts, "policies": policies}
+
+
+@main_guard
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("benchmark", choices=BENCHMARKS)
+    add("--model", default=str(ROOT / "miniature" / "model"))
+    add("--shape", choices=SHAPES, default=None, help="random weights of this shape instead")
+    add("--dtype", default="float32")
+    add("--dataset", default="arc,dart")
+    add("--data_dir", default=str(ROOT / "miniature" / "data"))
+    add("--questions", type=int, default=112)
+    add("--published_questions", type=int, default=None, help="fewer for the published way; default: all")
+    add("--num_simulations", type=int, default=50)
+    add("--batch_size", type=int, default=128)
+    add("--concurrency", type=int, default=256)
+    add("--seed", type=int, default=0)
+    add("--seeds", type=int, default=5, help="policies: number of seeds")
+    add("--policies", default=",".join(POLICIES))
+    add("--repeats", type=int, default=3, help="shortcuts: measured pairs")
+    add("--least_seconds", type=float, default=5.0, help="a shorter measurement is repeated")
+    add("--output_dir", type=Path, default=ROOT / "results")
+    args = parser.parse_args(arguments)
+    started = time.time()
+    figures = BENCHMARKS[args.benchmark](args)
+    shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    for name in ("model", "data_dir", "output_dir"):  # as a reader of the repository would type them
+        shown[name] = shown[name].removeprefix(f"{ROOT}/")
+    result = {
+        "command": " ".join(["python benchmarks/search.py", *(arguments or sys.argv[1:])]),
+        "arguments": shown,
+        "figures": figures,
+        "threads": torch.get_num_threads(),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+        "runtime_s": round(time.time() - started, 1),
+    }
+    path = args.output_dir / f"search_{args.benchmark}{f'_{args.shape}' if args.shape else ''}.json"
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror})") from error
+    print(f"results: {path}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
