@@ -51,9 +51,10 @@ MAX_WINDOWS = 32
 class RouterTrainingConfig:
     """Everything a training run depends on; the fields are the arguments of train.py, the defaults the published ones.
 
-    `gradient_accumulation` is the effective batch: examples a optimiser step, over all processes. The published
+    `gradient_accumulation` is the effective batch: examples an optimiser step, over all processes. The published
     training reaches it in micro batches of one example; from stored features a whole step fits into one batch,
-    which is the same mathematics.
+    which is the same mathematics. (With several processes the Trainer fills up the last batch of an epoch, where it
+    is short, with repeated examples.)
     """
 
     data: tuple[str, ...] = ("data",)
@@ -140,17 +141,17 @@ class RouterTrainer(Trainer):
 class _EpochLines(TrainerCallback):
     """One line an epoch."""
 
-    def __init__(self, say: Callable[[str], None]):
+    def __init__(self, say: Callable[[str], None], evaluated_on: str):
         self._say = say
+        self._evaluated_on = evaluated_on
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         shown = {"macro_f1": ".3f", "f1_skip": ".3f", "f1_execute": ".3f", "f1_repeat": ".3f", "avg_layers": ".2f"}
         values = ", ".join(f"{name} {metrics['eval_' + name]:{form}}" for name, form in shown.items())
         train_loss = f"loss {losses[-1]:.4f}, " if losses else ""
-        self._say(
-            f"epoch {state.epoch:.0f}: {train_loss}held-out routers_loss {metrics['eval_routers_loss']:.4f}, {values}"
-        )
+        loss = f"{self._evaluated_on} routers_loss {metrics['eval_routers_loss']:.4f}"
+        self._say(f"epoch {state.epoch:.0f}: {train_loss}{loss}, {values}")
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def fit(
         eval_dataset=_Rows(held_out or train),
         compute_loss_func=loss_of,
         compute_metrics=metrics_of,
-        callbacks=[_EpochLines(say), *callbacks],
+        callbacks=[_EpochLines(say, "held-out" if held_out else "training"), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -252,7 +253,7 @@ def _trainer_arguments(
             f"warning: the warm-up of {config.warmup_steps} steps is longer than the run of {steps} steps, so the "
             f"learning rate only reaches {peak:.2g} of {config.learning_rate:.2g}; pass a smaller --warmup_steps"
         )
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(trainer_dir),
         run_name=config.run_name,
         num_train_epochs=config.num_epochs,
@@ -282,6 +283,9 @@ def _trainer_arguments(
         disable_tqdm=True,
         report_to=config.report_to,
     )
+    # With several GPUs and one process the Trainer would multiply the batch by them; the routers need only one.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 # --------------------------------------------------------------------------------------------------

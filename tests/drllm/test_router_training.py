@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from drllm import router_training
 from drllm.errors import UserError
 from drllm.losses import effective_number_weights, routing_loss
 from drllm.metrics import routing_metrics
@@ -152,6 +153,21 @@ def test_micro_batches_do_not_change_the_result(micro_batch_size, run):
     assert_equal_weights(whole, cut, exact=False)
 
 
+@pytest.fixture(scope="module")
+def plain(tiny_labels, tmp_path_factory) -> Path:
+    """The checkpoint of a run with nothing changed."""
+    config = RouterTrainingConfig(
+        data=(str(tiny_labels),),
+        output_dir=str(tmp_path_factory.mktemp("plain")),
+        num_epochs=2,
+        warmup_steps=1,
+        eval_fraction=0.25,
+        learning_rate=1e-2,
+    )
+    train_routers(config)
+    return config.checkpoint
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -169,8 +185,7 @@ def test_micro_batches_do_not_change_the_result(micro_batch_size, run):
         {"seed": 5},
     ],
 )
-def test_every_choice_changes_the_result_and_loads(fields, run):
-    _, plain, _ = run(run_name="plain", learning_rate=1e-2)
+def test_every_choice_changes_the_result_and_loads(fields, run, plain):
     record, checkpoint, _ = run(run_name="changed", learning_rate=1e-2, **fields)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
     for name in ("num_windows", "router_width", "router_depth", "router_input"):
@@ -222,6 +237,22 @@ def test_an_interrupted_run_is_resumed_to_the_same_result(fields, run):
     assert [e["eval_routers_loss"] for e in keep] == [
         e["eval_routers_loss"] for e in record["history"] if "eval_macro_f1" in e
     ]
+
+
+def test_a_run_stopped_while_it_writes_the_checkpoint_is_finished(run, monkeypatch):
+    _, undisturbed, _ = run(run_name="undisturbed")
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    real = router_training._export
+    monkeypatch.setattr(router_training, "_export", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(run_name="stopped")
+    monkeypatch.setattr(router_training, "_export", real)
+    _, stopped, out = run(run_name="stopped")
+    assert f"resuming {stopped} from step 4" in out
+    assert_equal_weights(undisturbed, stopped)
 
 
 def test_a_killed_run_is_resumed_to_the_same_result(run, tiny_labels, tmp_path):
