@@ -10,8 +10,8 @@ Writes, for each of the runs "base" and "router" (and "path-..." for `--path`), 
     {run}/run.json            what was run: arguments, digests of checkpoint and data, versions, commit, seconds
     {run}/command.txt, log.txt
 
-and command.txt, table.md, table.tex and figures/. A run that is complete with the same arguments is kept; one that was
-stopped continues with the answers it already has.
+and command.txt, labels_manifest.json, table.md, table.tex and figures/. A run that is complete with the same arguments
+is kept; one that was stopped continues with the answers it already has.
 """
 
 from __future__ import annotations
@@ -214,6 +214,9 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     output.mkdir(parents=True, exist_ok=True)
     (output / "command.txt").write_text(shlex.join(["./eval.sh", *sys.argv[1:]]) + "\n")
+    manifest = Path(args.checkpoint) / "labels_manifest.json"
+    if manifest.is_file():
+        shutil.copyfile(manifest, output / manifest.name)
     for name, run in runs.items():
         run_lm_eval(name, run, output / name, args)
     from drllm import figures, tables

@@ -514,7 +514,7 @@ class RoutedLM(HFLM):
             }
         else:
             info = super().get_model_info()
-        names = (*ROUTING_ARGUMENTS, "trained_num_windows", "router_input")
+        names = (*ROUTING_ARGUMENTS, "trained_num_windows", "router_input", "base_model_name")
         routing = {name: getattr(self.config, name) for name in names} if self.is_routed else {}
         return info | {
             "model_fingerprint": fingerprint(self.model),

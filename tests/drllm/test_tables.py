@@ -7,7 +7,7 @@ from drllm import tables
 from drllm.errors import UserError
 
 
-def make_run(folder, name, correct, blocks, paths=("1111",)):
+def make_run(folder, name, correct, blocks, paths=("1111",), base_model=None):
     """A run of eval.sh on disk: `correct` and `blocks` are task -> values by document."""
     run = folder / name
     (run / "samples").mkdir(parents=True)
@@ -20,11 +20,14 @@ def make_run(folder, name, correct, blocks, paths=("1111",)):
             for n, count in enumerate(blocks[task])
         ]
     (run / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
-    results = {task: {"acc,none": sum(values) / len(values)} for task, values in correct.items()}
-    routing = {"num_blocks": 4, "num_windows": 8, "routing_control": -0.5}
+    results = {
+        task: {"acc,none": sum(values) / len(values), "acc_stderr,none": 0.25} for task, values in correct.items()
+    }
+    samples = {task: {"effective": len(values)} for task, values in correct.items()}
+    routing = {"num_blocks": 4, "num_windows": 8, "routing_control": -0.5, "base_model_name": base_model}
     config = {"routing": routing, "model_dtype": "torch.float32", "model_fingerprint": "f"}
-    (run / "results.json").write_text(json.dumps({"results": results, "config": config}))
-    (run / "run.json").write_text(json.dumps({"run": {"limit": None}}))
+    (run / "results.json").write_text(json.dumps({"results": results, "config": config, "n-samples": samples}))
+    (run / "run.json").write_text(json.dumps({"run": {"limit": None, "tasks": ",".join(correct)}}))
     (folder / "command.txt").write_text("./eval.sh checkpoint\n")
     return run
 
@@ -102,3 +105,83 @@ def test_incomplete_results_are_refused(folder, tmp_path):
     (folder / "router" / "run.json").unlink()
     with pytest.raises(UserError, match="no complete runs base and router"):
         tables.load_runs(folder)
+
+
+def _mmlu(folder, name, anatomy, virology):
+    """A run of a group of two tasks of different size."""
+    correct = {"mmlu_anatomy": anatomy, "mmlu_virology": virology}
+    run = make_run(folder, name, correct, {task: [4] * len(values) for task, values in correct.items()})
+    results = json.loads((run / "results.json").read_text())
+    values = anatomy + virology
+    results["results"]["mmlu"] = {"acc,none": sum(values) / len(values), "acc_stderr,none": 0.1}
+    results["group_subtasks"] = {"mmlu": ["mmlu_stem"], "mmlu_stem": ["mmlu_anatomy", "mmlu_virology"]}
+    (run / "results.json").write_text(json.dumps(results))
+    (run / "run.json").write_text(json.dumps({"run": {"limit": None, "tasks": "mmlu"}}))
+
+
+def test_a_group_of_tasks_is_one_row(tmp_path):
+    _mmlu(tmp_path, "base", [1, 0], [0])
+    _mmlu(tmp_path, "router", [1, 1], [0])
+    header, rows = tables.detail(*tables.load_runs(tmp_path))
+    assert len(rows) == 1
+    assert rows[0][:4] == ["mmlu", "3", "33.33 ± 10.00", "66.67 ± 10.00"]
+    assert rows[0][4] == "+33.33 ± 33.33"
+    assert rows[0][header.index("fixed")] == "1"
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """results/ with one model of the paper and the miniature, and a paper of which some figures are known."""
+    correct = {"drllm_arc_easy": [1, 0], "piqa": [1, 1, 0, 0]}
+    blocks = {"drllm_arc_easy": [8, 10], "piqa": [4, 4, 4, 4]}
+    for folder, base_model in (("big", "meta-llama/Llama-3.2-3B"), ("miniature/seed0", "miniature/model")):
+        for name in ("base", "router"):
+            make_run(tmp_path / folder, name, correct, blocks, base_model=base_model)
+            results = json.loads((tmp_path / folder / name / "results.json").read_text())
+            results["results"]["piqa"] = {"acc_norm,none": 0.5, "acc,none": 0.9}
+            (tmp_path / folder / name / "results.json").write_text(json.dumps(results))
+    table2 = [{"set": "arc_easy", "sampled": 390, "wrong_to_right": 100, "visited": 1000, "inferences": 40000}]
+    (tmp_path / "big" / "labels_manifest.json").write_text(json.dumps({"table2": table2}))
+    summary = [{"setting": "embeddings", "accuracy": {"mean": 0.5}, "layers": {"mean": 9.0}}]
+    (tmp_path / "table6.json").write_text(json.dumps({"summary": summary}))
+    paper = json.loads(tables.PAPER_FILE.read_text())
+    paper["table3"] = {"LLaMA-3B-Base": {"+ router": {"ARC accuracy": 47.5}}}
+    (tmp_path / "paper.json").write_text(json.dumps(paper))
+    monkeypatch.setattr(tables, "PAPER_FILE", tmp_path / "paper.json")
+    return tmp_path
+
+
+def _cells(path, *beginning):
+    """The cells of the row that begins with `beginning`, by column."""
+    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    (row,) = [row for row in rows if row[: len(beginning)] == list(beginning)]
+    return dict(zip(header, row, strict=True))
+
+
+def test_paper_tables_show_paper_ours_and_difference(results, capsys):
+    assert tables.main([str(results), "--output", str(results / "out")]) == 0
+    out = results / "out"
+    routed = _cells(out / "table3.md", "LLaMA-3B-Base", "+ router")
+    assert routed["ARC accuracy"] == "47.5 / 50.0 / +2.5"
+    assert routed["ARC layers"] == "? / 9.0"
+    assert routed["DART accuracy"] == "? / not run"
+    assert _cells(out / "table3.md", "Qwen-7B-Instruct", "base")["ARC accuracy"] == "? / not run"
+    assert _cells(out / "table3.md", "miniature/seed0", "base")["ARC accuracy"] == "? / 50.0"
+    assert _cells(out / "table4.md", "LLaMA-3B-Base", "base")["PIQA"] == "? / 50.0"
+    assert _cells(out / "table4.md", "LLaMA-3B-Base", "base")["MMLU"] == "? / not run"
+    arc = _cells(out / "table2.md", "LLaMA-3B-Base", "arc_easy")
+    assert arc["sampled"] == "400 / 390.0 / -10.0"
+    assert arc["inferences a visited question"] == "39.5 / 40.0 / +0.5"
+    assert _cells(out / "table6.md", "embeddings")["accuracy"] == "? / 50.0"
+    assert _cells(out / "table6.md", "previous_layer")["accuracy"] == "? / not run"
+    assert "./eval.sh checkpoint" in (out / "table3.md").read_text()
+    assert (out / "table5.tex").read_text().startswith("\\begin{tabular}")
+    assert str(out / "table2.md") in capsys.readouterr().out
+
+
+def test_no_results_is_one_sentence(tmp_path, capsys):
+    assert tables.main([str(tmp_path / "nowhere")]) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
+    assert tables.main([str(tmp_path)]) == 0  # an empty folder: everything is "not run"
+    assert "not run" in (tmp_path / "tables" / "table3.md").read_text()
