@@ -9,7 +9,7 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something outside the program is wrong; the message is one sentence naming file, line or argument, and fix."""
+    """Something outside the program is wrong; the message is one sentence naming the cause and the fix."""
 
 
 def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
@@ -17,7 +17,7 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
 
     * `UserError`: prints `error: <message>` to stderr, returns 2.
     * Ctrl-C (KeyboardInterrupt): prints its message, or one sentence, to stderr, returns 130.
-    * Otherwise returns what `main` returned, None as 0. Any other exception is a defect and keeps its traceback.
+    * Otherwise returns what `main` returned, None as 0. Other exceptions are defects: they keep their traceback.
     """
 
     @functools.wraps(main)

@@ -1,4 +1,4 @@
-"""Which model, dtype, code and libraries made a file: labels, checkpoints and results carry these with them."""
+"""Which model, dtype, code and libraries made a file: labels, checkpoints and results carry these."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DTYPES = {
 
 
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
-    """The torch dtype called `name` ("bf16", "bfloat16", "torch.bfloat16", ...). UserError on an unknown name."""
+    """The torch dtype called `name` ("bf16", "bfloat16", ...). UserError on an unknown name."""
     if isinstance(name, torch.dtype):
         return name
     try:
@@ -47,9 +47,9 @@ def fingerprint(model: nn.Module) -> str:
     """A hash that tells base models apart: labels made with one model must not train the routers of another.
 
     Covers names, shapes and up to 256 evenly spaced values of every base parameter. The same for the stock
-    model, the path-following one and the routed one (routers are left out, wrappers' prefixes dropped), and for
-    weights loaded as fp32 or bf16, since values are rounded to bf16 first (fp16 agrees too when the stored
-    weights are bf16).
+    model, the path-following one and the routed one (routers are left out, wrappers' prefixes dropped), and
+    for weights loaded as fp32 or bf16, since values are rounded to bf16 first (fp16 agrees too when the
+    stored weights are bf16).
     """
     digest = hashlib.sha256()
     parameters = {}
