@@ -30,7 +30,7 @@ from drllm.search import DEFAULT_POLICY, POLICIES, SearchSettings
 
 MINIATURE = Path(__file__).resolve().parent / "miniature"
 SAMPLES_ELSEWHERE = 1000  # of sets for which the paper names no number
-CPU_BATCH_SIZE, GPU_BATCH_SIZE = 64, 512  # where to start; a batch that does not fit is halved
+BATCH_SIZE = 128  # where to start; a batch that does not fit is halved
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -61,8 +61,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the order of questions and of each search")
     add("--dtype", default="auto", help="of the weights: bfloat16, float32, ...; auto: bfloat16 on a GPU, else float32")
     add("--chat_template", choices=("auto", "on", "off"), default="auto", help="auto: for models named ...instruct")
-    add("--batch_size", type=int, default=None, help="rows a batch; halved when it does not fit; default: by device")
-    add("--concurrency", type=int, default=None, help="questions searched at once; default: 4 batches")
+    add("--batch_size", type=int, default=BATCH_SIZE, help="rows a batch; halved when it does not fit")
+    add("--concurrency", type=int, default=None, help="questions searched at once; default: 2 batches")
     return parser.parse_args(arguments)
 
 
@@ -248,9 +248,8 @@ def main(arguments: list[str] | None = None) -> None:
     state.wait_for_everyone()  # all know the same records now, and share out the rest alike
     progress.open()
 
-    batch_size = args.batch_size or (GPU_BATCH_SIZE if on_gpu else CPU_BATCH_SIZE)
-    engine = RolloutEngine(model, tokenizer, batch_size)
-    pool = SearchPool(engine, settings, args.seed, args.concurrency or 4 * batch_size)
+    engine = RolloutEngine(model, tokenizer, args.batch_size)
+    pool = SearchPool(engine, settings, args.seed, args.concurrency or 2 * args.batch_size)
     pool.is_wanted = lambda prompt, base_correct: selection.is_wanted(
         prompt.question, labels.SHORTER if base_correct else labels.WRONG_TO_RIGHT
     )

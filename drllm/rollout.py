@@ -229,15 +229,13 @@ class RolloutEngine:
 
     def _keep(self, prompts: list[Prompt], hidden_states: Sequence[torch.Tensor], cache: PathCache) -> None:
         """Remembers the default path's states of each prompt, unpadded."""
-        inputs = torch.stack(list(hidden_states[: self.num_blocks]))  # [L, B, T, d]
-        keys = torch.stack([layer.keys for layer in cache.layers[: self.num_blocks]])  # [L, B, H, T, d_h]
-        values = torch.stack([layer.values for layer in cache.layers[: self.num_blocks]])
+        first_visits = cache.layers[: self.num_blocks]
         for place, prompt in enumerate(prompts):
             length = len(prompt.input_ids)
             self._default_states[prompt.question.id] = _DefaultStates(
-                inputs[:, place, -length:].clone(),  # clones: a view would keep the whole batch in memory
-                keys[:, place, :, -length:].clone(),
-                values[:, place, :, -length:].clone(),
+                torch.stack([states[place, -length:] for states in hidden_states[: self.num_blocks]]),
+                torch.stack([layer.keys[place, :, -length:] for layer in first_visits]),
+                torch.stack([layer.values[place, :, -length:] for layer in first_visits]),
             )
 
     def _has_ended(self, row: _Row) -> bool:
@@ -392,7 +390,7 @@ class SearchPool:
         self.engine = engine
         self.settings = settings
         self.seed = seed
-        self.concurrency = concurrency
+        self._batches_at_once = concurrency / engine.batch_size
         self.is_wanted = is_wanted
         self.after_round = after_round
         self.simulations = 0
@@ -406,11 +404,13 @@ class SearchPool:
         has_more = True
         searches: list[_OpenSearch] = []
         while True:
+            # When batches are halved for lack of memory, fewer questions hold states, too.
+            most = max(1, round(self._batches_at_once * self.engine.batch_size))
             # New questions come in groups, because their default paths make batches of their own.
-            group = min(self.engine.batch_size, -(-self.concurrency // 2))
-            if has_more and len(searches) <= self.concurrency - group:
-                new = [self._open(prompt) for prompt in itertools.islice(waiting, self.concurrency - len(searches))]
-                has_more = len(searches) + len(new) == self.concurrency
+            group = min(self.engine.batch_size, -(-most // 2))
+            if has_more and len(searches) <= most - group:
+                new = [self._open(prompt) for prompt in itertools.islice(waiting, most - len(searches))]
+                has_more = len(searches) + len(new) == most
                 searches += new
             if not searches:
                 return
