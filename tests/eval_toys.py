@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from unittest import mock
 
 import torch
 from lm_eval import simple_evaluate
@@ -119,11 +120,13 @@ def make_tasks(folder: Path, count: int = 5, seed: int = 0) -> Path:
 
 
 def evaluate(lm, folder: Path, tasks: list[str], **options) -> dict:
-    """lm-eval's results of `lm` (a model object) on tasks of `make_tasks(folder)` and of `eval_tasks/`."""
+    """lm-eval's results of `lm` (a model object) on tasks of `folder` and of `eval_tasks/`."""
     manager = TaskManager(
         include_path=[str(EVAL_TASKS), str(folder)], include_defaults=False, metadata={"data_dir": str(folder)}
     )
-    return simple_evaluate(model=lm, tasks=tasks, task_manager=manager, bootstrap_iters=0, **options)
+    # lm-eval records the machine with each result and asks pip for it, which takes longer than these tests.
+    with mock.patch("lm_eval.evaluator.add_env_info"):
+        return simple_evaluate(model=lm, tasks=tasks, task_manager=manager, bootstrap_iters=0, **options)
 
 
 def routed_lm(checkpoint: Path, batch_size: int | str = 1, **arguments) -> RoutedLM:
