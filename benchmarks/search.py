@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -31,7 +33,7 @@ from data_models import load_path_model, path_model_class  # noqa: E402
 from drllm import provenance, tasks  # noqa: E402
 from drllm.errors import UserError, main_guard  # noqa: E402
 from drllm.labels import seeded_order  # noqa: E402
-from drllm.rollout import Prompt, RolloutEngine, SearchedQuestion, SearchPool  # noqa: E402
+from drllm.rollout import Prompt, Request, RolloutEngine, SearchedQuestion, SearchPool  # noqa: E402
 from drllm.search import POLICIES, PathSearch, SearchResult, SearchSettings, question_seed  # noqa: E402
 from train_models.paths import path_to_layer_indices  # noqa: E402
 
@@ -155,32 +157,26 @@ def plain_generation(model: Any, tokenizer: Any, prompts: list[Prompt], batch_si
 
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
-    """The engine against the published way (same questions, seeds and rewards) and against plain generation."""
-    model, tokenizer, device = load(args)
-    prompts = load_prompts(args, tokenizer, args.questions)
+    """The engine against the published way (same questions, seeds and rewards) and against plain generation.
+
+    The engine and plain generation use the cores as `accelerate launch --num_processes N data_generation.py` does: one
+    process a core, each with its share of the questions. The published way has all cores for its one rollout.
+    """
     settings = SearchSettings(num_simulations=args.num_simulations)
-    few = prompts[: min(8, len(prompts))]
-    search_batched(RolloutEngine(model, tokenizer, 8), few, SearchSettings(num_simulations=2), 0, 8)  # warm up
-    search_published(model, tokenizer, few[:2], SearchSettings(num_simulations=2), 0)
+    batched, simulations, rollouts, seconds, plain_rate = _in_processes(args, settings)
+    model, tokenizer, device = load(args)
+    asked = load_prompts(args, tokenizer, args.questions)[: args.published_questions]
+    search_published(model, tokenizer, asked[:2], SearchSettings(num_simulations=2), 0)  # warm up
     with Stopwatch(device) as watch:
-        engine = RolloutEngine(model, tokenizer, args.batch_size)
-        batched, simulations = search_batched(engine, prompts, settings, args.seed, args.concurrency)
-    engine_rate = simulations / watch.seconds
-    rollout_rate = engine.rollouts / watch.seconds
-    with Stopwatch(device) as watch:
-        repeats = 1
-        plain_generation(model, tokenizer, prompts, args.batch_size)
-        while time.perf_counter() - watch.started < args.least_seconds:
-            plain_generation(model, tokenizer, prompts, args.batch_size)
-            repeats += 1
-    plain_rate = repeats * len(prompts) / watch.seconds
-    with Stopwatch(device) as watch:
-        asked = prompts[: args.published_questions or len(prompts)]
         published, published_simulations = search_published(model, tokenizer, asked, settings, args.seed)
-    published_rate = published_simulations / watch.seconds
+    published_rate, engine_rate, rollout_rate = (
+        published_simulations / watch.seconds,
+        simulations / seconds,
+        rollouts / seconds,
+    )
     same = same_labels(batched, published)
     print(f"published way, batch 1      {published_rate:10.1f} simulations/s   ({len(asked)} questions)")
-    print(f"engine, batch {args.batch_size:<14d}{engine_rate:10.1f} simulations/s   ({len(prompts)} questions)")
+    print(f"engine, batch {args.batch_size:<14d}{engine_rate:10.1f} simulations/s   ({len(batched)} questions)")
     print(f"plain generation, same batch{plain_rate:10.1f} responses/s")
     print(f"engine / published          {engine_rate / published_rate:10.1f} x")
     print(f"engine / plain generation   {rollout_rate / plain_rate:10.2f}     (rollouts/s over responses/s)")
@@ -195,6 +191,55 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         "questions_with_same_result": same,
         "questions_compared": len(published),
     }
+
+
+def _in_processes(args: argparse.Namespace, settings: SearchSettings):
+    """(searched questions, simulations, rollouts, seconds, plain responses/s) of all processes together."""
+    spawn = multiprocessing.get_context("spawn")
+    start, results = spawn.Barrier(args.processes), spawn.SimpleQueue()
+    workers = [
+        spawn.Process(target=_measure, args=(rank, args, settings, start, results)) for rank in range(args.processes)
+    ]
+    for worker in workers:
+        worker.start()
+    parts = [results.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    batched = {question_id: one for part in parts for question_id, one in part["batched"].items()}
+    seconds = max(part["seconds"] for part in parts)
+    simulations, rollouts = (sum(part[count] for part in parts) for count in ("simulations", "rollouts"))
+    return batched, simulations, rollouts, seconds, sum(part["plain_rate"] for part in parts)
+
+
+def _measure(rank: int, args: argparse.Namespace, settings: SearchSettings, start: Any, results: Any) -> None:
+    """One process of `_in_processes`: searches its share of the questions, then answers them plainly."""
+    torch.set_num_threads(max(1, args.cores // args.processes))
+    model, tokenizer, device = load(args)
+    prompts = load_prompts(args, tokenizer, args.questions)[rank :: args.processes]
+    few = prompts[: args.batch_size]
+    search_batched(
+        RolloutEngine(model, tokenizer, args.batch_size), few, SearchSettings(num_simulations=1), 0, len(few)
+    )
+    start.wait()
+    with Stopwatch(device) as watch:
+        engine = RolloutEngine(model, tokenizer, args.batch_size)
+        batched, simulations = search_batched(engine, prompts, settings, args.seed, args.concurrency)
+    seconds = watch.seconds
+    start.wait()
+    with Stopwatch(device) as watch:
+        responses = 0
+        while not responses or time.perf_counter() - watch.started < args.least_seconds:
+            plain_generation(model, tokenizer, prompts, args.batch_size)
+            responses += len(prompts)
+    results.put(
+        {
+            "batched": batched,
+            "simulations": simulations,
+            "rollouts": engine.rollouts,
+            "seconds": seconds,
+            "plain_rate": responses / watch.seconds,
+        }
+    )
 
 
 def concurrency(args: argparse.Namespace) -> dict[str, Any]:
@@ -271,41 +316,61 @@ def shortcuts(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def policies(args: argparse.Namespace) -> dict[str, Any]:
-    """What each policy finds on the same questions, with the spread over seeds."""
+    """What each policy finds on the same questions, with the spread over seeds.
+
+    "Elsewhere" says what the labels are worth as labels: the accuracy of their paths on four other questions of the set,
+    less the default path's accuracy there. A path that is right by luck is right on its own question only.
+    """
     model, tokenizer, _ = load(args)
     prompts = load_prompts(args, tokenizer, args.questions)
+    columns = {
+        "fixed": "wrong made right",
+        "saved": "layers saved, right",
+        "elsewhere_fixed": "elsewhere, fixes",
+        "elsewhere_shorter": "elsewhere, shorter",
+        "inferences": "inferences",
+    }
     table = {}
-    print(f"{len(prompts)} questions, {args.num_simulations} simulations; mean and deviation of {args.seeds} seeds")
-    print("policy     wrong made right   layers saved, right   with a shorter path   inferences")
+    print(f"{len(prompts)} questions, {args.num_simulations} simulations; mean (deviation) of {args.seeds} seeds")
+    print("policy    " + "".join(f"{column:>22s}" for column in columns.values()))
     for policy in args.policies.split(","):
         settings = SearchSettings(num_simulations=args.num_simulations, policy=policy)
-        by_seed: dict[str, list[float]] = {"fixed": [], "saved": [], "shortened": [], "inferences": [], "fix_edits": []}
+        by_seed: dict[str, list[float]] = {name: [] for name in columns}
         for seed in range(args.seeds):
             engine = RolloutEngine(model, tokenizer, args.batch_size)
             found, _ = search_batched(engine, prompts, settings, seed, args.concurrency)
             results = [one.result for one in found.values()]
             wrong = [result for result in results if not result.base_correct]
             right = [result for result in results if result.base_correct]
-            fixes = [result.best_path for result in wrong if result.kind == "wrong_to_right"]
-            by_seed["fixed"].append(len(fixes) / max(len(wrong), 1))
+            by_seed["fixed"].append(_mean(result.kind == "wrong_to_right" for result in wrong))
             by_seed["saved"].append(_mean(len(result.best_path) - sum(result.best_path) for result in right))
-            by_seed["shortened"].append(sum(result.kind == "shorter" for result in right) / max(len(right), 1))
+            by_seed["elsewhere_fixed"].append(_elsewhere(engine, prompts, found, "wrong_to_right"))
+            by_seed["elsewhere_shorter"].append(_elsewhere(engine, prompts, found, "shorter"))
             by_seed["inferences"].append(_mean(result.inferences for result in results))
-            by_seed["fix_edits"].append(_mean(sum(visits != 1 for visits in path) for path in fixes))
         table[policy] = by_seed
-        shown = {name: (statistics.mean(values), statistics.stdev(values)) for name, values in by_seed.items()}
-        print(
-            f"{policy:10s}{100 * shown['fixed'][0]:9.1f}% ({100 * shown['fixed'][1]:.1f})"
-            f"{shown['saved'][0]:15.2f} ({shown['saved'][1]:.2f})"
-            f"{100 * shown['shortened'][0]:15.1f}% ({100 * shown['shortened'][1]:.1f})"
-            f"{shown['inferences'][0]:12.1f} ({shown['inferences'][1]:.1f})",
-            flush=True,
-        )
-    return {"wrong": len(wrong), "right": len(right), "by_seed": table}
+        shown = [f"{statistics.mean(values):.3f} ({statistics.stdev(values):.3f})" for values in by_seed.values()]
+        print(f"{policy:10s}" + "".join(f"{cell:>22s}" for cell in shown), flush=True)
+    return {"wrong": len(wrong), "right": len(right), "columns": columns, "by_seed": table}
+
+
+def _elsewhere(engine: RolloutEngine, prompts: list[Prompt], found: dict[str, SearchedQuestion], kind: str) -> float:
+    """Accuracy of the paths of labels of `kind` on four other questions of their set, less the default path's there."""
+    by_set: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_set.setdefault(prompt.question.set, []).append(prompt)
+    requests = []
+    for neighbours in by_set.values():
+        for place, prompt in enumerate(neighbours):
+            result = found[prompt.question.id].result
+            others = [neighbours[(place + step) % len(neighbours)] for step in range(1, 5)]
+            if result.kind == kind:
+                requests += [Request(other, result.best_path) for other in others if other is not prompt]
+    right = _mean(rollout.is_right for rollout in engine.respond(requests))
+    return right - _mean(found[request.prompt.question.id].result.base_correct for request in requests)
 
 
 def _mean(values: Iterable[float]) -> float:
-    return statistics.mean(list(values) or [0.0])
+    return statistics.mean([float(value) for value in values] or [0.0])
 
 
 BENCHMARKS = {"speed": speed, "concurrency": concurrency, "shortcuts": shortcuts, "policies": policies}
@@ -324,6 +389,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--questions", type=int, default=112)
     add("--published_questions", type=int, default=None, help="fewer for the published way; default: all")
     add("--num_simulations", type=int, default=50)
+    cores = len(os.sched_getaffinity(0))
+    add("--processes", type=int, default=1 if torch.cuda.is_available() else cores, help="speed: of the engine")
     add("--batch_size", type=int, default=128)
     add("--concurrency", type=int, default=256)
     add("--seed", type=int, default=0)
@@ -333,6 +400,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--least_seconds", type=float, default=5.0, help="a shorter measurement is repeated")
     add("--output_dir", type=Path, default=ROOT / "results")
     args = parser.parse_args(arguments)
+    args.cores = cores
     started = time.time()
     figures = BENCHMARKS[args.benchmark](args)
     shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}

@@ -24,7 +24,7 @@ from train_models.paths import DEFAULT_BUDGET, EXECUTE, REPEAT, SKIP, Path, defa
 
 EDITS = (SKIP, REPEAT)  # of a block that runs once
 
-POLICIES = ("chain", "full", "widening", "guided")
+POLICIES = ("chain", "full", "widening", "guided", "greedy")
 DEFAULT_POLICY = "widening"
 
 
@@ -117,6 +117,8 @@ class PathSearch:
     * "widening": a node with v visits may have up to sqrt(2 v) children, so that the tree has breadth and depth.
     * "guided": as widening, but the next edit is not a random one: edits are ranked by the mean reward of all paths
       of this question that contain them, and a right answer's skips come before its repeats.
+    * "greedy": as guided for a wrong answer. For a right one no tree policy: the shortest right path found so far that
+      has an untried skip grows by the most promising one.
 
     A wrong answer's search ends with the first right path. A right one's uses all simulations to shorten the path.
     """
@@ -127,6 +129,7 @@ class PathSearch:
         self.rewards: dict[Path, float] = {}  # every evaluated path, in the order of evaluation
         self.simulations = 0
         self._random = random.Random(seed)
+        self._right_nodes: list[Node] = []
         self._edit_rewards: dict[tuple[int, int], list[float]] = {}  # (block, visits) -> [paths with it, their reward]
         self._steps = self._run()
         self.request: Path | None = next(self._steps)
@@ -178,6 +181,10 @@ class PathSearch:
 
     def _descend(self) -> Node:
         """The walk: from the root to a new child, or to a node that has none and can have none."""
+        if self.settings.policy == "greedy" and self.base_correct:
+            for node in sorted(self._right_nodes, key=lambda node: sum(node.path)):
+                if (child := self._grow(node)) is not None:
+                    return child
         node = self.root
         while True:
             if self._may_grow(node) and (child := self._grow(node)) is not None:
@@ -199,10 +206,11 @@ class PathSearch:
         """Adds a child of `node` whose path is allowed and new to the tree; None when there is none left."""
         if node.untried is None:
             unedited = [block for block, visits in enumerate(node.path) if visits == EXECUTE]
-            node.untried = [(block, visits) for block in unedited for visits in EDITS]
+            edits = (SKIP,) if self.settings.policy == "greedy" and self.base_correct else EDITS
+            node.untried = [(block, visits) for block in unedited for visits in edits]
             self._random.shuffle(node.untried)
         while node.untried:
-            if self.settings.policy == "guided":
+            if self.settings.policy in ("guided", "greedy"):
                 node.untried.sort(key=self._promise)  # stable: equal ones stay in random order
             block, visits = node.untried.pop()
             path = (*node.path[:block], visits, *node.path[block + 1 :])
@@ -231,6 +239,8 @@ class PathSearch:
 
     def _learn(self, leaf: Node, reward: float) -> None:
         if leaf.visits == 0:
+            if _is_right(reward):
+                self._right_nodes.append(leaf)
             for block, visits in enumerate(leaf.path):
                 if visits != EXECUTE:
                     counts = self._edit_rewards.setdefault((block, visits), [0, 0.0])
