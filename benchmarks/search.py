@@ -318,8 +318,8 @@ def shortcuts(args: argparse.Namespace) -> dict[str, Any]:
 def policies(args: argparse.Namespace) -> dict[str, Any]:
     """What each policy finds on the same questions, with the spread over seeds.
 
-    "Elsewhere" says what the labels are worth as labels: the accuracy of their paths on four other questions of the set,
-    less the default path's accuracy there. A path that is right by luck is right on its own question only.
+    "Elsewhere" says what the labels are worth as labels: the accuracy of their paths on four other questions of the
+    set, less the default path's accuracy there. A path that is right by luck is right on its own question only.
     """
     model, tokenizer, _ = load(args)
     prompts = load_prompts(args, tokenizer, args.questions)
