@@ -415,11 +415,6 @@ class RoutedLM(HFLM):
         self, contexts: list[tuple[int, ...]], continuations: list[list[tuple[int, ...]]]
     ) -> list[dict[tuple[int, ...], tuple[tuple[float, bool], Measurement]]]:
         """For each context: continuation -> ((log-likelihood, is greedy), what it took)."""
-        lengths = torch.tensor([len(context) for context in contexts])
-        tokens, mask = self._padded(contexts, side="left")
-        cache = PathCache(self.model.config)
-        first, paths = self._forward(tokens, mask, cache, logits_to_keep=1)
-        paths = paths.tolist()
         # One row for each continuation that needs more than the first token's probabilities.
         rows = [
             (number, continuation)
@@ -427,6 +422,11 @@ class RoutedLM(HFLM):
             for continuation in options
             if len(continuation) > 1
         ]
+        lengths = torch.tensor([len(context) for context in contexts])
+        tokens, mask = self._padded(contexts, side="left")
+        cache = PathCache(self.model.config) if rows else None
+        first, paths = self._forward(tokens, mask, cache, logits_to_keep=1)
+        paths = paths.tolist()
         later: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
         passes: dict[tuple[int, tuple[int, ...]], int] = {}
         size = OPTIONS_PER_CONTEXT * len(contexts)
@@ -466,7 +466,12 @@ class RoutedLM(HFLM):
         return float(chosen.sum()), bool((log_probabilities.argmax(-1) == target).all())
 
     def _forward(
-        self, tokens: torch.Tensor, mask: torch.Tensor, cache: PathCache, position_ids=None, logits_to_keep: int = 0
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        cache: PathCache | None,
+        position_ids=None,
+        logits_to_keep: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits [rows, kept, vocabulary], paths [rows, L]) of a forward pass over new `tokens`."""
         if position_ids is None:
@@ -482,7 +487,7 @@ class RoutedLM(HFLM):
                 attention_mask=mask.to(self.device),
                 position_ids=position_ids.to(self.device),
                 past_key_values=cache,
-                use_cache=True,
+                use_cache=cache is not None,
                 layer_indices=self._layer_indices,
                 logits_to_keep=logits_to_keep,
             )

@@ -135,6 +135,20 @@ def test_rows_that_have_ended_are_not_counted(base, folder):
     assert counts["blocks"] == BLOCKS * sum(passes)
 
 
+def test_each_end_token_of_the_model_ends_a_row(base, folder):
+    """Instruct models have several; only one of them is the tokenizer's, which lm-eval knows."""
+    lm = routed_lm(base, batch_size=5)
+    evaluate(lm, folder, ["toy_stop"])
+    long = [query["doc_id"] for query in lm.layer_counts.queries() if query["passes"] == 9]
+    assert long
+    also_an_end = lm.tokenizer.convert_tokens_to_ids(["A", "B", "D", "so", "then", "\\boxed{1}", "\\boxed{2}"])
+    lm.model.generation_config.eos_token_id = [2, *also_an_end]
+    lm._answers.forget()
+    evaluate(lm, folder, ["toy_stop"])
+    passes = {query["doc_id"]: query["passes"] for query in lm.layer_counts.queries()}
+    assert any(passes[document] < 9 for document in long)
+
+
 def test_options_follow_the_path_that_the_prompt_alone_gives(routed, folder):
     lm = routed_lm(routed, batch_size=4)
     results = evaluate(lm, folder, ["toy_choice"])
