@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,15 +139,15 @@ def test_rows_that_have_ended_are_not_counted(base, folder):
 def test_each_end_token_of_the_model_ends_a_row(base, folder):
     """Instruct models have several; only one of them is the tokenizer's, which lm-eval knows."""
     lm = routed_lm(base, batch_size=5)
+    texts = [text for [[text]] in responses(evaluate(lm, folder, ["toy_stop"]))["toy_stop"]]
+    before = {query["doc_id"]: query["passes"] for query in lm.layer_counts.queries()}
+    longest = max(before, key=before.get)
+    assert before[longest] > 1
+    first_token = lm.tokenizer.encode(texts[longest], add_special_tokens=False)[0]
+    lm.model.generation_config.eos_token_id = [2, first_token]
     evaluate(lm, folder, ["toy_stop"])
-    long = [query["doc_id"] for query in lm.layer_counts.queries() if query["passes"] == 9]
-    assert long
-    also_an_end = lm.tokenizer.convert_tokens_to_ids(["A", "B", "D", "so", "then", "\\boxed{1}", "\\boxed{2}"])
-    lm.model.generation_config.eos_token_id = [2, *also_an_end]
-    lm._answers.forget()
-    evaluate(lm, folder, ["toy_stop"])
-    passes = {query["doc_id"]: query["passes"] for query in lm.layer_counts.queries()}
-    assert any(passes[document] < 9 for document in long)
+    after = {query["doc_id"]: query["passes"] for query in lm.layer_counts.queries()}
+    assert after[longest] == 1
 
 
 def test_options_follow_the_path_that_the_prompt_alone_gives(routed, folder):
@@ -198,8 +199,14 @@ def test_answers_are_cached_with_their_counts(base, routed, folder, tmp_path):
     assert metrics(first) == metrics(second)
     assert _counts(first) == _counts(second)
     assert responses(first) == responses(second)
-    # other weights or settings never see these answers
+    # other weights or settings never see these answers, not even under the same name
+    renamed = tmp_path / "renamed"
+    shutil.copytree(routed, renamed)
+    evaluate(routed_lm(renamed, response_cache=cache), folder, ["toy_choice"])
+    config = json.loads((renamed / "config.json").read_text())
+    (renamed / "config.json").write_text(json.dumps(config | {"routing_control": 0.1}))
     for other in (
+        routed_lm(renamed, response_cache=cache),
         routed_lm(base, response_cache=cache),
         routed_lm(routed, response_cache=cache, is_static_routing=True),
         routed_lm(routed, response_cache=cache, routing_control=0.0),
