@@ -199,24 +199,30 @@ def test_answers_are_cached_with_their_counts(base, routed, folder, tmp_path):
     assert metrics(first) == metrics(second)
     assert _counts(first) == _counts(second)
     assert responses(first) == responses(second)
+
+    def is_computed(checkpoint: Path, **arguments) -> bool:
+        lm = routed_lm(checkpoint, 4, response_cache=cache, **arguments)
+        counter = _HookCounter(lm.model)
+        results = evaluate(lm, folder, ["toy_choice"])
+        assert _counts(results)["toy_choice"]["queries"] == 5
+        return counter.calls > 0
+
     # other weights or settings never see these answers, not even under the same name
+    assert not is_computed(routed)
+    assert is_computed(base)
+    assert is_computed(routed, is_static_routing=True)
+    assert is_computed(routed, num_windows=2)
     renamed = tmp_path / "renamed"
     shutil.copytree(routed, renamed)
-    evaluate(routed_lm(renamed, response_cache=cache), folder, ["toy_choice"])
+    assert is_computed(renamed)
+    assert not is_computed(renamed)
     config = json.loads((renamed / "config.json").read_text())
     (renamed / "config.json").write_text(json.dumps(config | {"routing_control": 0.1}))
-    for other in (
-        routed_lm(renamed, response_cache=cache),
-        routed_lm(base, response_cache=cache),
-        routed_lm(routed, response_cache=cache, is_static_routing=True),
-        routed_lm(routed, response_cache=cache, routing_control=0.0),
-        routed_lm(routed, response_cache=cache, num_windows=2),
-        routed_lm(make_routed(base, tmp_path / "other", seed=1), response_cache=cache),
-    ):
-        counter = _HookCounter(other.model)
-        results = evaluate(other, folder, ["toy_choice"])
-        assert counter.calls > 0
-        assert _counts(results)["toy_choice"]["queries"] == 5
+    assert is_computed(renamed)
+    make_routed(base, renamed, seed=1)
+    assert is_computed(renamed)
+    make_routed(base, renamed, seed=2)
+    assert is_computed(renamed)
 
 
 def test_lm_evals_own_cache_is_refused(routed, folder, tmp_path):
