@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import statistics
 
 import pytest
 
@@ -59,8 +61,7 @@ def test_files_come_out_again_from_the_seed(tmp_path):
 def test_no_content_is_in_two_parts(drawn):
     """Search, test and what the base model saw are disjoint by content, over all sets together."""
     keys = {part: {q.key for (_, p), asked in drawn.items() if p == part for q in asked} for part in ("train", "test")}
-    stream = make.batches(seed=0, start=0, size=2_000)
-    keys["pretrain"] = {q.key for _ in range(10) for q in next(stream)[0]}
+    keys["pretrain"] = {q.key for batch, _ in make.batches(seed=0, start=0, steps=10, size=2_000) for q in batch}
     assert len(keys["pretrain"]) > 10_000
     for a, b in (("train", "test"), ("train", "pretrain"), ("test", "pretrain")):
         assert not keys[a] & keys[b]
@@ -80,10 +81,12 @@ def test_keys_tell_contents_apart_no_finer_than_the_text(drawn):
     """No key can split one content over two parts: contents compared by text, whatever order the words are in."""
     # Kinds in which the order of the numbers is part of the content; for these the text itself is compared.
     ordered = {"double, add", "remainder", "multiply, add", "add, multiply", "add, subtract", "larger, add",
-               "difference of sums", "count", "story sum", "story difference", "larger", "closest"}  # fmt: skip
+               "count", "larger sum", "difference of products", "story sum", "story difference", "larger",
+               "closest"}  # fmt: skip
     parts: dict[str, set] = {}
     for (_, part), asked in drawn.items():
-        parts.setdefault(part, set()).update(q.text if q.kind in ordered else normalised(q) for q in asked)
+        contents = ((q.text, tuple(sorted(q.choices))) if q.kind in ordered else normalised(q) for q in asked)
+        parts.setdefault(part, set()).update(contents)
     assert not parts["train"] & parts["test"]
 
 
@@ -117,18 +120,17 @@ def test_sums_have_one_key_in_every_set():
 
 def test_answers_are_right(drawn):
     """The answers, computed again from the text by other code."""
-    import re
 
     def numbers(q):
         return [int(n) for n in re.findall(r"\d+", q.text)]
 
     solve = {
-        "story sum": lambda n: n[0] + n[1], "sum": lambda n: n[0] + n[1],
+        "story sum": sum, "sum": sum,
         "story difference": lambda n: n[0] - n[1], "difference": lambda n: n[1] - n[0],
         "add, subtract": lambda n: n[0] + n[1] - n[2], "double, add": lambda n: 2 * n[0] + n[1],
-        "add, multiply": lambda n: (n[0] + n[1]) * n[2], "remainder": lambda n: n[0] % n[1],
-        "range": lambda n: max(n) - min(n), "multiply, add": lambda n: n[0] * n[1] + n[2],
-        "difference of sums": lambda n: n[0] + n[1] - n[2] - n[3], "two largest": lambda n: sum(sorted(n)[-2:]),
+        "larger sum": lambda n: max(n[0] + n[1], n[2] + n[3]), "add, multiply": lambda n: (n[0] + n[1]) * n[2],
+        "remainder": lambda n: n[0] % n[1], "median": statistics.median,
+        "multiply, add": lambda n: n[0] * n[1] + n[2], "difference of products": lambda n: n[0] * n[1] - n[2] * n[3],
     }  # fmt: skip
     checked = set()
     for asked in drawn.values():
@@ -147,15 +149,29 @@ def test_answers_are_right(drawn):
                 assert int(chosen) == max(map(int, q.choices))
             elif q.kind == "second largest":
                 assert int(chosen) == sorted(map(int, q.choices))[2]
+            elif q.kind == "smallest":
+                assert int(chosen) == min(map(int, q.choices))
+            elif q.kind == "category":
+                assert chosen in make.CATEGORIES[q.text.removeprefix("Which word names ").rstrip("?")]
             elif q.kind == "closest":
                 assert abs(int(chosen) - numbers(q)[0]) == min(abs(int(c) - numbers(q)[0]) for c in q.choices)
             elif q.kind == "sum choice":
                 assert int(chosen) == sum(numbers(q))
                 assert q.choices.count(chosen) == 1
             else:
-                continue
+                raise AssertionError(f"no check for {q.kind}")
             checked.add(q.kind)
-    assert len(checked) == 19
+    assert checked == {kind for kinds in make.KINDS.values() for kind in kinds}
+
+
+def test_fewer_options_leave_the_answer_right():
+    rng = make.random.Random(3)
+    for asked in (make.questions(s, "train", 60, 0) for s in ("arc_easy", "arc_challenge")):
+        for q in asked:
+            less = make.fewer_options(rng, q)
+            assert less.choices[make.LABELS.index(less.answer)] == q.choices[make.LABELS.index(q.answer)]
+            assert set(less.choices) <= set(q.choices)
+            assert (less == q) == (q.kind == "second largest")
 
 
 def test_labels_are_balanced(drawn):
@@ -258,8 +274,10 @@ def test_model_answers_by_greedy_decoding(model, tokenizer):
         quick = make.correct(model, tokenizer, asked).tolist()
         assert sum(a != b for a, b in zip(right, quick, strict=True)) <= 1  # rounding may turn a tie
         shares[s] = sum(right) / len(right)
-    assert shares["arc_easy"] > 0.8, shares
-    assert sum(shares.values()) / len(shares) > 0.5, shares
+    # The README has 99, 92, 95, 64, 73, 64 and 49 percent on 400 a set; 40 questions are within 15 points of that.
+    assert shares["arc_easy"] > 0.9, shares
+    assert 0.3 < shares["dart-5"] < 0.7, shares
+    assert 0.65 < sum(shares.values()) / len(shares) < 0.88, shares
 
 
 def test_paths_of_pretraining_skip_and_repeat(model, tokenizer):
