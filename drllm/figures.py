@@ -123,7 +123,6 @@ def draw_labels(folder: Path, path: Path) -> Path:
     counts = [(paths == action).sum() for action in range(3)]
     figure, axis = plt.subplots(figsize=(max(5, 0.28 * paths.shape[1] + 2), 3))
     _stacked_bars(axis, shares)
-    # Nearly all labels are execute; the axis starts where something is to be seen.
     axis.set_ylabel("% of labels")
     axis.set_title(
         f"{len(rows)} labels: " + ", ".join(f"{name} {count}" for name, count in zip(ACTIONS, counts, strict=True)),
@@ -163,7 +162,7 @@ def draw_sweep(source: Path, path: Path) -> Path:
     layers.plot(knob, [point["blocks_per_query"] for point in points], color="0.5", marker="s", ls="--", label="layers")
     layers.set_ylabel("layers a query")
     handles = [handle for axis in (left, layers) for handle in axis.get_legend_handles_labels()[0]]
-    left.legend(handles=handles, frameon=False, fontsize=8)
+    left.legend(handles=handles, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=3)
     edges = np.array(sweep["probabilities"]["edges"])
     for name, line in zip(ACTIONS, ("-", "--", ":"), strict=True):
         right.stairs(np.array(sweep["probabilities"][name]), edges, color="black", ls=line, label=name)
