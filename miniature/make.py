@@ -787,7 +787,10 @@ def main() -> None:
     look.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.command == "questions":
-        write_questions(arguments.output_dir, arguments.train, arguments.test, arguments.seed)
+        try:
+            write_questions(arguments.output_dir, arguments.train, arguments.test, arguments.seed)
+        except ValueError as error:
+            raise SystemExit(f"error: {error} Ask for fewer (--train, --test).") from None
     elif arguments.command == "train":
         train(arguments)
     else:
