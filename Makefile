@@ -9,7 +9,7 @@ DEMO := runs/demo
 
 # The three steps, with fewer labels a set than the paper's so that two cores need minutes. Run again, it continues.
 demo: $(VENV)/.installed
-	$(BIN)/python data_generation.py --data_dir miniature/data --samples 60 --output_dir $(DEMO)/data
+	$(BIN)/python data_generation.py --data_dir miniature/data --samples 60 --limit 120 --output_dir $(DEMO)/data
 	$(BIN)/python train.py --data $(DEMO)/data --run_name demo --output_dir $(DEMO)/checkpoints --warmup_steps 50
 	PYTHON=$(BIN)/python ./eval.sh $(DEMO)/checkpoints/demo --data_dir miniature/data --labels $(DEMO)/data \
 	  --output_dir $(DEMO)/results
