@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import gc
 import hashlib
 import importlib.util
 import json
@@ -375,6 +376,10 @@ def train_routers(config: RouterTrainingConfig, callbacks: Sequence[TrainerCallb
     if store is not None:
         alpha = effective_number_weights(counts, config.beta)
         metrics = evaluate_routers(routed.model.routers, store, held_out or train, config, alpha)
+    passes = dataclasses.asdict(store.statistics if store else module.statistics)
+    # Unmap the features before the checkpoint is written; the Trainer's cycles would keep them.
+    del store, module, collator
+    gc.collect()
     record = {
         "config": dataclasses.asdict(config) | {"model_id": model_id, "bf16": bf16},
         "metrics": metrics,
@@ -386,7 +391,7 @@ def train_routers(config: RouterTrainingConfig, callbacks: Sequence[TrainerCallb
         "alpha": effective_number_weights(counts, config.beta).tolist(),
         "best_step": result.best_step,
         "steps": result.steps,
-        "base_model_passes": dataclasses.asdict(store.statistics if store else module.statistics),
+        "base_model_passes": passes,
         "seconds_training": result.seconds,
         "seconds": time.perf_counter() - start,
         "base_model": {"name": model_id, "revision": revision, "fingerprint": found, "dtype": dtype_name(dtype)},
