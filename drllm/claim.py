@@ -178,7 +178,7 @@ class Comparison:
         return outcomes, decisions
 
     def effects(self) -> tuple[list[Outcome], list[list[BlockPath]], list[dict]]:
-        """Routers on effects, a run a seed: (at the validated price, their paths, the curve over prices)."""
+        """Routers on effects, a run a seed: (at the validated price, their paths, the validation curves over prices)."""
         default = [default_path(self.num_blocks)] * len(self.train)
         first = measure(self.routed, self.train, default, self.arguments.batch_size)
         outcomes, decisions, curves = [], [], []
@@ -187,33 +187,27 @@ class Comparison:
             curve = []
             for price in PRICES:
                 self._install(routers, price)
-                on_validation = self._validate()
-                paths = self.decide(self.routed, self.test.prompts)
-                curve.append((price, on_validation, paths, self.answer(self.test.prompts, paths)))
-            # Chosen by validation alone; the test outcomes of the other prices are only drawn.
-            base = self.answer([each.prompt for each in self.validation], [default[0]] * len(self.validation))
+                curve.append((price, self._validate()))
+            # Chosen by validation alone; the test questions are answered once, at that price.
+            prompts = [each.prompt for each in self.validation]
+            base = self.answer(prompts, [default[0]] * len(prompts))
             keeping = [point for point in curve if point[1].accuracy >= base.accuracy]
             chosen = min(keeping or curve[:1], key=lambda point: point[1].mean_layers)
-            outcomes.append(chosen[3])
-            decisions.append(chosen[2])
+            self._install(routers, chosen[0])
+            decisions.append(self.decide(self.routed, self.test.prompts))
+            outcomes.append(self.answer(self.test.prompts, decisions[-1]))
             curves.append(
                 {
                     "seed": seed,
                     "chosen_price": chosen[0],
                     "validation_base": base.accuracy,
                     "prices": [
-                        {
-                            "price": price,
-                            "validation_accuracy": validation.accuracy,
-                            "validation_layers": validation.mean_layers,
-                            "test_accuracy": outcome.accuracy,
-                            "test_layers": outcome.mean_layers,
-                        }
-                        for price, validation, _, outcome in curve
+                        {"price": price, "accuracy": outcome.accuracy, "layers": outcome.mean_layers}
+                        for price, outcome in curve
                     ],
                 }
             )
-            say(f"effects, seed {seed}, price {chosen[0]}", chosen[3])
+            say(f"effects, seed {seed}, price {chosen[0]}", outcomes[-1])
         return outcomes, decisions, curves
 
     def _train_on_effects(self, first: EffectRound, seed: int) -> StackedRouters:
@@ -429,14 +423,6 @@ def draw(result: dict, path: Path) -> None:
                 label=kind,
                 markerfacecolor="none" if kind in ("static", "influence") else "black",
             )
-    for number, curve in enumerate(result["curves"]):
-        axes.plot(
-            [point["test_layers"] for point in curve["prices"]],
-            [100 * point["test_accuracy"] for point in curve["prices"]],
-            color="grey",
-            linewidth=0.6,
-            label="effects, all prices" if number == 0 else None,
-        )
     axes.set(xlabel="block applications a forward pass", ylabel="accuracy (%)")
     axes.legend(fontsize=8)
     figure.tight_layout()
