@@ -178,7 +178,7 @@ class Comparison:
         return outcomes, decisions
 
     def effects(self) -> tuple[list[Outcome], list[list[BlockPath]], list[dict]]:
-        """Routers on effects, a run a seed: (at the validated price, their paths, the validation curves over prices)."""
+        """Routers on effects, a run a seed: (at the validated price, their paths, validation by price)."""
         default = [default_path(self.num_blocks)] * len(self.train)
         first = measure(self.routed, self.train, default, self.arguments.batch_size)
         outcomes, decisions, curves = [], [], []
