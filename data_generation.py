@@ -10,6 +10,7 @@ number of processes and any batch size.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import sys
 import time
@@ -273,6 +274,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(130) from None
         safe = f"at least {len(selection.records)} finished questions are in {folder}"
         raise KeyboardInterrupt(f"{safe}; the same command continues") from None
+    finally:
+        with contextlib.suppress(UserError):  # what went wrong before is the one to hear of
+            progress.close()
 
 
 if __name__ == "__main__":

@@ -106,7 +106,9 @@ def test_labels_do_not_depend_on_the_batch(toy, undisturbed, tmp_path, changes):
 
 
 def test_killed_and_interrupted_runs_continue(toy, undisturbed, tmp_path):
-    arguments = [*toy, *SMALL_SEARCH, "--concurrency", "8", "--output_dir", str(tmp_path)]
+    # One question and one rollout at a time, so that there is time to stop the run on any machine.
+    slowly = ["--concurrency", "1", "--batch_size", "1"]
+    arguments = [*toy, *SMALL_SEARCH, *slowly, "--output_dir", str(tmp_path)]
     process = start(arguments)
     wait_for_lines(process, tmp_path, 5)
     kill(process)
