@@ -154,6 +154,14 @@ def test_a_right_answer_without_a_shorter_right_path_keeps_the_default():
     assert result.good_paths == ((0, 2, 1, 1), (2, 1, 1, 1))
 
 
+def test_of_two_equally_short_right_paths_the_one_with_fewer_edits_is_kept():
+    search = PathSearch(5, SearchSettings(), 0)
+    search.tell(RIGHT)
+    search.rewards |= {(0, 2, 0, 1, 1): RIGHT, (1, 1, 1, 0, 1): RIGHT, (0, 1, 1, 1, 1): RIGHT}
+    assert search.result().good_paths == ((1, 1, 1, 0, 1), (0, 1, 1, 1, 1), (0, 2, 0, 1, 1))
+    assert search.result().best_path == (1, 1, 1, 0, 1)
+
+
 def test_a_wrong_answer_without_a_fix_has_no_path():
     result = run(PathSearch(5, SearchSettings(), 0), lambda path: WRONG).result()
     assert (result.base_correct, result.best_path, result.kind) == (False, None, None)
@@ -189,6 +197,19 @@ def test_rewards_reach_the_root_without_the_length_penalty():
         assert node.visits == 1 + sum(child.visits for child in node.children) or not node.children
     assert search.root.visits == search.simulations + 1
     assert search.root.total_reward <= search.root.visits
+
+
+def test_guided_growth_tries_what_worked_first_and_skips_before_repeats_for_right_answers():
+    search = PathSearch(4, SearchSettings(policy="guided"), 0)
+    search.tell(RIGHT)
+    search._edit_rewards = {(2, 0): [4, 0.0], (1, 0): [4, 2.0], (3, 2): [9, 0.0]}
+    node = Node((1, 1, 1, 1))
+    grown = [search._grow(node).path for _ in range(8)]
+    assert search._grow(node) is None
+    assert set(grown[:2]) == {(0, 1, 1, 1), (1, 1, 1, 0)}  # not tried yet
+    assert grown[2:4] == [(1, 0, 1, 1), (1, 1, 0, 1)]  # right half of the time, and never
+    assert all(2 in path for path in grown[4:])
+    assert grown[-1] == (1, 1, 1, 2)
 
 
 def test_random_children_come_with_their_probability():
