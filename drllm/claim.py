@@ -92,8 +92,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--train_questions", type=int, default=600, help="a set, for effects; a fifth validates")
     parser.add_argument("--test_questions", type=int, help="a set; default: all")
-    parser.add_argument("--rounds", type=int, default=2, help="of effects: around the default path, then own decisions")
-    parser.add_argument("--own_price", type=float, default=0.01, help="of the decisions that later rounds go around")
+    parser.add_argument("--rounds", type=int, default=3, help="of effects: around the default path, then own decisions")
+    parser.add_argument("--own_price", type=float, default=0.03, help="of the decisions that later rounds go around")
+    parser.add_argument("--margin", type=float, default=0.04, help="of predicted effects that change a path")
     parser.add_argument("--epochs", type=int, default=15, help="of effects")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--weight_decay", type=float, default=0.01)
@@ -226,7 +227,7 @@ class Comparison:
 
     def _install(self, routers: StackedRouters, price: float) -> None:
         routers.copy_to(self.routed.model.routers)
-        with_price(self.routed.model.routers, price)
+        with_price(self.routed.model.routers, price, self.arguments.margin)
 
     def _validate(self) -> Outcome:
         prompts = [each.prompt for each in self.validation]

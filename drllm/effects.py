@@ -180,8 +180,10 @@ def fit(
 
 
 @torch.no_grad()
-def with_price(routers: Sequence[nn.Module], price: float) -> None:
-    """Takes `price`, in probability a block application, off every action's logit, through the output biases."""
+def with_price(routers: Sequence[nn.Module], price: float, margin: float = 0.0) -> None:
+    """Moves the output biases: `price`, in probability a block application, off every action's logit, and `margin` onto
+    that of executing, so that only effects that stand out from the errors of prediction change a path."""
     for router in routers:
         bias = router.layers[-1].bias
         bias -= LOGIT_SCALE * price * torch.arange(NUM_ACTIONS, dtype=bias.dtype, device=bias.device)
+        bias[EXECUTE] += LOGIT_SCALE * margin

@@ -86,6 +86,9 @@ def test_routers_learn_what_can_be_known_and_the_price_moves_them(stock_checkpoi
         torch.testing.assert_close(bias - router.layers[-1].bias, LOGIT_SCALE * 0.3 * torch.arange(3.0))
         priced = router(measured.windows[:, 0], measured.window_mask).argmax(-1)
     assert (priced == 0).all(), "at a price above every effect all blocks are skipped"
+    with_price(routed.model.routers, 0.0, margin=2.0)
+    for router in routed.model.routers:
+        assert (router(measured.windows[:, 0], measured.window_mask).argmax(-1) == 1).all()
 
 
 def test_the_same_seed_gives_the_same_routers(stock_checkpoint):
