@@ -135,6 +135,20 @@ def test_the_selection_does_not_depend_on_processes_arrival_or_stops(tmp_path, f
     assert (folder / "labels.jsonl").read_bytes() == (finished / "labels.jsonl").read_bytes()
     # And it did not search everything to get there.
     assert len(progresses[0].selection.records) < 2 * 60
+    lines = [line for shard in (folder / "progress").iterdir() for line in shard.read_bytes().splitlines()]
+    assert len(lines) == len(progresses[0].selection.records)  # each question once
+
+
+def test_late_finds_do_not_spare_earlier_questions():
+    selection = new_selection(samples=2)
+    order = selection.orders["arc_easy"]
+    found = labels.Record("arc_easy", 10, labels.SHORTER, True, 1, 1, 1, "00000.jsonl", 0)
+    selection.add(order[10].id, found)
+    assert selection.is_wanted(order[9], labels.SHORTER)
+    assert not selection.is_wanted(order[11], labels.SHORTER)
+    assert selection.is_wanted(order[11], labels.WRONG_TO_RIGHT)
+    selection.add(order[9].id, found._replace(position=9))
+    assert [question_id for question_id, _ in selection.selected()] == [order[9].id]
 
 
 def test_a_kind_that_runs_out_is_not_made_up_for(tmp_path):
