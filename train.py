@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
-from transformers.utils import logging
-
 from drllm.errors import main_guard
 from drllm.losses import LOSSES
-from drllm.router_training import RouterTrainingConfig, train_routers
+from drllm.router_training import RouterTrainingConfig, quiet_libraries, train_routers
 
 
 def parser() -> argparse.ArgumentParser:
@@ -102,9 +100,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Parse the arguments and train."""
     args = vars(parser().parse_args(argv))
-    # The libraries' bars and notices would drown what this script says.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
     train_routers(RouterTrainingConfig(**args | {"data": tuple(args["data"])}))
 
 

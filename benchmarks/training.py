@@ -26,7 +26,7 @@ import torch
 
 from drllm.errors import main_guard
 from drllm.provenance import commit, versions
-from drllm.router_training import RouterTrainingConfig, train_routers
+from drllm.router_training import RouterTrainingConfig, quiet_libraries, train_routers
 
 METRICS = ("macro_f1", "f1_skip", "f1_execute", "f1_repeat", "avg_layers", "routers_loss")
 
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="write the result there as JSON")
     args = parser.parse_args(argv)
+    quiet_libraries()
     result = compare(tuple(args.data), args.epochs, args.warmup_steps, args.seed)
     ours, reference = result["runs"]["ours"], result["runs"]["reference"]
     print(f"\n{'':32}{'reference':>14}{'ours':>14}{'ratio':>10}")

@@ -9,6 +9,7 @@
     teacher_forcing  hidden states along the labelled path, or along the routers' own decisions
     bias_init        output bias from zero, or from the class frequencies
     paths            one best path a question, or all good ones
+    class_weights    beta of the class weights, and gamma of the focal loss
 
 Each setting is trained from several seeds (initial weights, held-out split, order of the data) and tested on the test
 questions by the routers' own decisions. Writes {output}/{name}.json and {output}/{name}.png. What is finished is
@@ -37,7 +38,7 @@ from drllm.labels import read_labels
 from drllm.provenance import commit, versions
 from drllm.rollout import Prompt, Request, RolloutEngine
 from drllm.router_checkpoint import join_routers, load_tokenizer
-from drllm.router_training import RouterTrainingConfig, train_routers
+from drllm.router_training import RouterTrainingConfig, quiet_libraries, train_routers
 from train_models.paths import default_path
 
 MINIATURE_DATA = Path(__file__).resolve().parent.parent / "miniature" / "data"
@@ -60,6 +61,10 @@ ABLATIONS: dict[str, dict[str, list[tuple[str, dict]]]] = {
     "teacher_forcing": {"teacher forcing": [("on", {"teacher_forcing": True}), ("off", {"teacher_forcing": False})]},
     "bias_init": {"bias init": [(bias, {"bias_init": bias}) for bias in ("zero", "frequency")]},
     "paths": {"paths": [("best", {"paths": "best"}), ("all", {"paths": "all"})]},
+    "class_weights": {
+        "beta": [(str(beta), {"beta": beta}) for beta in (0.0, 0.9, 0.99, 0.999)],
+        "gamma": [(str(gamma), {"gamma": gamma}) for gamma in (0.0, 1.0, 2.0, 5.0)],
+    },
 }
 ROUTER_METRICS = ("macro_f1", "f1_skip", "f1_execute", "f1_repeat")
 
@@ -115,6 +120,22 @@ def evaluate(routed, engine: RolloutEngine, test: Answers) -> dict[str, float]:
     }
 
 
+def _evaluate_once(routed, engine: RolloutEngine, test: Answers, path: Path) -> dict[str, float]:
+    """`evaluate`, or what it found for this checkpoint and these questions before."""
+    questions = sorted(prompt.question.id for prompt in test.prompts)
+    if path.exists() and (found := json.loads(path.read_text()))["questions"] == questions:
+        return found["result"]
+    result = evaluate(routed, engine, test)
+    path.write_text(json.dumps({"result": result, "questions": questions}))
+    return result
+
+
+def _changed(changes: dict) -> list[tuple[str, object]]:
+    """The changes that are some, so that the published setting is trained once for all ablations."""
+    default = RouterTrainingConfig()
+    return sorted((key, value) for key, value in changes.items() if value != getattr(default, key))
+
+
 def run_ablation(
     name: str, base_config: RouterTrainingConfig, seeds: Sequence[int], test_sets, data_dir, limit
 ) -> dict:
@@ -128,7 +149,7 @@ def run_ablation(
     for panel, settings in ABLATIONS[name].items():
         for label, changes in settings:
             for seed in seeds:
-                run_name = "-".join([*(f"{key}={value}" for key, value in sorted(changes.items())), f"seed={seed}"])
+                run_name = "-".join([*(f"{key}={value}" for key, value in _changed(changes)), f"seed={seed}"])
                 config = dataclasses.replace(base_config, run_name=run_name, seed=seed, **changes)
                 print(f"--- {name}, {panel}: {label}, seed {seed}", flush=True)
                 record = train_routers(config)
@@ -136,7 +157,7 @@ def run_ablation(
                 if engine is None:
                     engine = RolloutEngine(routed, tokenizer, batch_size=64, reuse_default_states=False)
                     test = load_test_questions(engine, sets, data_dir, chat, limit)
-                result = evaluate(routed, engine, test)
+                result = _evaluate_once(routed, engine, test, config.checkpoint / "test.json")
                 print(
                     f"test: accuracy {result['accuracy']:.1%} (base {result['base_accuracy']:.1%}), layers "
                     f"{result['layers']:.2f} of {result['base_layers']:.0f}",
@@ -264,6 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work_dir", type=Path, default=Path("runs/ablations"), help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("results/ablations"), help="default: %(default)s")
     args = parser.parse_args(argv)
+    quiet_libraries()
     try:
         seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:

@@ -35,6 +35,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.utils import logging
 
 from drllm.errors import UserError
 from drllm.features import Example, FeatureStore, compute_features, duration, pad_ids
@@ -436,6 +437,12 @@ def _process_state() -> PartialState:
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     # A process that is done with its share of the features waits for the others, for hours if need be.
     return PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=1))
+
+
+def quiet_libraries() -> None:
+    """For scripts: no progress bars and notices of transformers, which would drown what the script says."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _silence(message: str) -> None:
