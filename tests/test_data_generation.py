@@ -50,7 +50,15 @@ def start(arguments: list[str], num_processes: int = 1) -> subprocess.Popen:
         command = [sys.executable, *launch, "--main_process_port", port, *command[1:]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, start_new_session=True, env=environment, cwd=ROOT, **pipes)
+    return subprocess.Popen(
+        command,
+        start_new_session=True,
+        env=environment,
+        cwd=ROOT,
+        # Tests that run in the background of a shell inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **pipes,
+    )
 
 
 def kill(process: subprocess.Popen) -> None:
