@@ -149,6 +149,9 @@ def test_late_finds_do_not_spare_earlier_questions():
     assert selection.is_wanted(order[11], labels.WRONG_TO_RIGHT)
     selection.add(order[9].id, found._replace(position=9))
     assert [question_id for question_id, _ in selection.selected()] == [order[9].id]
+    selection.add(order[9].id, found._replace(position=9, kind=labels.WRONG_TO_RIGHT))  # a second record of it
+    assert [record.kind for _, record in selection.selected()] == [labels.SHORTER]
+    assert selection.visited["arc_easy"] == 2
 
 
 def test_a_kind_that_runs_out_is_not_made_up_for(tmp_path):
