@@ -182,7 +182,9 @@ class PathCache(DynamicCache):
         in_use = (slot for slot in self.layers if slot.is_sliding == kind and slot.is_initialized)
         if (slot := next(in_use, None)) is not None:
             return slot.get_mask_sizes(query_length)
-        return self._max_cache_len or self.tokens_seen + query_length, 0
+        if self._max_cache_len is not None:
+            return self.layers[layer_idx].get_mask_sizes(query_length)
+        return self.tokens_seen + query_length, 0
 
     def reset(self) -> None:
         """Empties the cache; the next forward pass is a prefill and decides anew."""

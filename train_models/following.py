@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -44,6 +45,27 @@ def has_a_path_per_row(layer_indices: LayerIndices) -> bool:
     return len(layer_indices) > 0 and hasattr(layer_indices[0], "__len__") and getattr(layer_indices[0], "ndim", 1) > 0
 
 
+def check_attention(implementation: str, device: torch.device) -> None:
+    """Raises ValueError, with what to use, where an attention back end (`attn_implementation`) does not run."""
+    if implementation == "flex_attention" and device.type == "cpu":
+        raise ValueError(
+            "attn_implementation is 'flex_attention', whose kernels torch cannot compile on a CPU for most masks, the "
+            "stock model's included; use 'sdpa' there"
+        )
+
+
+def _block_mask_of_rows(mask: BlockMask, rows: torch.Tensor) -> BlockMask:
+    """Flex attention's mask for `rows` of the batch; indexing alone would leave it without its function."""
+    whole = mask.mask_mod
+
+    def mask_of_rows(row, head, query, key):
+        return whole(rows[row], head, query, key)
+
+    mask = mask[rows]
+    mask.mask_mod = mask_of_rows
+    return mask
+
+
 class _RowViews:
     """Masks, positions and rotary embeddings for subsets of the batch, each subset made once a forward pass."""
 
@@ -67,8 +89,8 @@ class _RowViews:
     def _select(self, value, rows: torch.Tensor | None):
         if value is None or rows is None:
             return value
-        if not isinstance(value, torch.Tensor):  # flex attention's BlockMask is indexed by row, too
-            return value[rows]
+        if isinstance(value, BlockMask):
+            return _block_mask_of_rows(value, rows)
         if value.shape[0] != self._batch_size or self._batch_size == 1:
             return value  # broadcast over the batch
         return value.index_select(0, rows)
@@ -107,7 +129,7 @@ class FollowsPaths:
 
         Raises:
             ValueError: for `layer_indices` that are no path or contradict the cache, for kinds of caches without room
-                for a second visit, and for `output_attentions`.
+                for a second visit, for attention back ends that do not run, and for `output_attentions`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -118,6 +140,7 @@ class FollowsPaths:
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        check_attention(self.config._attn_implementation, inputs_embeds.device)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             use_cache = False
@@ -314,8 +337,20 @@ class CausalLMOverPaths:
         for block in self.model.layers:
             block.compile(**compile_arguments)
 
+    def init_continuous_batching(self, *_args, **_kwargs):
+        """Refused, and with it `generate_batch`: packed prompts have no row of their own."""
+        raise ValueError(
+            "continuous batching packs many prompts into one row of the batch, but each row has one path; "
+            "call generate with a padded batch"
+        )
+
     def _valid_auto_compile_criteria(self, *_args, **_kwargs) -> bool:
         return False  # `generate` would compile the whole loop, anew for each path; see `compile_blocks`
+
+    def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **_kwargs) -> torch.Tensor | None:
+        """The mask [batch, tokens] as it is: with a static cache `generate` would prepare the masks of the blocks
+        beforehand, for its own compiled forward pass, and so hide the padding from the routers."""
+        return attention_mask
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, layer_indices=None, **kwargs):
         # The stock method repeats tensors for beams and return sequences; a list of paths needs the same.

@@ -278,10 +278,6 @@ class RoutedCausalLM(CausalLMOverPaths):
             **kwargs,
         )
         if is_first_iteration:
-            # With a static cache the stock method prepares masks that no longer tell where the prompt is.
-            if prompt_mask is None and (attention_mask is None or attention_mask.ndim == 2):
-                prompt = input_ids if inputs_embeds is None else inputs_embeds[:, :, 0]
-                prompt_mask = torch.ones_like(prompt, dtype=torch.bool) if attention_mask is None else attention_mask
             inputs |= {"prompt_mask": prompt_mask, "prompt_length": prompt_length}
         return inputs
 
