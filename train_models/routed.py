@@ -173,6 +173,7 @@ class RoutedModel(FollowsPaths):
             RouterBlock(config.hidden_size, config.router_width, config.router_depth)
             for _ in range(config.num_hidden_layers)
         )
+        self._no_split_modules = {*(self._no_split_modules or ()), RouterBlock.__name__}
         if config.trained_num_windows not in (None, config.num_windows):
             logger.warning(
                 "the routers were trained with num_windows=%d but will read %d windows; pass num_windows=%d to route "
@@ -191,11 +192,16 @@ class RoutedModel(FollowsPaths):
 
     def init_routers(self, seed: int | None = None) -> None:
         """Initialises every router anew (Xavier-uniform weights, zero biases); a seed makes it repeatable."""
-        device = self.routers[0].layers[0].weight.device
-        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        with torch.no_grad():
-            for router in self.routers:
-                router.reset_parameters(generator)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        for router in self.routers:
+            weight = router.layers[0].weight
+            if weight.is_meta:
+                raise ValueError('the routers are offloaded; give "model.routers" a device in device_map')
+            # Drawn on the CPU: routers may lie on several devices, and a seed means the same on all of them.
+            with torch.device("meta"):
+                drawn = RouterBlock(self.config.hidden_size, self.config.router_width, self.config.router_depth)
+            drawn.to_empty(device="cpu").to(weight.dtype).reset_parameters(generator)
+            router.load_state_dict(drawn.state_dict())
 
     @property
     def num_windows(self) -> int:
@@ -255,6 +261,12 @@ class RoutedCausalLM(CausalLMOverPaths):
     """Mixin for a stock model with a language-model head over a `RoutedModel`; `forward` takes its arguments."""
 
     output_type = RoutedCausalLMOutput
+
+    def __init__(self, config):
+        super().__init__(config)
+        if getattr(config, "quantization_config", None) is not None:
+            # The one list of modules to leave alone that every quantiser of transformers reads.
+            self._keep_in_fp32_modules = {*self._keep_in_fp32_modules, "model.routers"}
 
     def _init_weights(self, module: nn.Module) -> None:
         RoutedModel._init_weights(self, module) if isinstance(module, RouterBlock) else super()._init_weights(module)

@@ -82,7 +82,10 @@ class RouterBlock(nn.Module):
             valid: bool [..., W].
         """
         parameter = self.layers[0].weight
-        votes = self.layers(windows.to(parameter.device, parameter.dtype)).float()
+        device = (
+            windows.device if parameter.is_meta else parameter.device
+        )  # on "meta" until an offloading hook loads it
+        votes = self.layers(windows.to(device, parameter.dtype)).float()
         valid = valid.to(votes.device).unsqueeze(-1)
         return (votes * valid).sum(-2) / valid.sum(-2).clamp(min=1)
 
