@@ -1,8 +1,10 @@
 """Step 3 of 3: lm-eval with and without routing on one checkpoint, then the table and figures.
 
     ./eval.sh CHECKPOINT [--tasks drllm_arc,drllm_dart] [--data_dir DIR] [--output_dir results/NAME]
+    ./eval.sh SEED_0 SEED_1 SEED_2 ...        # checkpoints of several seeds: the table has their mean and spread, too
 
-Writes, for each of the runs "base" and "router" (and "path-..." for `--path`), below --output_dir:
+Writes, for each of the runs "base" and "router" (further checkpoints are "router-2", ..., each `--path` is
+"path-..."), below --output_dir:
 
     {run}/results.json        lm-eval's results, with block applications counted (config.block_applications)
     {run}/samples/            lm-eval's samples, a file a task
@@ -44,7 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("checkpoint", help="a routed checkpoint of train.py")
+    add("checkpoint", nargs="+", help="a routed checkpoint of train.py, or several of different seeds")
     add("--base", default=None, help="plain checkpoint for the baseline; default: CHECKPOINT with static routing")
     add("--tasks", default=IN_DOMAIN, help="lm-eval tasks and groups, by comma")
     add("--data_dir", default=None, help="local files for the in-domain tasks, in the Hub's schema; default: the Hub")
@@ -86,9 +88,8 @@ def uses_chat_template(setting: str, checkpoint: Path) -> bool:
     return any(part.get("chat_template", False) for part in (manifests if isinstance(manifests, list) else [manifests]))
 
 
-def plan(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The runs by name: everything that their results depend on. Raises UserError for bad arguments."""
-    checkpoint = Path(args.checkpoint)
+def _routed_config(checkpoint: Path) -> dict[str, Any]:
+    """The config.json of a routed checkpoint; UserError when it is none."""
     if not (checkpoint / "config.json").is_file():
         raise UserError(f"{checkpoint} is no checkpoint: it has no config.json; train.py writes checkpoints/RUN_NAME")
     config = json.loads((checkpoint / "config.json").read_text())
@@ -98,29 +99,41 @@ def plan(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             f"{checkpoint} is a plain {model_type} checkpoint without routers; give one that train.py wrote "
             "(a plain one may be --base)"
         )
+    return config
+
+
+def plan(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The runs by name: everything that their results depend on. Raises UserError for bad arguments."""
+    checkpoints = [Path(checkpoint) for checkpoint in args.checkpoint]
+    configs = [_routed_config(checkpoint) for checkpoint in checkpoints]
     if args.data_dir is not None and not Path(args.data_dir).is_dir():
         raise UserError(f"--data_dir {args.data_dir} does not exist")
     if args.labels is not None and not Path(args.labels).is_dir():
         raise UserError(f"--labels {args.labels} does not exist")
     for path in args.path:
-        if len(path) != config["num_hidden_layers"] or not set(path) <= set("012"):
-            raise UserError(
-                f"--path {path} must have one digit 0, 1 or 2 a block, {config['num_hidden_layers']} in all"
-            )
+        blocks = configs[0]["num_hidden_layers"]
+        if len(path) != blocks or not set(path) <= set("012"):
+            raise UserError(f"--path {path} must have one digit 0, 1 or 2 a block, {blocks} in all")
+    if len({config.get("base_model_fingerprint") for config in configs}) > 1:
+        raise UserError(f"the checkpoints {', '.join(args.checkpoint)} have different base models; compare one by one")
     common = {
         "tasks": args.tasks,
         "data": None if args.data_dir is None else _digest_of_files(Path(args.data_dir)),
         "dtype": args.dtype,
-        "chat_template": uses_chat_template(args.chat_template, checkpoint),
+        "chat_template": uses_chat_template(args.chat_template, checkpoints[0]),
         "num_fewshot": args.num_fewshot,
         "limit": args.limit,
     }
-    routed = common | {"checkpoint": _digest_of_files(checkpoint), "pretrained": str(checkpoint)}
+    routed, *further = (
+        common | {"checkpoint": _digest_of_files(path), "pretrained": str(path)} for path in checkpoints
+    )
     base = routed | {"model_args": "is_static_routing=True"}
     if args.base is not None:
         digest = _digest_of_files(Path(args.base)) if Path(args.base).is_dir() else args.base
         base = common | {"checkpoint": digest, "pretrained": args.base, "model_args": ""}
     runs = {BASE: base, ROUTER: routed | {"model_args": args.model_args}}
+    for number, other in enumerate(further, start=2):
+        runs[f"{ROUTER}-{number}"] = other | {"model_args": args.model_args}
     for path in args.path:
         runs[f"path-{path}"] = routed | {"model_args": f"path='{path}'"}
     return runs
@@ -210,13 +223,13 @@ def main() -> None:
     """Runs, table, figures."""
     args = parse_arguments()
     runs = plan(args)
-    output = Path(args.output_dir or ROOT / "results" / Path(args.checkpoint).resolve().name)
+    output = Path(args.output_dir or ROOT / "results" / Path(args.checkpoint[0]).resolve().name)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     if args.unsafe_code:  # the consent that the Hub's metric of humaneval asks for
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     output.mkdir(parents=True, exist_ok=True)
     (output / "command.txt").write_text(shlex.join(["./eval.sh", *sys.argv[1:]]) + "\n")
-    manifest = Path(args.checkpoint) / "labels_manifest.json"
+    manifest = Path(args.checkpoint[0]) / "labels_manifest.json"
     if manifest.is_file():
         shutil.copyfile(manifest, output / manifest.name)
     for name, run in runs.items():

@@ -37,7 +37,7 @@ def _save(figure, path: Path) -> Path:
 def draw_accuracy(runs: list[Run], path: Path) -> Path:
     """Figure 1: accuracy against layers, an arrow from base to router for each group of tasks."""
     base = runs[0]
-    columns = in_domain_columns(base) or {task: [task] for task in sorted(base.queries, key=_order)}
+    columns = in_domain_columns(base) or {task: [task] for task in sorted(base.tasks, key=_order)}
     figure, axes = plt.subplots(1, len(columns), figsize=(3.2 * len(columns), 3), squeeze=False)
     markers = ["o", "s", "^", "v", "D", "P"]
     for axis, (name, tasks) in zip(axes[0], columns.items(), strict=True):
@@ -45,7 +45,7 @@ def draw_accuracy(runs: list[Run], path: Path) -> Path:
             accuracy, layers = run.accuracy(tasks), run.layers(tasks)
             if accuracy is None or layers is None:
                 continue
-            label = "+ router" if run.name == "router" else run.name
+            label = "+ " + run.name if run.name.startswith("router") else run.name
             axis.errorbar(
                 layers.mean,
                 100 * accuracy.mean,
@@ -69,7 +69,7 @@ def draw_accuracy(runs: list[Run], path: Path) -> Path:
 
 def _shares(run: Run) -> tuple[list[str], np.ndarray]:
     """(tasks, share [tasks, L, 3] of skip, execute and repeat) from the counted paths."""
-    tasks = sorted(run.queries, key=_order)
+    tasks = sorted(run.tasks, key=_order)
     shares = []
     for task in tasks:
         found = run.results["config"]["block_applications"][task]["share_per_block"]
@@ -134,8 +134,9 @@ def draw_labels(folder: Path, path: Path) -> Path:
 
 def draw_decisions(run: Run, path: Path) -> Path:
     """What the routers decided by block, over all queries."""
-    _, shares = _shares(run)
-    weights = np.array([len(run.queries[task]) for task in sorted(run.queries, key=_order)], dtype=float)
+    tasks, shares = _shares(run)
+    counted = run.results["config"]["block_applications"]
+    weights = np.array([counted[task]["queries"] for task in tasks], dtype=float)
     figure, axis = plt.subplots(figsize=(max(5, 0.28 * shares.shape[1] + 2), 3))
     _stacked_bars(axis, np.einsum("t,tla->la", weights / weights.sum(), shares))
     axis.set_title("decisions of the routers", fontsize=10)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,15 +57,44 @@ class Estimate:
         variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
         return cls(mean, math.sqrt(variance / len(values)), len(values))
 
+    @classmethod
+    def pooled(cls, parts: Iterable[Estimate | None]) -> Estimate | None:
+        """Of all queries together, from the estimates of their `parts`: the same as `of` from all values."""
+        parts = [part for part in parts if part is not None]
+        count = sum(part.count for part in parts)
+        if not parts or len(parts) == 1:
+            return parts[0] if parts else None
+        mean = sum(part.count * part.mean for part in parts) / count
+        squares = sum(
+            part.count * ((part.count - 1) * (part.stderr or 0.0) ** 2 + (part.mean - mean) ** 2) for part in parts
+        )
+        return cls(mean, math.sqrt(squares / (count - 1) / count), count)
+
+    @classmethod
+    def over_checkpoints(cls, estimates: Sequence[Estimate | None]) -> Estimate | None:
+        """The mean over checkpoints that were asked the same questions.
+
+        Its standard error over questions is at most the mean of theirs, which is what is given.
+        """
+        if not estimates or None in estimates:
+            return None
+        errors = [estimate.stderr for estimate in estimates]
+        stderr = None if None in errors else statistics.mean(errors)
+        return cls(statistics.mean(estimate.mean for estimate in estimates), stderr, estimates[0].count)
+
 
 class Run:
     """One lm-eval run of `drllm.comparison`.
 
     Attributes:
-        name: "base", "router" or "path-...".
+        name: "base", "router", "router-2", ... (of further checkpoints) or "path-...".
         results: lm-eval's results JSON.
         correct: task -> document -> primary metric, for tasks that log one number a document.
         queries: task -> document -> {"blocks", "passes", "paths"}.
+        tasks: all that layers were counted for.
+
+    Results that are checked in come without their files by question; then both are empty, and means and standard errors
+    are put together from those of the tasks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,12 +102,15 @@ class Run:
         try:
             self.results: dict[str, Any] = json.loads((folder / "results.json").read_text())
             self.record: dict[str, Any] = json.loads((folder / "run.json").read_text())
-            rows = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
+            log = folder / "queries.jsonl"
+            rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is no complete run of eval.sh ({error}); run eval.sh again") from None
         self.queries: dict[str, dict[int, dict[str, Any]]] = {}
         for row in rows:
             self.queries.setdefault(row["task"], {})[row["doc_id"]] = row
+        self._counted: dict[str, Any] = self.results["config"].get("block_applications", {})
+        self.tasks = set(self.queries) or set(self._counted)
         self.correct: dict[str, dict[int, float]] = {}
         for path in sorted((folder / "samples").glob("*.jsonl")):
             self.correct[path.stem] = self._read_samples(path)
@@ -116,10 +150,17 @@ class Run:
 
     def accuracy(self, tasks: Sequence[str]) -> Estimate | None:
         """Over all questions of `tasks` alike."""
+        if not self.correct:
+            return Estimate.pooled(self.score(task) for task in tasks)
         return Estimate.of(value for task in tasks for value in self.correct.get(task, {}).values())
 
     def layers(self, tasks: Sequence[str]) -> Estimate | None:
         """Block applications a query ("num layers"), over all queries of `tasks` alike."""
+        if not self.queries:
+            found = [self._counted[task] for task in tasks if task in self._counted]
+            return Estimate.pooled(
+                Estimate(part["blocks_per_query"], part["blocks_per_query_stderr"], part["queries"]) for part in found
+            )
         return Estimate.of(query["blocks"] for task in tasks for query in self.queries.get(task, {}).values())
 
     def share(self, tasks: Sequence[str], action: int) -> float:
@@ -204,7 +245,7 @@ def in_domain_columns(run: Run) -> dict[str, list[str]]:
     """Column name -> tasks: ARC, DART and Total, as far as they were run."""
     columns = {}
     for group, sets in GROUPS.items():
-        tasks = [task_name(name) for name in sets if task_name(name) in run.queries]
+        tasks = [task_name(name) for name in sets if task_name(name) in run.tasks]
         if tasks:
             columns[group.upper()] = tasks
     if len(columns) > 1:
@@ -219,7 +260,9 @@ def table3(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     header = ["", *(f"{name} {what}" for name in columns for what in ("acc. (%)", "layers"))]
     rows = []
     for run in runs:
-        label = {BASE: "base", ROUTER: "+ router"}.get(run.name, "static path " + run.name.removeprefix("path-"))
+        label = "base" if run is base else "+ " + run.name
+        if run.name.startswith("path-"):
+            label = "static path " + run.name.removeprefix("path-")
         cells = [(_percent(run.accuracy(tasks)), _number(run.layers(tasks))) for tasks in columns.values()]
         rows.append([label, *(cell for pair in cells for cell in pair)])
         if run is not base:
@@ -231,6 +274,22 @@ def table3(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
                 for tasks in columns.values()
             ]
             rows.append(["difference", *(cell for pair in cells for cell in pair)])
+    return header, rows
+
+
+def table3_over_seeds(base: Run, routers: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) as `table3`, with the mean and standard deviation over the checkpoints of several seeds."""
+    columns = in_domain_columns(base)
+    header = ["", *(f"{name} {what}" for name in columns for what in ("acc. (%)", "layers"))]
+    rows = [["base"], [f"+ router, {len(routers)} seeds"], ["difference"]]
+    for tasks in columns.values():
+        for measure, scale in ((Run.accuracy, 100), (Run.layers, 1)):
+            before = scale * measure(base, tasks).mean
+            after = [scale * measure(router, tasks).mean for router in routers]
+            mean, spread = statistics.mean(after), statistics.stdev(after)
+            rows[0].append(f"{before:.2f}")
+            rows[1].append(f"{mean:.2f} ± {spread:.2f}")
+            rows[2].append(f"{mean - before:+.2f} ± {spread:.2f}")
     return header, rows
 
 
@@ -287,8 +346,9 @@ def _order(task: str) -> tuple[int, str]:
 
 
 def load_runs(folder: Path) -> list[Run]:
-    """The complete runs below `folder`: base, router, then static paths."""
-    names = [BASE, ROUTER, *sorted(path.name for path in folder.glob("path-*"))]
+    """The complete runs below `folder`: base, router, those of further checkpoints, then static paths."""
+    further = sorted((path.name for path in folder.glob(f"{ROUTER}-*")), key=lambda name: (len(name), name))
+    names = [BASE, ROUTER, *further, *sorted(path.name for path in folder.glob("path-*"))]
     runs = [Run(folder / name) for name in names if (folder / name / "run.json").is_file()]
     if [run.name for run in runs[:2]] != [BASE, ROUTER]:
         raise UserError(f"{folder} has no complete runs base and router; run eval.sh")
@@ -299,13 +359,19 @@ def write_comparison(folder: Path) -> str:
     """Writes table.md and table.tex into `folder` from its runs and returns the Markdown."""
     runs = load_runs(folder)
     base, router = runs[:2]
+    routers = [run for run in runs if run.name.startswith(ROUTER)]
     parts, tex = [], []
+    if in_domain_columns(base) and len(routers) > 1:
+        header, rows = table3_over_seeds(base, routers)
+        parts.append(markdown(header, rows) + "\n\nAbove, ± is one standard deviation over seeds; seed by seed:")
+        tex.append(latex(header, rows))
     if in_domain_columns(base):
         header, rows = table3(runs)
         parts.append(markdown(header, rows))
         tex.append(latex(header, rows))
     header, rows = detail(base, router)
-    parts.append(markdown(header, rows))
+    first = f"By task, the first of {len(routers)} checkpoints:\n\n" if len(routers) > 1 else ""
+    parts.append(first + markdown(header, rows))
     tex.append(latex(header, rows))
     counts = {name: base.layers(tasks).count for name, tasks in in_domain_columns(base).items()}
     settings = router.results["config"]["routing"]
@@ -333,22 +399,32 @@ def write_comparison(folder: Path) -> str:
 UNKNOWN = "?"
 
 
-def _beside(paper: float | None, ours: float | None, signed: bool = False) -> str:
-    """One cell: paper / ours / difference."""
+def _beside(paper: float | None, ours: Estimate | float | None, scale: float = 1, digits: int = 1) -> str:
+    """One cell: paper / ours ± standard error (n questions) / difference."""
+    known = UNKNOWN if paper is None else f"{paper:g}"
     if ours is None:
-        return f"{UNKNOWN if paper is None else f'{paper:g}'} / not run"
-    difference = "" if paper is None else f" / {ours - paper:+.1f}"
-    return f"{UNKNOWN if paper is None else f'{paper:g}'} / {ours:.1f}{difference}"
+        return f"{known} / not run"
+    mean, error = scale * (ours.mean if isinstance(ours, Estimate) else ours), ""
+    if isinstance(ours, Estimate):
+        error = "" if ours.stderr is None else f" ± {scale * ours.stderr:.{digits}f}"
+        error += f" (n={ours.count})"
+    difference = "" if paper is None else f" / {mean - paper:+.{digits}f}"
+    return f"{known} / {mean:.{digits}f}{error}{difference}"
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One folder of eval.sh: its base and routed run, and under which name its rows are shown."""
+    """One folder of eval.sh: its base run and those of its checkpoints, and under which name its rows are shown."""
 
     model: str
     folder: Path
     base: Run
-    router: Run
+    routers: tuple[Run, ...]
+
+    @property
+    def rows(self) -> list[tuple[str, tuple[Run, ...]]]:
+        """(the paper's name of the row, runs whose mean it shows)."""
+        return [("base", (self.base,)), ("+ router", self.routers)]
 
 
 def find_evaluations(results: Path, paper: dict[str, Any]) -> list[Evaluated]:
@@ -357,9 +433,11 @@ def find_evaluations(results: Path, paper: dict[str, Any]) -> list[Evaluated]:
     found = []
     for record in sorted(results.rglob(f"{ROUTER}/run.json")):
         folder = record.parent.parent
-        base, router = load_runs(folder)[:2]
-        base_model = router.results["config"]["routing"].get("base_model_name")
-        found.append(Evaluated(names.get(base_model, str(folder.relative_to(results))), folder, base, router))
+        base, *others = load_runs(folder)
+        routers = tuple(run for run in others if run.name.startswith(ROUTER))
+        base_model = routers[0].results["config"]["routing"].get("base_model_name")
+        place = folder.relative_to(results) if folder != results else Path(folder.resolve().name)
+        found.append(Evaluated(names.get(base_model, str(place)), folder, base, routers))
     return found
 
 
@@ -379,41 +457,58 @@ def paper_table2(paper: dict[str, Any], manifests: list[tuple[str, dict[str, Any
     for name, manifest in manifests or [("none", {"table2": []})]:
         ours = {row["set"]: row for row in manifest["table2"]}
         for set_name, sampled in paper["table2"]["sampled"].items():
-            row = ours.get(set_name)
-            visited, inferences = (row["visited"], row["inferences"]) if row else (None, None)
-            rate = inferences / visited if visited else None
-            rows.append(
-                [
-                    name,
-                    set_name,
-                    _beside(sampled, row and row["sampled"]),
-                    _beside(None, row and row["wrong_to_right"]),
-                    _beside(None, visited),
-                    _beside(None, inferences),
-                    _beside(paper["table2"]["inferences_per_visited_question"], rate),
-                ]
-            )
+            row = ours.get(set_name, {})
+            counts = [row.get(key) for key in ("sampled", "wrong_to_right", "visited", "inferences")]
+            rate = row["inferences"] / row["visited"] if row.get("visited") else None
+            cells = [
+                _beside(known, count, digits=0)
+                for known, count in zip((sampled, None, None, None), counts, strict=True)
+            ]
+            rate_cell = _beside(paper["table2"]["inferences_per_visited_question"], rate)
+            rows.append([name, set_name, *cells, rate_cell])
     return header, rows
+
+
+def search_command(manifest: dict[str, Any]) -> str | None:
+    """The command that repeats the search of a labels' manifest."""
+    if "arguments" not in manifest:
+        return None
+    options = dict(manifest["arguments"])
+    options["dataset"] = ",".join(options["dataset"])
+    options["samples"] = ",".join(f"{name}={count}" for name, count in options["samples"].items())
+    options |= {name: manifest.get(name) for name in ("revision", "data_dir", "seed", "dtype")}
+    options["chat_template"] = "on" if manifest["chat_template"] else "off"
+    command = ["python", "data_generation.py", "--model", manifest["model"]]
+    for name, value in options.items():
+        command += [] if value is None else [f"--{name}", str(value)]
+    return shlex.join(command)
 
 
 def paper_table3(paper: dict[str, Any], evaluations: list[Evaluated]):
     """In-domain accuracy and layers of each model, base and routed."""
-    groups = ("ARC", "DART", "Total")
+    groups = (*(group.upper() for group in GROUPS), "Total")
     header = ["model", "", *(f"{group} {what}" for group in groups for what in ("accuracy", "layers"))]
     rows = []
     for model, found in _by_model(paper, evaluations):
-        for label, which in (("base", "base"), ("+ router", "router")):
+        found = [evaluated for evaluated in found if in_domain_columns(evaluated.base)]
+        for label, runs in found[-1].rows if found else (("base", ()), ("+ router", ())):
             known = paper["table3"].get(model, {}).get(label, {})
-            run = getattr(found[-1], which) if found else None
-            columns = in_domain_columns(run) if run else {}
+            columns = in_domain_columns(runs[0]) if runs else {}
             cells = []
             for group in groups:
-                accuracy = run.accuracy(columns[group]) if group in columns else None
-                layers = run.layers(columns[group]) if group in columns else None
-                cells.append(_beside(known.get(f"{group} accuracy"), accuracy and 100 * accuracy.mean))
-                cells.append(_beside(known.get(f"{group} layers"), layers and layers.mean))
-            rows.append([model, label, *cells])
+                tasks = columns.get(group)
+                accuracy, layers = (
+                    Estimate.over_checkpoints([measure(run, tasks) for run in runs]) if tasks else None
+                    for measure in (Run.accuracy, Run.layers)
+                )
+                cells.append(_beside(known.get(f"{group} accuracy"), accuracy, scale=100))
+                cells.append(_beside(known.get(f"{group} layers"), layers, digits=2))
+            rows.append([model, _with_count(label, runs), *cells])
     return header, rows
+
+
+def _with_count(label: str, runs: Sequence[Run]) -> str:
+    return f"{label}, {len(runs)} seeds" if len(runs) > 1 else label
 
 
 def paper_scores(paper: dict[str, Any], evaluations: list[Evaluated], table: int):
@@ -422,33 +517,48 @@ def paper_scores(paper: dict[str, Any], evaluations: list[Evaluated], table: int
     header = ["model", "", *(benchmark["paper"] for benchmark in columns)]
     rows = []
     for model, found in _by_model(paper, evaluations):
-        for label, which in (("base", "base"), ("+ router", "router")):
+        for place, label in enumerate(("base", "+ router")):
             known = paper[f"table{table}"].get(model, {}).get(label, {})
             cells = []
             for benchmark in columns:
-                scores = [getattr(evaluated, which).score(benchmark["task"]) for evaluated in found]
-                score = next((score for score in scores if score is not None), None)
+                scores = [
+                    Estimate.over_checkpoints([run.score(benchmark["task"]) for run in evaluated.rows[place][1]])
+                    for evaluated in found
+                ]
+                score = next((score for score in reversed(scores) if score is not None), None)
                 # lm-eval's squadv2 is in percent already
                 scale = 1 if benchmark["task"] == "squadv2" else 100
-                cells.append(_beside(known.get(benchmark["paper"]), score and scale * score.mean))
+                cells.append(_beside(known.get(benchmark["paper"]), score, scale))
             rows.append([model, label, *cells])
     return header, rows
 
 
-def paper_table6(paper: dict[str, Any], results: Path):
-    """What routers read: accuracy, layers and F1, mean of the seeds, from `python -m drllm.ablations table6`."""
+def _has_scores(evaluated: Evaluated, table: int) -> bool:
+    return any(
+        evaluated.base.score(benchmark["task"]) is not None
+        for benchmark in benchmarks()
+        if table in benchmark["tables"]
+    )
+
+
+def paper_table6(paper: dict[str, Any], result: dict[str, Any] | None):
+    """What routers read: accuracy, layers and F1, by the JSON of `python -m drllm.ablations table6`."""
     header = ["router input", "accuracy", "base accuracy", "layers", "macro F1"]
-    sources = sorted(results.rglob("table6.json"))
     rows = []
     for setting in ("previous_layer", "embeddings"):
-        row = {}
-        if sources:
-            summary = json.loads(sources[-1].read_text())["summary"]
-            row = next((row for row in summary if row["setting"] == setting), {})
+        row = next((row for row in result["summary"] if row["setting"] == setting), {}) if result else {}
         known = paper["table6"].get(setting, {})
         cells = []
-        for name, scale in (("accuracy", 100), ("base_accuracy", 100), ("layers", 1), ("macro_f1", 1)):
-            cells.append(_beside(known.get(name), scale * row[name]["mean"] if name in row else None))
+        for name, scale, digits in (
+            ("accuracy", 100, 1),
+            ("base_accuracy", 100, 1),
+            ("layers", 1, 2),
+            ("macro_f1", 1, 3),
+        ):
+            ours = None
+            if name in row:
+                ours = Estimate(row[name]["mean"], row[name].get("std"), result.get("test_questions", 0))
+            cells.append(_beside(known.get(name), ours, scale, digits))
         rows.append([setting, *cells])
     return header, rows
 
@@ -457,31 +567,43 @@ def write_paper_tables(results: Path, output: Path) -> list[Path]:
     """Writes table2..table6 (.md and .tex) into `output` from everything below `results`."""
     paper = json.loads(PAPER_FILE.read_text())
     evaluations = find_evaluations(results, paper)
-    manifests = []
+    manifests: list[tuple[str, dict[str, Any]]] = []
     for evaluated in evaluations:
         path = evaluated.folder / "labels_manifest.json"
         if path.is_file() and "table2" in (manifest := json.loads(path.read_text())):
-            manifests.append((evaluated.model, manifest))
+            known = [searched for name, searched in manifests if name == evaluated.model]
+            if manifest not in known:  # several evaluations share one search
+                manifests.append((evaluated.model, manifest))
+    ablations = sorted(results.rglob("table6.json"))
+    table6 = json.loads(ablations[-1].read_text()) if ablations else None
+
+    def commands_of(is_shown) -> list[str]:
+        files = [evaluated.folder / "command.txt" for evaluated in evaluations if is_shown(evaluated)]
+        return [path.read_text().strip() for path in files if path.is_file()]
+
     built = {
-        "table2": paper_table2(paper, manifests),
-        "table3": paper_table3(paper, evaluations),
-        "table4": paper_scores(paper, evaluations, 4),
-        "table5": paper_scores(paper, evaluations, 5),
-        "table6": paper_table6(paper, results),
+        "table2": (paper_table2(paper, manifests), [search_command(manifest) for _, manifest in manifests]),
+        "table3": (paper_table3(paper, evaluations), commands_of(lambda found: in_domain_columns(found.base))),
+        "table4": (paper_scores(paper, evaluations, 4), commands_of(lambda found: _has_scores(found, 4))),
+        "table5": (paper_scores(paper, evaluations, 5), commands_of(lambda found: _has_scores(found, 5))),
+        "table6": (paper_table6(paper, table6), [table6.get("command")] if table6 else []),
     }
-    commands = {
-        (evaluated.folder / "command.txt").read_text().strip()
-        for evaluated in evaluations
-        if (evaluated.folder / "command.txt").is_file()
+    errors = dict.fromkeys(built, "± is one standard error over n questions") | {
+        "table2": "counts of one search",
+        "table6": "± is one standard deviation over seeds, n test questions each",
     }
     output.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, (header, rows) in built.items():
-        title = f"Table {name[-1]}: paper / ours / difference; {UNKNOWN} where the paper's figure is not in paper.json."
-        lines = [title, "", markdown(header, rows), ""]
-        lines += ["Commands:", "", *(f"    {command}" for command in sorted(commands)), ""] if commands else []
-        (output / f"{name}.md").write_text("\n".join(lines))
-        (output / f"{name}.tex").write_text(latex(header, rows))
+    for name, ((header, rows), commands) in built.items():
+        lines = [
+            f"Table {name[-1]}: paper / ours / difference; {errors[name]}.",
+            f"{UNKNOWN}: the paper's figure was not at hand (drllm/paper.json holds those that were).",
+        ]
+        after = ["Commands:", "", *(f"    {command}" for command in sorted({*commands} - {None}))] if commands else []
+        text = [*lines, "", markdown(header, rows), "", *after, *([""] if after else [])]
+        (output / f"{name}.md").write_text("\n".join(text))
+        comments = "".join(f"% {line.strip()}\n" for line in (*lines, *after) if line)
+        (output / f"{name}.tex").write_text(latex(header, rows) + comments)
         written.append(output / f"{name}.md")
     return written
 

@@ -113,6 +113,24 @@ def test_a_stopped_evaluation_continues(base, checkpoint, data, tmp_path, launch
     assert len(launches) == 2
 
 
+def test_several_checkpoints_share_the_base_run(base, checkpoint, data, tmp_path, launches, eval_sh, capsys):
+    other = make_routed(base, tmp_path / "seed1", seed=1)
+    arguments = ["--data_dir", data, "--output_dir", tmp_path / "out", "--device", "cpu", "--tasks", "drllm_arc"]
+    assert eval_sh(checkpoint, other, *arguments) == 0
+    assert len(launches) == 3
+    assert f"pretrained={other}," in " ".join(launches[2])
+    runs = tables.load_runs(tmp_path / "out")
+    assert [run.name for run in runs] == ["base", "router", "router-2"]
+    accuracies = [100 * run.accuracy(["drllm_arc_easy", "drllm_arc_challenge"]).mean for run in runs[1:]]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| + router, 2 seeds")]
+    assert float(line.split("|")[2].split("±")[0]) == pytest.approx(sum(accuracies) / 2, abs=0.01)
+
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"base_model_fingerprint": "another"}))
+    assert eval_sh(checkpoint, other, *arguments) == 2
+    assert "have different base models" in capsys.readouterr().err
+
+
 def test_chat_template_follows_the_labels(checkpoint, tmp_path):
     assert not comparison.uses_chat_template("auto", checkpoint)
     for manifest in ({"chat_template": True}, [{"chat_template": True}, {"chat_template": True}]):

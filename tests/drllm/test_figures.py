@@ -17,7 +17,7 @@ def folder(tmp_path):
         run = make_run(tmp_path, name, correct, blocks)
         results = json.loads((run / "results.json").read_text())
         shares = {"skip": [0.1, 0, 0, 1], "execute": [0.9, 1, 0, 0], "repeat": [0, 0, 1, 0]}
-        results["config"]["block_applications"] = {task: {"share_per_block": shares} for task in correct}
+        results["config"]["block_applications"] = {task: {"queries": 2, "share_per_block": shares} for task in correct}
         (run / "results.json").write_text(json.dumps(results))
     return tmp_path
 
