@@ -57,11 +57,8 @@ def place(model, name: str, device: str) -> None:
 
 torch.tensor = tensor
 with torch.no_grad(), FakeTensorMode():
-    model = RoutedLlamaForCausalLM(
-        RoutedLlamaConfig(
-            vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4
-        )
-    ).eval()
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
+    model = RoutedLlamaForCausalLM(RoutedLlamaConfig(num_attention_heads=4, **sizes)).eval()
     for name in ("model.embed_tokens", "model.rotary_emb"):
         place(model, name, FIRST)
     for name in ("model.norm", "lm_head"):
