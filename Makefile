@@ -4,15 +4,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+SEEDS := 0 1 2
+SEARCH = $(BIN)/python data_generation.py --data_dir miniature/data --samples 60 --limit 120 --output_dir $(DEMO)/data
+TRAIN = $(BIN)/python train.py --data $(DEMO)/data --output_dir $(DEMO)/checkpoints --warmup_steps 50
+EVALUATE = PYTHON=$(BIN)/python ./eval.sh --data_dir miniature/data --labels $(DEMO)/data
 
-.PHONY: demo test test-slow lint clean-demo
+.PHONY: demo demo-seeds test test-slow lint clean-demo
 
 # The three steps, with fewer labels a set than the paper's so that two cores need minutes. Run again, it continues.
 demo: $(VENV)/.installed
-	$(BIN)/python data_generation.py --data_dir miniature/data --samples 60 --limit 120 --output_dir $(DEMO)/data
-	$(BIN)/python train.py --data $(DEMO)/data --run_name demo --output_dir $(DEMO)/checkpoints --warmup_steps 50
-	PYTHON=$(BIN)/python ./eval.sh $(DEMO)/checkpoints/demo --data_dir miniature/data --labels $(DEMO)/data \
-	  --output_dir $(DEMO)/results
+	$(SEARCH)
+	$(TRAIN) --run_name demo
+	$(EVALUATE) --output_dir $(DEMO)/results $(DEMO)/checkpoints/demo
+
+# The same labels, routers of several training seeds: the table with their mean and spread.
+demo-seeds: $(VENV)/.installed
+	$(SEARCH)
+	for seed in $(SEEDS); do $(TRAIN) --run_name seed$$seed --seed $$seed || exit; done
+	$(EVALUATE) --output_dir $(DEMO)/seeds $(SEEDS:%=$(DEMO)/checkpoints/seed%)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2
