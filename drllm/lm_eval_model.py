@@ -65,10 +65,10 @@ class LayerCounts:
     """Block applications by query; a query is one document of one task."""
 
     def __init__(self) -> None:
-        self._requests: dict[tuple[str, int], dict[int, Measurement]] = defaultdict(dict)
+        self._requests: dict[tuple[str, int], dict[tuple[str, int], Measurement]] = defaultdict(dict)
 
-    def add(self, task: str, doc_id: int, index: int, measurement: Measurement) -> None:
-        """Notes request `index` of a document; a request that is run twice counts once."""
+    def add(self, task: str, doc_id: int, index: tuple[str, int], measurement: Measurement) -> None:
+        """Notes the request (kind, number) of a document; one that is run twice counts once."""
         self._requests[task, doc_id][index] = measurement
 
     def queries(self) -> Iterator[dict[str, Any]]:
@@ -285,7 +285,7 @@ class RoutedLM(HFLM):
             self._windows: list[Measurement] = []
             answers += super().loglikelihood_rolling([request], disable_tqdm=True)
             for number, measurement in enumerate(self._windows):
-                self.layer_counts.add(request.task_name, request.doc_id, number, measurement)
+                self.layer_counts.add(request.task_name, request.doc_id, ("rolling", number), measurement)
         self._share_counts(requests)
         return answers
 
@@ -299,7 +299,8 @@ class RoutedLM(HFLM):
         for request in requests:
             found, measurement = self._answers.get(kind, request.args)
             answers.append(found)
-            self.layer_counts.add(request.task_name, request.doc_id, request.idx, measurement)
+            # squadv2 numbers its generation and its log-likelihood alike
+            self.layer_counts.add(request.task_name, request.doc_id, (kind, request.idx), measurement)
         self._answers.forget()
         self._share_counts(requests)
         return answers

@@ -139,6 +139,19 @@ def stock_lm(checkpoint: Path, batch_size: int = 1) -> HFLM:
     return HFLM(str(checkpoint), dtype="float32", device="cpu", batch_size=batch_size)
 
 
+class HookCounter:
+    """Counts the rows that run through each block of a model, and the calls."""
+
+    def __init__(self, model):
+        self.rows = self.calls = 0
+        for layer in model.model.layers:
+            layer.register_forward_hook(self._count)
+
+    def _count(self, module, inputs, output):
+        self.rows += inputs[0].shape[0]
+        self.calls += 1
+
+
 def metrics(results: dict) -> dict[str, dict]:
     """Metrics by task and group, without the labels that lm-eval adds."""
     return {

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from drllm.errors import UserError
 from drllm.evaluate import lm_eval_arguments
 from tests.eval_toys import (
+    HookCounter,
     evaluate,
     make_base,
     make_routed,
@@ -100,25 +101,12 @@ def test_routing_changes_something(alone, base, folder):
     assert all(not _close(answers, responses(alone)[task]) for task, answers in plain.items())
 
 
-class _HookCounter:
-    """Counts the rows that run through each block of a model."""
-
-    def __init__(self, model):
-        self.rows = self.calls = 0
-        for layer in model.model.layers:
-            layer.register_forward_hook(self._count)
-
-    def _count(self, module, inputs, output):
-        self.rows += inputs[0].shape[0]
-        self.calls += 1
-
-
 @pytest.mark.parametrize(
     ("tasks", "batch_size"), [(GENERATION, 1), (["toy_choice"], 1), (["toy_choice"], 4), (["toy_label"], 4)]
 )
 def test_counted_layers_are_those_that_ran(routed, folder, tasks, batch_size):
     lm = routed_lm(routed, batch_size)
-    counter = _HookCounter(lm.model)
+    counter = HookCounter(lm.model)
     counts = _counts(evaluate(lm, folder, tasks))
     assert counter.rows == sum(task["blocks"] for task in counts.values()) > 0
 
@@ -193,7 +181,7 @@ def test_answers_are_cached_with_their_counts(base, routed, folder, tmp_path):
     cache, tasks = str(tmp_path / "answers.db"), ["drllm_arc_easy", "toy_choice"]
     first = evaluate(routed_lm(routed, 4, response_cache=cache), folder, tasks)
     again = routed_lm(routed, 1, response_cache=cache)
-    counter = _HookCounter(again.model)
+    counter = HookCounter(again.model)
     second = evaluate(again, folder, tasks)
     assert counter.calls == 0
     assert metrics(first) == metrics(second)
@@ -202,7 +190,7 @@ def test_answers_are_cached_with_their_counts(base, routed, folder, tmp_path):
 
     def is_computed(checkpoint: Path, **arguments) -> bool:
         lm = routed_lm(checkpoint, 4, response_cache=cache, **arguments)
-        counter = _HookCounter(lm.model)
+        counter = HookCounter(lm.model)
         results = evaluate(lm, folder, ["toy_choice"])
         assert _counts(results)["toy_choice"]["queries"] == 5
         return counter.calls > 0
@@ -228,6 +216,18 @@ def test_answers_are_cached_with_their_counts(base, routed, folder, tmp_path):
 def test_lm_evals_own_cache_is_refused(routed, folder, tmp_path):
     with pytest.raises(UserError, match=r"drllm\.evaluate --use_cache"):
         evaluate(routed_lm(routed), folder, ["toy_label"], use_cache=str(tmp_path / "cache"))
+
+
+def test_lm_evals_cache_of_requests_holds_no_answers(base, routed, folder, tmp_path, monkeypatch):
+    """--cache_requests keeps prompts: what one model left there does not change the results of another."""
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path))
+    tasks = ["toy_choice", "toy_stop"]
+    for checkpoint in (routed, base):
+        cached = evaluate(routed_lm(checkpoint, 4), folder, tasks, cache_requests=True)
+        assert list(tmp_path.iterdir())
+        fresh = evaluate(routed_lm(checkpoint, 4), folder, tasks)
+        assert responses(cached) == responses(fresh)
+        assert _counts(cached) == _counts(fresh)
 
 
 def test_routing_log_has_a_line_a_query(routed, folder, tmp_path):
