@@ -102,7 +102,8 @@ def prompt_mask_of(
     prompt_mask = prompt_mask.to(device).bool()
     if tuple(prompt_mask.shape) != (batch_size, num_tokens):
         raise ValueError(
-            f"the prompt mask has the shape {tuple(prompt_mask.shape)}, but the prompt {(batch_size, num_tokens)}"
+            f"the prompt mask has the shape {tuple(prompt_mask.shape)}, but the prompt {(batch_size, num_tokens)}; the "
+            "routers decide in the first forward pass, so it needs the whole prompt and not a chunk of it"
         )
     if prompt_length is None:
         return prompt_mask
@@ -293,10 +294,16 @@ class RoutedCausalLM(CausalLMOverPaths):
             inputs |= {"prompt_mask": prompt_mask, "prompt_length": prompt_length}
         return inputs
 
-    def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
-        if generation_config.prefill_chunk_size is not None:
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        cache = model_kwargs.get("past_key_values")
+        is_path_known = (
+            self.model.is_static_routing
+            or model_kwargs.get("layer_indices") is not None
+            or (cache is not None and cache.get_seq_length() > 0)
+        )
+        if generation_config.prefill_chunk_size is not None and not is_path_known:
             raise ValueError(
                 "prefill_chunk_size is set, but a router reads the whole prompt before its block runs on any of it; "
-                "leave prefill_chunk_size away"
+                "leave prefill_chunk_size away, or say with layer_indices which path to follow"
             )
-        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -352,13 +352,10 @@ def test_a_new_family_is_ten_lines(tmp_path):
     model.load_state_dict(stock.state_dict(), strict=False)
     scatter_decisions(model)
     input_ids = prompts(3)
-    tokens = [
-        model.generate(
-            input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=6, do_sample=False, use_cache=use_cache
-        )
-        for use_cache in (True, False)
-    ]
-    assert torch.equal(*tokens)
+    arguments = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": 6, "do_sample": False}
+    tokens = model.generate(input_ids, **arguments)
+    for other in ({"use_cache": False}, {"cache_implementation": "static"}):
+        assert torch.equal(model.generate(input_ids, **other, **arguments), tokens)
     assert len(set(map(tuple, model(input_ids).paths.tolist()))) > 1
     model.model.is_static_routing = True
     assert torch.equal(stock(input_ids).logits, model(input_ids).logits)
