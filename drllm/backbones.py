@@ -30,7 +30,9 @@ from drllm.errors import UserError, main_guard
 from drllm.tables import PAPER_FILE, benchmarks
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = ("labels", "train", "in_domain", "table4", "table5", "tables")
+EVALUATIONS = {"in_domain": 3, "table4": 4, "aime24": 4, "table5": 5}  # step -> table of the paper
+STEPS = ("labels", "train", *EVALUATIONS, "tables")
+LONG_ROWS = 4  # rows a batch of aime24: the KV cache of 32 answers of 32768 tokens fits no GPU
 
 # What the estimates assume beside --mfu and --pass_ms.
 PEAK_FLOPS, PEAK_BYTES = 312e12, 2.0e12  # an A100 80 GB a second: bf16 matrix products, memory
@@ -135,7 +137,7 @@ class Costs:
         checkpoint = 2 * backbone.parameters + 4 * backbone.router_parameters  # routers are saved alone, too
         return features + steps, stored + checkpoint
 
-    def evaluation(self, tasks: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    def evaluation(self, tasks: Sequence[dict[str, Any]], rows: int) -> tuple[float, float]:
         """Base and router on `tasks` of benchmarks.json, answers as long as they may be."""
         seconds = disk = 0.0
         for task in tasks:
@@ -143,7 +145,7 @@ class Costs:
             count = min(count, self.args.limit or count)
             new = task["max_new_tokens"] or 1
             new = new[-1] if isinstance(new, list) else new
-            seconds += 2 * (self.batches(count, EVAL_ROWS, prompt, new) + self.batches(count, EVAL_ROWS, options, 1))
+            seconds += 2 * (self.batches(count, rows, prompt, new) + self.batches(count, rows, options, 1))
             disk += 2 * count * RECORD_BYTES
         return seconds, disk
 
@@ -172,26 +174,29 @@ def plan(backbone: Backbone, args: argparse.Namespace) -> list[Step]:
         command += ["--output_dir", str(folder / "checkpoints"), "--num_epochs", str(args.num_epochs)]
         return [*command, "--seed", str(args.seed)]
 
-    def evaluate(step: str, names: str) -> list[str]:
+    def evaluate(step: str, names: str, rows: int) -> list[str]:
         command = [f"{root}/eval.sh", str(checkpoint), "--tasks", names, *data, *limit]
         command += ["--output_dir", str(folder / "results" / step), "--labels", str(folder / "labels")]
-        command += ["--num_processes", str(args.gpus)] if args.gpus > 1 else []
+        command += ["--batch_size", str(rows), *(["--num_processes", str(args.gpus)] if args.gpus > 1 else [])]
         command += ["--device", "cpu"] if args.gpus == 0 else []
         return command + (["--unsafe_code"] if step == "table5" and args.unsafe_code else [])
 
     found = {"labels": (search(), *costs.search(), args.gpus), "train": (train(), *costs.training(), 1)}
-    for step, table in (("in_domain", 3), ("table4", 4), ("table5", 5)):
+    for step, table in EVALUATIONS.items():
         tasks = [task for task in benchmarks() if table in task["tables"]]
         tasks = [task for task in tasks if args.unsafe_code or not task.get("runs_code")]
+        if table == 4:
+            tasks = [task for task in tasks if (task["task"] == "aime24") == (step == "aime24")]
         names = IN_DOMAIN if step == "in_domain" else ",".join(task["task"] for task in tasks)
-        found[step] = (evaluate(step, names), *costs.evaluation(tasks), args.gpus)
+        rows = LONG_ROWS if step == "aime24" else EVAL_ROWS
+        found[step] = (evaluate(step, names, rows), *costs.evaluation(tasks, rows), args.gpus)
     found["tables"] = (["python", "-m", "drllm.tables", str(folder)], 0.0, 0.0, 0)
     steps = []
     for name in STEPS:
         if name not in args.steps:
             continue
         command, seconds, disk, gpus = found[name]
-        starts = 2 if name in ("in_domain", "table4", "table5") else 1
+        starts = 2 if name in EVALUATIONS else 1
         steps.append(Step(name, command, (seconds + starts * START_SECONDS * gpus) / 3600, gpus, disk))
     return steps
 
@@ -207,7 +212,8 @@ def assumptions(backbone: Backbone, args: argparse.Namespace) -> str:
         f"at 50 simulations), {PROMPT_TOKENS} tokens a prompt, {RESPONSE_TOKENS} an answer, {SEARCH_ROWS} rows a "
         f"batch. Training: {args.num_epochs} epochs on stored features (questions x blocks x {WINDOWS} windows x "
         "width x 2 bytes), the whole checkpoint in bf16. Evaluation: base and router, sizes of "
-        f"eval_tasks/benchmarks.json, answers as long as they may be, {EVAL_ROWS} rows a batch. Left out: skips, "
+        f"eval_tasks/benchmarks.json, answers as long as they may be, {EVAL_ROWS} rows a batch "
+        f"({LONG_ROWS} for aime24). Left out: skips, "
         "repeats, early ends, reading the KV cache, the data sets. None of this was measured on an A100.",
         width=116,
     )

@@ -46,7 +46,10 @@ def test_dry_run_prints_every_command_with_its_cost(capsys):
     assert "--num_processes 8 ./data_generation.py --model meta-llama/Llama-3.2-3B-Instruct" in commands[0]
     assert commands[1].startswith("python ./train.py --data runs/backbones/llama-3.2-3b-instruct/labels ")
     assert "--tasks drllm_arc,drllm_dart" in commands[2]
-    assert "--tasks mmlu,gsm8k,aime24," in commands[3]
+    assert "--tasks mmlu,gsm8k,truthfulqa_mc1," in commands[3]
+    # 32 answers of 32768 tokens fit no GPU
+    assert "--tasks aime24 --output_dir" in commands[4]
+    assert "--batch_size 4 " in commands[4]
     assert "humaneval" not in printed
     assert printed.count("A100 hours") == len(backbones.STEPS) + 1
     assert "961,000 inferences on 24,329 questions for 4,000 labels" in " ".join(printed.split("\n# "))
