@@ -3,8 +3,8 @@
     python -m drllm.evaluate --model drllm --model_args pretrained=CHECKPOINT,dtype=bfloat16 \
         --tasks drllm_arc,drllm_dart --output_path results/
 
-All flags are lm-eval's own. The tasks of `eval_tasks/` are found without `--include_path`, and `--data_dir FOLDER`
-makes them read local files of the Hub's schema.
+All flags are lm-eval's own. The batch size is 8 where none is given, since no result depends on it. The tasks of
+`eval_tasks/` are found without `--include_path`, and `--data_dir FOLDER` makes them read local files of the Hub's schema.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ def lm_eval_arguments(arguments: list[str]) -> list[str]:
         del arguments[start:end]
     if model == "drllm" and (cache := _take(arguments, "--use_cache")) is not None:
         model_args.append(f"response_cache={cache}")
+    given = {argument.split("=")[0] for argument in arguments}
+    if model == "drllm" and not given & {"--batch_size", "-b", "--config", "-C"}:
+        arguments += ["--batch_size", "8"]  # lm-eval's default is 1
     if (data_dir := _take(arguments, "--data_dir")) is not None:
         if not Path(data_dir).is_dir():
             raise UserError(f"--data_dir {data_dir} does not exist")

@@ -285,6 +285,10 @@ def test_launcher_arguments(tmp_path):
     assert "eval_tasks" in joined
     kept = " ".join(lm_eval_arguments(["--model", "hf", "--use_cache", "c.db", "--tasks", "t"]))
     assert "--use_cache c.db" in kept
+    assert "--batch_size 8" in joined
+    assert "--batch_size" not in kept
+    assert lm_eval_arguments(["--batch_size=2", "--tasks", "t"]).count("--batch_size") == 0
+    assert lm_eval_arguments(["-b", "2", "--tasks", "t"]).count("--batch_size") == 0
     with pytest.raises(UserError, match=r"--data_dir .*nowhere does not exist"):
         lm_eval_arguments(["--data_dir", str(tmp_path / "nowhere")])
 
