@@ -4,7 +4,7 @@
         --tasks drllm_arc,drllm_dart --output_path results/
 
 All flags are lm-eval's own. The batch size is 8 where none is given, since no result depends on it. The tasks of
-`eval_tasks/` are found without `--include_path`, and `--data_dir FOLDER` makes them read local files of the Hub's schema.
+`eval_tasks/` are found without `--include_path`; `--data_dir FOLDER` makes them read local files of the Hub's schema.
 """
 
 from __future__ import annotations
