@@ -162,10 +162,11 @@ class FollowsPaths:
         hidden_states = inputs_embeds
         all_hidden_states = [hidden_states]
         for block, layer in enumerate(self.layers):
+            run = layer if num_tokens == 1 else layer._call_impl  # see `compile_blocks`
             if decider is not None:
                 decider.before_block(block, hidden_states, schedule)
             for visit, rows in enumerate(schedule[block]):
-                output = layer(
+                output = run(
                     hidden_states if rows is None else hidden_states.index_select(0, rows.to(hidden_states.device)),
                     past_key_values=cache.slot(block, visit) if cache is not None else None,
                     use_cache=use_cache,
@@ -329,10 +330,15 @@ class CausalLMOverPaths:
         return self.model.block_applications
 
     def compile_blocks(self, **compile_arguments) -> None:
-        """Compiles each block with `torch.compile(**compile_arguments)`; one compilation serves all blocks and paths.
+        """Compiles each block for decoding with `torch.compile(**compile_arguments)`.
 
-        The loop over the blocks stays in Python, as its path differs from prompt to prompt. Pass a static cache
-        (`PathCache(max_cache_len=...)`, or cache_implementation="static" to `generate`), so that shapes stay the same.
+        One compilation serves all blocks, visits and paths. There is one for each number of rows that run a block
+        together; after eight of them (torch's limit) other numbers run uncompiled. The loop over the blocks stays in
+        Python, as its path differs from prompt to prompt. Pass a static cache (`PathCache(max_cache_len=...)`, or
+        cache_implementation="static" to `generate`), so that shapes stay the same.
+
+        Forward passes over several tokens are not compiled: every length of a prompt would compile anew, and slots that
+        a compiled block allocates have no fixed address, which CUDA graphs (mode="reduce-overhead") need.
         """
         for block in self.model.layers:
             block.compile(**compile_arguments)

@@ -268,18 +268,28 @@ def test_a_static_cache_gives_the_same_tokens(model, path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compiled_blocks_give_the_same_tokens(family, stock_checkpoint):
-    paths = [*NAMED_PATHS.values(), *random_paths(2, seed=4)]
+def test_compiled_blocks_give_the_same_tokens(family, decisive):
+    model = decisive(family)
     input_ids = prompts(2)
-    arguments = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(input_ids)}
-    model = load_path_model(stock_checkpoint(family), dtype=torch.float32)
-    expected = [model.generate(input_ids, layer_indices=path_to_layer_indices(path), **arguments) for path in paths]
+    mask = torch.ones_like(input_ids)
+    mask[0, :3] = 0
+    shared = [*NAMED_PATHS.values(), *random_paths(2, seed=4)]
+    cases = [{"layer_indices": path_to_layer_indices(path)} for path in shared]
+    cases += [
+        {"layer_indices": [path_to_layer_indices(path) for path in pair]}
+        for pair in zip(shared, reversed(shared), strict=True)
+    ]
+    cases.append({})  # the routers decide
+    arguments = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
+    expected = [model.generate(input_ids, **case, **arguments) for case in cases]
+    decided = model(input_ids, mask).paths
+    assert not torch.equal(*decided), "the rows should differ"
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model.compile_blocks()
-    for path, tokens in zip(paths, expected, strict=True):
-        static = model.generate(
-            input_ids, layer_indices=path_to_layer_indices(path), cache_implementation="static", **arguments
-        )
-        assert torch.equal(static, tokens)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4, "one compilation serves every block"
+    graphs = torch._dynamo.utils.counters["stats"]
+    for case, tokens in zip(cases, expected, strict=True):
+        assert torch.equal(model.generate(input_ids, cache_implementation="static", **case, **arguments), tokens), case
+        if case == cases[len(shared) - 1]:
+            assert graphs["unique_graphs"] == 1, "one compilation serves every block, visit and path"
+    assert graphs["unique_graphs"] == 2, "and one more serves every single row"
