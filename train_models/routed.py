@@ -119,28 +119,41 @@ class _Routers:
     def __init__(self, model: "RoutedModel", windows: PromptWindows, embeddings, decides: bool, logits, inputs):
         self._model = model
         self._windows = windows
-        self._pooled_embeddings = windows.pool(embeddings) if model.config.router_input == "embeddings" else None
         self._decides = decides
         self._has_no_prompt = ~windows.valid.any(1)
         self._logits: list[torch.Tensor] | None = [] if logits else None
         self._inputs: list[torch.Tensor] | None = [] if inputs else None
         self._wants_logits = logits or decides
+        self._pooled_embeddings = windows.pool(embeddings) if model.config.router_input == "embeddings" else None
+        self._actions: list[list[int]] | None = None  # [block][row], where all are known before the first block
+        if decides and self._pooled_embeddings is not None:
+            pooled = self._pooled_embeddings
+            actions = [self._actions_for(self._ask(block, pooled)) for block in range(len(model.routers))]
+            self._actions = torch.stack([part.to(actions[0].device) for part in actions]).tolist()
 
     def before_block(self, block: int, hidden_states: torch.Tensor, schedule: RowSchedule) -> None:
         """Appends the actions at `block`, given its input [batch, T, d], unless the path is known."""
         pooled = self._windows.pool(hidden_states) if self._pooled_embeddings is None else self._pooled_embeddings
         if self._inputs is not None:
             self._inputs.append(pooled)
-        if not self._wants_logits:
-            return
+        if self._actions is not None:
+            schedule.append(self._actions[block])
+        elif self._wants_logits:
+            logits = self._ask(block, pooled)
+            if self._decides:
+                # The host waits here, once a block: it has to know what to run next.
+                schedule.append(self._actions_for(logits).tolist())
+
+    def _ask(self, block: int, pooled: torch.Tensor) -> torch.Tensor:
         logits = self._model.routers[block](pooled, self._windows.valid)
         if self._logits is not None:
             self._logits.append(logits)
-        if self._decides:
-            actions = route(logits, self._model.routing_control)
-            # Without a prompt there are no votes, and nothing speaks against the base model.
-            actions = actions.masked_fill(self._has_no_prompt.to(actions.device), EXECUTE)
-            schedule.append(actions.tolist())
+        return logits
+
+    def _actions_for(self, logits: torch.Tensor) -> torch.Tensor:
+        actions = route(logits, self._model.routing_control)
+        # Without a prompt there are no votes, and nothing speaks against the base model.
+        return actions.masked_fill(self._has_no_prompt.to(actions.device), EXECUTE)
 
     def outputs(self) -> dict[str, torch.Tensor | None]:
         """The recorded fields of `RoutedModelOutput`."""
