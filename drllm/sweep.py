@@ -22,7 +22,7 @@ from drllm.labels import read_labels
 from drllm.lm_eval_model import LayerCounts, RoutedLM
 from drllm.tables import Estimate
 
-KNOBS = (-0.9, -0.7, -0.6, -0.55, -0.5, -0.45, -0.4, -0.3, -0.2, 0.0, 0.25, 0.5)
+KNOBS = (-0.9, -0.7, -0.6, -0.55, -0.5, -0.45, -0.4, -0.3, -0.2, -0.1, 0.0, 0.25, 0.5)
 BINS = 20
 
 
