@@ -1,33 +1,70 @@
 """Do saved layers save time? Routed against stock decoding, interleaved in one run.
 
     python benchmarks/latency.py --shape small --skip 0,2,4 --batch_sizes 1,16 --new_tokens 64
-    python benchmarks/latency.py --shape llama-3.2-3b --device cuda --dtype bfloat16 --new_tokens 1000
     python benchmarks/latency.py --checkpoint checkpoints/run --prompt_tokens 256
 
-For each batch size and path it prints time to first token, time per output token and the total for the new tokens, each
-as a ratio of medians against the stock model of the same run, and
+(a) what static routing costs, at 12 blocks of width 256:
 
-    saved/layers    share of the total time saved over the share of block applications saved; 1.0 is perfect. Embedding
-                    and head are not saved by skipping blocks, so `saved/blocks` also gives it against the blocks' own
-                    share of the stock model's decoding time (the total less that of a model of no blocks).
-    router          what the routers cost: the routed model deciding a path against the same model given that path,
-                    as a share of the total.
-    KV bytes        of the cache after the last token, against the stock model's.
+    python benchmarks/latency.py --shape small --skip 0 --batch_sizes 1,16 --measure static --rounds 40 \
+      --output results/latency_static.json
 
-Rows of a batch share one path ("shared"), or each has its own with as many skips ("mixed"). A block that some row
-needs is read for all, so mixed paths are set beside that bound: the share of blocks that no row runs. "grouped" runs
-rows of the same path together, one group after the other.
+(b) what k skipped blocks of 12 save in decoding, alone and in a batch; mixed paths beside their bound; grouping:
 
-Router weights are random; the last bias is set so that they decide the wanted path.
+    python benchmarks/latency.py --shape d1024 --skip 2,4 --batch_sizes 1,16 --prompt_tokens 16 --new_tokens 16 \
+      --measure path --output results/latency_decode.json --figure results/latency_decode.png
+
+(c) the routers' share of 1,000 new tokens at width 1024. Routers and blocks both grow with the number of blocks, so
+four serve; all 1,000 tokens are run:
+
+    python benchmarks/latency.py --shape d1024 --blocks 4 --skip 0 --batch_sizes 1 --new_tokens 1000 --rounds 3 \
+      --measure router --output results/latency_routers.json
+
+(d) the paper's table, on a GPU, and compiled decoding:
+
+    python benchmarks/latency.py --shape llama-3.2-3b --device cuda --dtype bfloat16 --new_tokens 1000 --skip 0,2,4,6 \
+      --batch_sizes 1,16,64 --rounds 3 --output results/latency_llama_3b.json
+    python benchmarks/latency.py --shape llama-3.1-8b --device cuda --dtype bfloat16 --new_tokens 1000 --skip 0,2,4,6 \
+      --batch_sizes 1,16,64 --rounds 3 --output results/latency_llama_8b.json
+    python benchmarks/latency.py --shape llama-3.2-3b --device cuda --dtype bfloat16 --skip 0,4 --batch_sizes 1,16 \
+      --rows shared --measure path,compiled,stock_compiled --compile_mode reduce-overhead
+
+The six backbones of the paper have the four shapes llama-3.2-3b, llama-3.1-8b (base and instruct each), qwen2.5-3b and
+qwen2.5-7b. Weights are random (or a checkpoint's); router weights are random, too, and their last biases are set so
+that they decide the wanted path after doing their full work.
+
+For each batch size and path the table gives time to first token (TTFT), time per output token (TPOT) and the total for
+the new tokens of the stock model, and of the routed one along the path as ratios of medians over the rounds, and
+
+    saved/layers    share of the total time saved over the share of block applications saved; 1.0 is perfect
+    saved/blocks    the same in decoding against the blocks' own share of the stock model's time per token, that is
+                    without embedding, norm and head, which no skipped block saves (timed as a model of no blocks)
+    bound           share of the stock model's time per token in blocks that no row runs: what mixed paths can save, as
+                    a block's weights are read however few rows use it
+    router          time inside the routers (windows, MLPs, waiting for the decision) as a share of the total
+    KV x            bytes of the cache after the last token, against the stock model's
+    peak x          peak memory during generation (weights included), against the stock model's; on a GPU allocated
+                    memory, on Linux the process's resident set
+
+Rows: "shared" is one path for all rows, which is what grouping rows of like paths into batches gives. "mixed" gives
+each row a path of its own with as many skips, "two paths" two in turn, and "split" takes those two groups apart and
+runs one after the other. The stock model's batch is the same in all of them.
+
+Compiled runs compile in the round that warms up. CUDA graphs have not been run yet: no GPU was at hand.
 """
 
 import argparse
+import copy
+import gc
 import json
+import os
+import platform
 import random
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -40,6 +77,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedConfig,
     Qwen2Config,
+    StaticCache,
 )
 
 from drllm.errors import UserError, main_guard
@@ -58,13 +96,23 @@ SHAPES = {
         num_hidden_layers=12, hidden_size=1024, intermediate_size=4096, num_attention_heads=16, vocab_size=4096
     ),
     "llama-3.2-3b": LlamaConfig(
-        num_hidden_layers=28, hidden_size=3072, intermediate_size=8192, num_attention_heads=24, **LLAMA_3
+        num_hidden_layers=28,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_attention_heads=24,
+        tie_word_embeddings=True,
+        **LLAMA_3,
     ),
     "llama-3.1-8b": LlamaConfig(
         num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, **LLAMA_3
     ),
     "qwen2.5-3b": Qwen2Config(
-        num_hidden_layers=36, hidden_size=2048, intermediate_size=11008, num_attention_heads=16, num_key_value_heads=2
+        num_hidden_layers=36,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
     ),
     "qwen2.5-7b": Qwen2Config(
         num_hidden_layers=28, hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4
@@ -72,14 +120,23 @@ SHAPES = {
 }
 
 
+MEASURES = ("path", "router", "static", "compiled", "stock_compiled")
+ROWS = ("shared", "mixed", "two paths", "split")
+PAPER = "paper, 1,000 tokens: 34.49 s stock, 29.21 s routed (x 0.847), of which routers 0.27 s (0.92%)"
+
+
 @dataclass
 class Timing:
-    """Seconds of one generation: to the first token, and for each token after it on average."""
+    """One generation: seconds to the first token, for each token after it, in all; bytes of the cache and at the peak.
+
+    per_token is the median over the tokens on a CPU, and the mean on a GPU, where the host runs ahead.
+    """
 
     first: float
     per_token: float
     total: float
     cache_bytes: int
+    peak_bytes: int | None
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -87,12 +144,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small", help="random weights at this shape")
     parser.add_argument("--config", help="a config.json of Llama, Qwen2 or Qwen3: random weights at its shape")
     parser.add_argument("--checkpoint", help="a plain checkpoint: its weights instead of random ones")
+    parser.add_argument("--blocks", type=int, help="so many blocks instead of the shape's own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--attention", default="sdpa", help="attn_implementation")
     parser.add_argument("--batch_sizes", default="1,16", help="comma-separated")
     parser.add_argument("--skip", default="0,1,2,4", help="numbers of skipped blocks, comma-separated")
     parser.add_argument("--repeat", default="0", help="numbers of repeated blocks, comma-separated")
+    parser.add_argument("--rows", default=",".join(ROWS), help=f"of {', '.join(ROWS)}; comma-separated")
+    parser.add_argument(
+        "--measure",
+        default="path,router,static",
+        help="besides the stock model: path (the given path), router (deciding routers), static (static routing), "
+        "compiled (the path with compiled blocks and a static cache), stock_compiled (the stock model compiled whole, "
+        "with a static cache); comma-separated",
+    )
+    parser.add_argument("--compile_mode", default="default", help="torch.compile's mode; reduce-overhead: CUDA graphs")
     parser.add_argument("--prompt_tokens", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=64, help="the paper reports 1,000")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds; medians are reported")
@@ -100,16 +167,27 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="write results to this JSON file")
     parser.add_argument("--figure", help="draw time saved against layers saved to this file")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.measure, arguments.rows = arguments.measure.split(","), arguments.rows.split(",")
+    for name, wanted, known in (("measure", arguments.measure, MEASURES), ("rows", arguments.rows, ROWS)):
+        if unknown := set(wanted) - set(known):
+            parser.error(f"--{name} names {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch sees no GPU here; use --device cpu")
+    return arguments
 
 
 def load_models(arguments: argparse.Namespace) -> tuple:
     """(stock model, routed model on the same weights)."""
     torch.manual_seed(arguments.seed)
     dtype = parse_dtype(arguments.dtype)
-    config: PreTrainedConfig = SHAPES[arguments.shape]
+    config: PreTrainedConfig = copy.deepcopy(SHAPES[arguments.shape])
     if arguments.config or arguments.checkpoint:
         config = AutoConfig.from_pretrained(arguments.config or arguments.checkpoint)
+    if arguments.blocks and not arguments.checkpoint:
+        config.num_hidden_layers = arguments.blocks
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = config.layer_types[: arguments.blocks]
     config._attn_implementation = arguments.attention
     if arguments.checkpoint:
         stock = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=dtype, device_map=arguments.device)
@@ -156,27 +234,93 @@ def cache_bytes(cache: DynamicCache) -> int:
     return sum(
         part.numel() * part.element_size()
         for layer in cache.layers
-        if layer.get_seq_length() > 0
+        if layer.is_initialized
         for part in (layer.keys, layer.values)
     )
 
 
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def peak_memory(device: str) -> Iterator[list[int | None]]:
+    """Fills its list, once, with the peak bytes since its start; None where no one counts them."""
+    peak: list[int | None] = []
+    high_water = Path("/proc/self/clear_refs")
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    elif high_water.exists():
+        gc.collect()
+        high_water.write_text("5")
+    yield peak
+    if device.startswith("cuda"):
+        peak.append(torch.cuda.max_memory_allocated())
+    elif high_water.exists():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")))
+    else:
+        peak.append(None)
+
+
 @torch.inference_mode()
-def generate(model, input_ids: torch.Tensor, new_tokens: int, cache: DynamicCache, **prefill) -> Timing:
-    """Greedy decoding by hand, the same loop for both models, timed at its two halves."""
-    synchronize = torch.cuda.synchronize if input_ids.is_cuda else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    logits = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **prefill).logits
-    token = logits[:, -1].argmax(-1, keepdim=True)
-    synchronize()
-    first = time.perf_counter()
-    for _ in range(new_tokens - 1):
-        logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+def generate(model, input_ids: torch.Tensor, new_tokens: int, cache: DynamicCache, step=None, **prefill) -> Timing:
+    """Greedy decoding by hand, the same loop for all models, timed at its two halves.
+
+    The first pass is `model`'s, with the arguments `prefill`; `step`, if given, makes the others.
+    """
+    device, step = str(input_ids.device), model if step is None else step
+    seconds = []
+    with peak_memory(device) as peak:
+        synchronize(device)
+        start = time.perf_counter()
+        logits = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **prefill).logits
         token = logits[:, -1].argmax(-1, keepdim=True)
-    synchronize()
-    end = time.perf_counter()
-    return Timing(first - start, (end - first) / max(1, new_tokens - 1), end - start, cache_bytes(cache))
+        synchronize(device)
+        first = last = time.perf_counter()
+        for _ in range(new_tokens - 1):
+            logits = step(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            if not input_ids.is_cuda:
+                now = time.perf_counter()
+                seconds.append(now - last)
+                last = now
+        synchronize(device)
+        end = time.perf_counter()
+    per_token = statistics.median(seconds) if seconds else (end - first) / max(1, new_tokens - 1)
+    return Timing(first - start, per_token, end - start, cache_bytes(cache), peak[0])
+
+
+@torch.inference_mode()
+def router_seconds(model, input_ids: torch.Tensor) -> float:
+    """Seconds that one prefill spends in routing: pooling windows, the routers, and waiting for their decisions."""
+    device, spent = str(input_ids.device), [0.0]
+
+    def timed(function: Callable) -> Callable:
+        def call(*arguments):
+            synchronize(device)
+            start = time.perf_counter()
+            result = function(*arguments)
+            synchronize(device)
+            spent[0] += time.perf_counter() - start
+            return result
+
+        return call
+
+    make_decider = model.model._decider
+
+    def make_timed_decider(*arguments):
+        decider = timed(make_decider)(*arguments)
+        decider.before_block = timed(decider.before_block)
+        return decider
+
+    model.model._decider = make_timed_decider
+    try:
+        model(input_ids, past_key_values=PathCache(), use_cache=True, logits_to_keep=1)
+    finally:
+        del model.model._decider
+    return spent[0]
 
 
 @dataclass
@@ -186,7 +330,7 @@ class Case:
     batch_size: int
     skips: int
     repeats: int
-    rows: str  # "shared", "mixed" or "grouped"
+    rows: str  # one of ROWS
     paths: list[tuple[int, ...]]
 
 
@@ -197,89 +341,134 @@ def make_cases(arguments: argparse.Namespace, num_blocks: int) -> list[Case]:
         for skips in map(int, arguments.skip.split(",")):
             for repeats in map(int, arguments.repeat.split(",")):
                 shared = make_path(num_blocks, skips, repeats, None)
-                cases.append(Case(batch_size, skips, repeats, "shared", [shared] * batch_size))
-                if batch_size > 1 and skips + repeats > 0:
-                    mixed = [make_path(num_blocks, skips, repeats, generator) for _ in range(batch_size)]
-                    cases.append(Case(batch_size, skips, repeats, "mixed", mixed))
-                    two = [make_path(num_blocks, skips, repeats, generator) for _ in range(2)]
-                    in_turn = [two[row % 2] for row in range(batch_size)]
-                    cases.append(Case(batch_size, skips, repeats, "two paths", in_turn))
-                    cases.append(Case(batch_size, skips, repeats, "grouped", in_turn))
+                drawn = [make_path(num_blocks, skips, repeats, generator) for _ in range(max(2, batch_size))]
+                two = [drawn[row % 2] for row in range(batch_size)]
+                paths = {"shared": [shared] * batch_size, "mixed": drawn, "two paths": two, "split": two}
+                for rows in arguments.rows:
+                    if rows == "shared" or (batch_size > 1 and skips + repeats > 0):
+                        cases.append(Case(batch_size, skips, repeats, rows, paths[rows]))
     return cases
 
 
-def time_case(case: Case, stock, routed, arguments: argparse.Namespace) -> dict[str, list[Timing]]:
-    """Timings of the stock model, of given paths and, for a shared path, of deciding routers; interleaved."""
-    generator = torch.Generator().manual_seed(arguments.seed)
-    shape = (case.batch_size, arguments.prompt_tokens)
-    input_ids = torch.randint(0, stock.config.vocab_size, shape, generator=generator).to(arguments.device)
-    indices = [path_to_layer_indices(path) for path in case.paths]
-    timings: dict[str, list[Timing]] = {"stock": [], "path": [], "router": [], "static": []}
-    steps = arguments.new_tokens
+class Runs:
+    """The generations to time for one case, by name: the stock model, its parts, and what `--measure` asks for."""
 
-    def run_path() -> Timing:
-        if case.rows != "grouped":
-            return generate(routed, input_ids, steps, PathCache(), layer_indices=indices)
+    def __init__(self, case: Case, stock, routed, arguments: argparse.Namespace):
+        generator = torch.Generator().manual_seed(arguments.seed)
+        shape = (case.batch_size, arguments.prompt_tokens)
+        ids = torch.randint(0, stock.config.vocab_size, shape, generator=generator)
+        self.input_ids = ids.to(arguments.device)
+        self.case, self.stock, self.routed, self.arguments = case, stock, routed, arguments
+        self.indices = [path_to_layer_indices(path) for path in case.paths]
+        self.steps, self.cache_length = arguments.new_tokens, arguments.prompt_tokens + arguments.new_tokens
+        wanted = ["path"] if case.rows == "split" else arguments.measure
+        if case.rows != "shared":
+            wanted = [name for name in wanted if name in ("path", "compiled")]
+        if case.skips + case.repeats > 0:
+            wanted = [name for name in wanted if name != "static"]
+        self.by_name: dict[str, Callable[[], Timing]] = {name: getattr(self, f"run_{name}") for name in wanted}
+        self.by_name["stock"] = self.run_stock
+        torch._dynamo.reset()  # each case has shapes of its own
+        self.compiled_blocks: list = []
+        self.compiled_stock = torch.compile(stock, mode=arguments.compile_mode)
+        decide_this_path(routed, case.paths[0])
+
+    def run_stock(self) -> Timing:
+        return generate(self.stock, self.input_ids, self.steps, DynamicCache(config=self.stock.config))
+
+    def run_path(self) -> Timing:
+        if self.case.rows != "split":
+            return generate(self.routed, self.input_ids, self.steps, PathCache(), layer_indices=self.indices)
         parts = []
-        for path in sorted(set(case.paths)):
-            rows = [row for row, other in enumerate(case.paths) if other == path]
-            one = [indices[row] for row in rows]
-            parts.append(generate(routed, input_ids[rows], steps, PathCache(), layer_indices=one))
+        for path in sorted(set(self.case.paths)):
+            rows = [row for row, other in enumerate(self.case.paths) if other == path]
+            indices = path_to_layer_indices(path)
+            parts.append(generate(self.routed, self.input_ids[rows], self.steps, PathCache(), layer_indices=indices))
+        peaks = [part.peak_bytes for part in parts if part.peak_bytes is not None]
         return Timing(
-            parts[0].first,
+            sum(part.first for part in parts),
             sum(part.per_token for part in parts),
             sum(part.total for part in parts),
             sum(part.cache_bytes for part in parts),
+            max(peaks, default=None),
         )
 
-    decide_this_path(routed, case.paths[0])
-    for round_number in range(arguments.rounds + 1):
-        results = {"stock": generate(stock, input_ids, steps, DynamicCache(config=stock.config)), "path": run_path()}
-        if case.rows == "shared":
-            results["router"] = generate(routed, input_ids, steps, PathCache())
-        if case.rows == "shared" and case.skips == case.repeats == 0:
-            routed.model.is_static_routing = True
-            results["static"] = generate(routed, input_ids, steps, PathCache())
-            routed.model.is_static_routing = False
-        if round_number > 0:  # the first warms up
+    def run_router(self) -> Timing:
+        return generate(self.routed, self.input_ids, self.steps, PathCache())
+
+    def run_static(self) -> Timing:
+        self.routed.model.is_static_routing = True
+        timing = generate(self.routed, self.input_ids, self.steps, PathCache())
+        self.routed.model.is_static_routing = False
+        return timing
+
+    def run_compiled(self) -> Timing:
+        layers = self.routed.model.layers
+        if not self.compiled_blocks:
+            self.routed.compile_blocks(mode=self.arguments.compile_mode)
+            self.compiled_blocks = [layer._compiled_call_impl for layer in layers]
+        for layer, compiled in zip(layers, self.compiled_blocks, strict=True):
+            layer._compiled_call_impl = compiled
+        cache = PathCache(self.routed.config, max_cache_len=self.cache_length)
+        timing = generate(self.routed, self.input_ids, self.steps, cache, layer_indices=self.indices)
+        for layer in layers:  # which the stock model and the other runs share
+            layer._compiled_call_impl = None
+        return timing
+
+    def run_stock_compiled(self) -> Timing:
+        cache = StaticCache(config=self.stock.config, max_cache_len=self.cache_length)
+        return generate(self.stock, self.input_ids, self.steps, cache, step=self.compiled_stock)
+
+    def seconds_without_blocks(self) -> float:
+        """Median seconds a token of the stock model with no blocks: embedding, norm and head."""
+        stock, device = self.stock, self.arguments.device
+        layers, count = stock.model.layers, stock.config.num_hidden_layers
+        stock.model.layers, stock.config.num_hidden_layers = layers[:0], 0
+        token, seconds = self.input_ids[:, :1], []
+        with torch.inference_mode():
+            for _ in range(10):
+                synchronize(device)
+                start = time.perf_counter()
+                stock(token, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+                synchronize(device)
+                seconds.append(time.perf_counter() - start)
+        stock.model.layers, stock.config.num_hidden_layers = layers, count
+        return statistics.median(seconds)
+
+
+def time_case(runs: Runs, rounds: int, seed: int) -> tuple[dict[str, list[Timing]], list[float], list[float]]:
+    """(timings by run, seconds a token without blocks, seconds in the routers); interleaved, in a new order a round."""
+    generator, names = random.Random(seed), sorted(runs.by_name)
+    timings: dict[str, list[Timing]] = {name: [] for name in names}
+    without_blocks, in_routers = [], []
+    for round_number in range(rounds + 1):
+        generator.shuffle(names)
+        results = {name: runs.by_name[name]() for name in names}
+        rest = runs.seconds_without_blocks()
+        routers = router_seconds(runs.routed, runs.input_ids) if "router" in names else None
+        if round_number > 0:  # the first warms up, and compiles
             for name, timing in results.items():
                 timings[name].append(timing)
-    return timings
-
-
-def time_without_blocks(stock, case: Case, arguments: argparse.Namespace) -> float:
-    """Median seconds a token of the stock model with no blocks: embedding, norm and head."""
-    layers, count = stock.model.layers, stock.config.num_hidden_layers
-    stock.model.layers, stock.config.num_hidden_layers = layers[:0], 0
-    token = torch.zeros(case.batch_size, 1, dtype=torch.long, device=arguments.device)
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(max(20, arguments.new_tokens)):
-            start = time.perf_counter()
-            stock(token, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
-            if token.is_cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-    stock.model.layers, stock.config.num_hidden_layers = layers, count
-    return statistics.median(seconds)
+            without_blocks.append(rest)
+            in_routers += [] if routers is None else [routers]
+    return timings, without_blocks, in_routers
 
 
 def median(timings: list[Timing], field: str) -> float:
     return statistics.median(getattr(timing, field) for timing in timings)
 
 
-def ratio(timings: dict[str, list[Timing]], name: str, reference: str, field: str) -> float:
-    """Median over rounds of `name` against `reference` in the same round."""
-    pairs = zip(timings[name], timings[reference], strict=True)
-    return statistics.median(getattr(one, field) / getattr(other, field) for one, other in pairs)
+def report(case: Case, timings: dict, without_blocks: list[float], in_routers: list[float], num_blocks: int) -> dict:
+    """The row of the table, and every timing that it comes from."""
 
+    def ratio(name: str, field: str) -> float | None:
+        if name not in timings or getattr(timings[name][0], field) is None:
+            return None
+        return median(timings[name], field) / median(timings["stock"], field)
 
-def report(case: Case, timings: dict[str, list[Timing]], rest: float, num_blocks: int) -> dict:
     applications = statistics.mean(sum(path) for path in case.paths)
     layers_saved = 1 - applications / num_blocks
-    decode, total = ratio(timings, "path", "stock", "per_token"), ratio(timings, "path", "stock", "total")
-    stock_token = median(timings["stock"], "per_token")
-    block_share = 1 - rest / stock_token
+    block_share = 1 - statistics.median(without_blocks) / median(timings["stock"], "per_token")
     unused = 1 - len({block for path in case.paths for block, visits in enumerate(path) if visits}) / num_blocks
     row = {
         "batch_size": case.batch_size,
@@ -287,26 +476,30 @@ def report(case: Case, timings: dict[str, list[Timing]], rest: float, num_blocks
         "repeats": case.repeats,
         "rows": case.rows,
         "stock_first_s": median(timings["stock"], "first"),
-        "stock_token_s": stock_token,
+        "stock_token_s": median(timings["stock"], "per_token"),
         "stock_total_s": median(timings["stock"], "total"),
-        "first_ratio": ratio(timings, "path", "stock", "first"),
-        "token_ratio": decode,
-        "total_ratio": total,
+        "stock_cache_bytes": timings["stock"][0].cache_bytes,
+        "stock_peak_bytes": timings["stock"][0].peak_bytes,
+        "blocks_share_of_token": block_share,
         "layers_saved": layers_saved,
-        "blocks_no_row_runs": unused,
-        "saved_over_layers": (1 - total) / layers_saved if layers_saved else None,
-        "decode_saved_over_blocks": (1 - decode) / (layers_saved * block_share) if layers_saved else None,
-        "cache_ratio": timings["path"][0].cache_bytes / timings["stock"][0].cache_bytes,
+        "bound_on_decode_saved": unused * block_share,
     }
-    if timings["router"]:
-        pairs = zip(timings["router"], timings["path"], strict=True)
-        row["router_share"] = statistics.median(r.first - p.first for r, p in pairs) / median(
-            timings["router"], "total"
-        )
-    if timings["static"]:
-        row["static_first_ratio"] = ratio(timings, "static", "stock", "first")
-        row["static_token_ratio"] = ratio(timings, "static", "stock", "per_token")
-    return row
+    if "path" in timings:
+        saved = {"first": ratio("path", "first"), "token": ratio("path", "per_token"), "total": ratio("path", "total")}
+        row |= {f"{part}_ratio": value for part, value in saved.items()}
+        row |= {"decode_saved": 1 - saved["token"], "cache_ratio": ratio("path", "cache_bytes")}
+        row["peak_ratio"] = ratio("path", "peak_bytes")
+        if layers_saved:
+            row["saved_over_layers"] = (1 - saved["total"]) / layers_saved
+            row["decode_saved_over_blocks"] = (1 - saved["token"]) / (layers_saved * block_share)
+    if "router" in timings:
+        row["router_s"] = statistics.median(in_routers)
+        row["router_share"] = row["router_s"] / median(timings["router"], "total")
+    for name in ("router", "static", "compiled", "stock_compiled"):
+        for part, field in (("first", "first"), ("token", "per_token"), ("total", "total")):
+            row[f"{name}_{part}_ratio"] = ratio(name, field)
+    row["timings"] = {name: [asdict(timing) for timing in each] for name, each in timings.items()}
+    return row | {"seconds_without_blocks": without_blocks, "seconds_in_routers": in_routers}
 
 
 COLUMNS = [
@@ -321,22 +514,54 @@ COLUMNS = [
     ("token_ratio", "TPOT x", ".3f"),
     ("total_ratio", "total x", ".3f"),
     ("layers_saved", "layers saved", ".1%"),
-    ("blocks_no_row_runs", "bound", ".1%"),
     ("saved_over_layers", "saved/layers", ".2f"),
+    ("decode_saved", "decode saved", ".1%"),
     ("decode_saved_over_blocks", "saved/blocks", ".2f"),
-    ("router_share", "router", ".2%"),
+    ("bound_on_decode_saved", "bound", ".1%"),
+    ("router_share", "router", ".3%"),
     ("cache_ratio", "KV x", ".3f"),
+    ("peak_ratio", "peak x", ".3f"),
+    ("router_total_ratio", "routed total x", ".3f"),
     ("static_first_ratio", "static TTFT x", ".3f"),
     ("static_token_ratio", "static TPOT x", ".3f"),
+    ("compiled_token_ratio", "compiled TPOT x", ".3f"),
+    ("stock_compiled_token_ratio", "stock compiled TPOT x", ".3f"),
 ]
 
 
 def print_table(rows: list[dict]) -> None:
-    print("| " + " | ".join(title for _, title, _ in COLUMNS) + " |")
-    print("|" + "---|" * len(COLUMNS))
+    """The columns that some row fills."""
+    columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+    print("| " + " | ".join(title for _, title, _ in columns) + " |")
+    print("|" + "---|" * len(columns))
     for row in rows:
-        cells = ("" if row.get(key) is None else format(row[key], form) for key, _, form in COLUMNS)
+        cells = ("" if row.get(key) is None else format(row[key], form) for key, _, form in columns)
         print("| " + " | ".join(cells) + " |")
+
+
+def print_grouping(rows: list[dict]) -> None:
+    """What mixed paths save in decoding beside their bound, and what grouping rows of like paths brings."""
+    by_case: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        by_case.setdefault((row["batch_size"], row["skips"], row["repeats"]), {})[row["rows"]] = row
+    for (batch_size, skips, repeats), kinds in by_case.items():
+        if "mixed" in kinds and "decode_saved" in kinds["mixed"]:
+            parts = [
+                f"{kind} {row['decode_saved']:.1%} (bound {row['bound_on_decode_saved']:.1%})"
+                for kind, row in kinds.items()
+                if "decode_saved" in row
+            ]
+            print(f"decoding saved at batch {batch_size}, {skips} skipped, {repeats} repeated: {', '.join(parts)}")
+
+
+def machine(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
+    names = [line.split(":", 1)[1] for line in lines if line.startswith("model name")]
+    name = names[0].strip() if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
 
 
 def draw(rows: list[dict], path: str) -> None:
@@ -347,10 +572,11 @@ def draw(rows: list[dict], path: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5, 4))
-    styles = {"shared": "o", "mixed": "x", "two paths": "^", "grouped": "s"}
+    styles = {"shared": "o", "mixed": "x", "two paths": "^", "split": "s"}
     for batch_size in sorted({row["batch_size"] for row in rows}):
         for kind, marker in styles.items():
-            points = [row for row in rows if row["batch_size"] == batch_size and row["rows"] == kind]
+            chosen = (row for row in rows if row["batch_size"] == batch_size and row["rows"] == kind)
+            points = sorted((row for row in chosen if "total_ratio" in row), key=lambda row: row["layers_saved"])
             if points:
                 xs = [100 * row["layers_saved"] for row in points]
                 ys = [100 * (1 - row["total_ratio"]) for row in points]
@@ -367,34 +593,39 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    load_before = os.getloadavg() if hasattr(os, "getloadavg") else None
     stock, routed = load_models(arguments)
     num_blocks = stock.config.num_hidden_layers
     rows = []
     for case in make_cases(arguments, num_blocks):
-        timings = time_case(case, stock, routed, arguments)
-        rows.append(report(case, timings, time_without_blocks(stock, case, arguments), num_blocks))
-        done = rows[-1]
+        runs = Runs(case, stock, routed, arguments)
+        rows.append(report(case, *time_case(runs, arguments.rounds, arguments.seed), num_blocks))
         print(
-            f"batch {case.batch_size}, {case.skips} skipped, {case.repeats} repeated, {case.rows}: "
-            f"total x {done['total_ratio']:.3f}",
+            f"batch {case.batch_size}, {case.skips} skipped, {case.repeats} repeated, {case.rows}: done",
             file=sys.stderr,
             flush=True,
         )
     print_table(rows)
-    if arguments.device.startswith("cuda"):
-        machine, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
-        print(f"\npeak memory on {machine}: {memory / 2**30:.2f} GiB")
-    else:
-        machine, memory = f"CPU, {torch.get_num_threads()} threads", None
-        print("\nNo figures of a GPU: this run was on a CPU.")
+    print_grouping(rows)
+    print(f"\nmachine: {machine(arguments.device)}; load before: {load_before}")
+    is_gpu = arguments.device.startswith("cuda")
+    if is_gpu and arguments.new_tokens == 1000:
+        print(PAPER)
+    if not is_gpu:
+        print("The figures of a GPU are missing: this run was on a CPU.")
     if arguments.output:
         result = {
             "command": "python " + " ".join(sys.argv),
             "arguments": vars(arguments),
-            "machine": machine,
-            "peak_memory_bytes": memory,
+            "seed": arguments.seed,
+            "machine": machine(arguments.device),
+            "gpu_figures": "measured" if is_gpu else "missing: this run was on a CPU",
+            "paper": PAPER,
+            "load_average_before": load_before,
             "versions": versions(),
             "commit": commit(),
+            "num_blocks": num_blocks,
+            "hidden_size": stock.config.hidden_size,
             "rows": rows,
         }
         Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
