@@ -171,9 +171,9 @@ def parse_arguments() -> argparse.Namespace:
     arguments.measure, arguments.rows = arguments.measure.split(","), arguments.rows.split(",")
     for name, wanted, known in (("measure", arguments.measure, MEASURES), ("rows", arguments.rows, ROWS)):
         if unknown := set(wanted) - set(known):
-            parser.error(f"--{name} names {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+            raise UserError(f"--{name} names {', '.join(sorted(unknown))}; known are {', '.join(known)}")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch sees no GPU here; use --device cpu")
+        raise UserError("--device cuda, but torch sees no GPU here; use --device cpu")
     return arguments
 
 
@@ -252,7 +252,6 @@ def peak_memory(device: str) -> Iterator[list[int | None]]:
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     elif high_water.exists():
-        gc.collect()
         high_water.write_text("5")
     yield peak
     if device.startswith("cuda"):
@@ -368,22 +367,27 @@ class Runs:
             wanted = [name for name in wanted if name != "static"]
         self.by_name: dict[str, Callable[[], Timing]] = {name: getattr(self, f"run_{name}") for name in wanted}
         self.by_name["stock"] = self.run_stock
-        torch._dynamo.reset()  # each case has shapes of its own
-        self.compiled_blocks: list = []
-        self.compiled_stock = torch.compile(stock, mode=arguments.compile_mode)
+        gc.collect()
+        if {"compiled", "stock_compiled"} & set(wanted):
+            torch._dynamo.reset()  # each case has shapes of its own
+            self.compiled_blocks: list = []
+            self.compiled_stock = torch.compile(stock, mode=arguments.compile_mode)
         decide_this_path(routed, case.paths[0])
 
     def run_stock(self) -> Timing:
         return generate(self.stock, self.input_ids, self.steps, DynamicCache(config=self.stock.config))
 
     def run_path(self) -> Timing:
+        routed, steps = self.routed, self.steps
         if self.case.rows != "split":
-            return generate(self.routed, self.input_ids, self.steps, PathCache(), layer_indices=self.indices)
+            cache = PathCache(routed.config)
+            return generate(routed, self.input_ids, steps, cache, layer_indices=self.indices)
         parts = []
         for path in sorted(set(self.case.paths)):
             rows = [row for row, other in enumerate(self.case.paths) if other == path]
             indices = path_to_layer_indices(path)
-            parts.append(generate(self.routed, self.input_ids[rows], self.steps, PathCache(), layer_indices=indices))
+            cache = PathCache(routed.config)
+            parts.append(generate(routed, self.input_ids[rows], steps, cache, layer_indices=indices))
         peaks = [part.peak_bytes for part in parts if part.peak_bytes is not None]
         return Timing(
             sum(part.first for part in parts),
@@ -394,11 +398,11 @@ class Runs:
         )
 
     def run_router(self) -> Timing:
-        return generate(self.routed, self.input_ids, self.steps, PathCache())
+        return generate(self.routed, self.input_ids, self.steps, PathCache(self.routed.config))
 
     def run_static(self) -> Timing:
         self.routed.model.is_static_routing = True
-        timing = generate(self.routed, self.input_ids, self.steps, PathCache())
+        timing = generate(self.routed, self.input_ids, self.steps, PathCache(self.routed.config))
         self.routed.model.is_static_routing = False
         return timing
 

@@ -1,0 +1,88 @@
+"""The benchmark of latency measures what it says: counts and paths here, never times."""
+
+import json
+import sys
+
+import pytest
+from transformers import Qwen2Config
+
+from benchmarks import latency
+from train_models.paths import SKIP
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """(arguments) -> (the written result, what was printed) of a run at a tiny shape."""
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
+    Qwen2Config(num_attention_heads=4, num_key_value_heads=2, **sizes).save_pretrained(tmp_path)
+
+    def call(*arguments: str) -> tuple[dict, str]:
+        output = tmp_path / "result.json"
+        command = ["latency.py", "--config", str(tmp_path), "--device", "cpu", "--output", str(output)]
+        command += ["--new_tokens", "4", "--prompt_tokens", "9", "--rounds", "2"]
+        monkeypatch.setattr(sys, "argv", [*command, *arguments])
+        assert not latency.main()
+        return json.loads(output.read_text()), capsys.readouterr().out
+
+    return call
+
+
+def test_a_run_reports_every_case(run, tmp_path):
+    figure = tmp_path / "figure.png"
+    result, printed = run("--skip", "0,2", "--repeat", "0,1", "--batch_sizes", "1,3", "--figure", str(figure))
+    assert figure.stat().st_size > 1000
+    assert "figures of a GPU are missing" in printed
+    assert "decoding saved at batch 3, 2 skipped" in printed
+    for field in ("command", "seed", "machine", "versions", "commit"):
+        assert field in result
+    kinds = [(row["batch_size"], row["skips"], row["repeats"], row["rows"]) for row in result["rows"]]
+    assert len(kinds) == len(set(kinds)) == 4 + 4 + 3 * 3
+    for row in result["rows"]:
+        saved = (row["skips"] - row["repeats"]) / 6
+        assert row["layers_saved"] == pytest.approx(saved)
+        assert row["cache_ratio"] == pytest.approx(1 - saved), "the cache holds what ran"
+        assert len(row["timings"]["stock"]) == len(row["timings"]["path"]) == 2
+        assert ("router_share" in row) == (row["rows"] == "shared")
+        assert (row["static_token_ratio"] is not None) == (row["skips"] == row["repeats"] == 0)
+        if row["rows"] == "shared":
+            assert row["bound_on_decode_saved"] == pytest.approx(row["skips"] / 6 * row["blocks_share_of_token"])
+            assert 0 < row["router_share"] < 1
+
+
+def test_the_routers_decide_the_path_that_is_timed(run, monkeypatch):
+    decided = []
+    generate = latency.generate
+
+    def watched(model, input_ids, new_tokens, cache, **arguments):
+        timing = generate(model, input_ids, new_tokens, cache, **arguments)
+        if isinstance(cache, latency.PathCache):
+            decided.append((bool(arguments), cache.paths))
+        return timing
+
+    monkeypatch.setattr(latency, "generate", watched)
+    run("--skip", "2", "--repeat", "1", "--batch_sizes", "2", "--rows", "shared", "--measure", "path,router")
+    given = {tuple(paths) for was_given, paths in decided if was_given}
+    routed = {tuple(paths) for was_given, paths in decided if not was_given}
+    assert given == routed
+    assert len(given) == 1
+    assert next(iter(given))[0].count(SKIP) == 2
+
+
+def test_the_blocks_asked_for(run):
+    result, _ = run("--blocks", "4", "--skip", "1", "--batch_sizes", "1", "--measure", "path")
+    assert result["num_blocks"] == 4
+    assert result["rows"][0]["layers_saved"] == pytest.approx(1 / 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--skip", "5"], "need more than the 4 inner blocks"),
+        (["--measure", "speed"], "--measure names speed; known are path"),
+        (["--rows", "all"], "--rows names all; known are shared"),
+    ],
+)
+def test_wrong_arguments_end_with_a_sentence(arguments, sentence, tmp_path, run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["latency.py", "--config", str(tmp_path), "--device", "cpu", *arguments])
+    assert latency.main() == 2
+    assert sentence in capsys.readouterr().err
