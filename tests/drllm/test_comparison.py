@@ -131,6 +131,22 @@ def test_several_checkpoints_share_the_base_run(base, checkpoint, data, tmp_path
     assert "have different base models" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_generated_code_runs_only_when_asked_for(checkpoint, tmp_path, eval_sh, monkeypatch, allowed):
+    launched = []
+
+    def launch(command, log):
+        launched.append(("--confirm_run_unsafe_code" in command, os.environ.get("HF_ALLOW_CODE_EVAL")))
+        log.write_text("error: stopped here\n")
+        return 1
+
+    monkeypatch.setattr(comparison, "_launch", launch)
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")  # put back afterwards
+    arguments = [checkpoint, "--tasks", "humaneval", "--output_dir", tmp_path]
+    assert eval_sh(*arguments, *(["--unsafe_code"] if allowed else [])) == 2
+    assert launched == [(True, "1") if allowed else (False, "0")]
+
+
 def test_chat_template_follows_the_labels(checkpoint, tmp_path):
     assert not comparison.uses_chat_template("auto", checkpoint)
     for manifest in ({"chat_template": True}, [{"chat_template": True}, {"chat_template": True}]):
