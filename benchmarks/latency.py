@@ -1,7 +1,7 @@
 """Do saved layers save time? Routed against stock decoding, interleaved in one run.
 
     python benchmarks/latency.py --shape small --skip 0,2,4 --batch_sizes 1,16 --new_tokens 64
-    python benchmarks/latency.py --checkpoint checkpoints/run --prompt_tokens 256
+    python benchmarks/latency.py --checkpoint miniature/model --prompt_tokens 256
 
 (a) what static routing costs, at 12 blocks of width 256:
 
@@ -183,7 +183,11 @@ def load_models(arguments: argparse.Namespace) -> tuple:
     dtype = parse_dtype(arguments.dtype)
     config: PreTrainedConfig = copy.deepcopy(SHAPES[arguments.shape])
     if arguments.config or arguments.checkpoint:
-        config = AutoConfig.from_pretrained(arguments.config or arguments.checkpoint)
+        try:
+            config = AutoConfig.from_pretrained(arguments.config or arguments.checkpoint, trust_remote_code=False)
+            routed_classes(config.model_type)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{arguments.config or arguments.checkpoint} is no plain checkpoint: {error}") from None
     if arguments.blocks and not arguments.checkpoint:
         config.num_hidden_layers = arguments.blocks
         if getattr(config, "layer_types", None) is not None:
