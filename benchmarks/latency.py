@@ -19,14 +19,17 @@ four serve; all 1,000 tokens are run:
     python benchmarks/latency.py --shape d1024 --blocks 4 --skip 0 --batch_sizes 1 --new_tokens 1000 --rounds 3 \
       --measure router --output results/latency_routers.json
 
-(d) the paper's table, on a GPU, and compiled decoding:
+(d) compiled decoding:
 
-    python benchmarks/latency.py --shape llama-3.2-3b --device cuda --dtype bfloat16 --new_tokens 1000 --skip 0,2,4,6 \
-      --batch_sizes 1,16,64 --rounds 3 --output results/latency_llama_3b.json
-    python benchmarks/latency.py --shape llama-3.1-8b --device cuda --dtype bfloat16 --new_tokens 1000 --skip 0,2,4,6 \
-      --batch_sizes 1,16,64 --rounds 3 --output results/latency_llama_8b.json
-    python benchmarks/latency.py --shape llama-3.2-3b --device cuda --dtype bfloat16 --skip 0,4 --batch_sizes 1,16 \
-      --rows shared --measure path,compiled,stock_compiled --compile_mode reduce-overhead
+    python benchmarks/latency.py --shape small --skip 0,4 --batch_sizes 1 --rows shared --rounds 10 \
+      --measure path,compiled,stock_compiled --output results/latency_compiled.json
+
+(e) the paper's table, on a GPU:
+
+    python benchmarks/latency.py --shape llama-3.2-3b --device cuda --dtype bfloat16 --new_tokens 1000 --skip 0,4 \
+      --batch_sizes 1,16 --rows shared,mixed --rounds 2 --output results/latency_llama_3b.json
+    python benchmarks/latency.py --shape llama-3.1-8b --device cuda --dtype bfloat16 --new_tokens 1000 --skip 0,4 \
+      --batch_sizes 1,16 --rows shared,mixed --rounds 2 --output results/latency_llama_8b.json
 
 The six backbones of the paper have the four shapes llama-3.2-3b, llama-3.1-8b (base and instruct each), qwen2.5-3b and
 qwen2.5-7b. Weights are random (or a checkpoint's); router weights are random, too, and their last biases are set so
@@ -159,7 +162,7 @@ def parse_arguments() -> argparse.Namespace:
         "compiled (the path with compiled blocks and a static cache), stock_compiled (the stock model compiled whole, "
         "with a static cache); comma-separated",
     )
-    parser.add_argument("--compile_mode", default="default", help="torch.compile's mode; reduce-overhead: CUDA graphs")
+    parser.add_argument("--compile_mode", default="default", help="torch.compile's mode")
     parser.add_argument("--prompt_tokens", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=64, help="the paper reports 1,000")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds; medians are reported")
