@@ -337,8 +337,8 @@ class CausalLMOverPaths:
         Python, as its path differs from prompt to prompt. Pass a static cache (`PathCache(max_cache_len=...)`, or
         cache_implementation="static" to `generate`), so that shapes stay the same.
 
-        Forward passes over several tokens are not compiled: every length of a prompt would compile anew, and the slots of
-        the cache, which the first pass allocates, get fixed addresses only outside of compiled code.
+        Forward passes over several tokens are not compiled: every length of a prompt would compile anew, and the slots
+        of the cache, which the first pass allocates, get fixed addresses only outside of compiled code.
         """
         for block in self.model.layers:
             block.compile(**compile_arguments)
