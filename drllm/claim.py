@@ -6,8 +6,9 @@ Every method answers the same test questions, graded and counted alike:
 
     base            every block once
     paper           routers trained as published on the labels of --labels, one run a seed
-    effects         routers trained on the effects of single changes (`drllm/effects.py`), one run a seed; the price of
-                    a block is chosen on validation questions: the highest that keeps the base's accuracy there
+    effects         routers trained on paths that serve groups of like questions (`drllm/effects.py`), one run a seed;
+                    the price of a block is chosen on validation questions: of those that save at least --save of the
+                    blocks there, the one with the highest accuracy over --price_seeds
     static          one path for all: blocks skipped one after the other, each the one that costs the training
                     questions least
     influence       one path for all: the blocks with the least influence skipped (ShortGPT: cosine of input and output)
@@ -38,7 +39,17 @@ import torch
 
 from drllm import tasks
 from drllm.ablations import MINIATURE_DATA, load_test_questions, routed_paths
-from drllm.effects import Answered, EffectRound, fit, measure, with_price
+from drllm.effects import (
+    Answered,
+    at_price,
+    groups_of,
+    grow,
+    imitate,
+    measure,
+    read_along,
+    refine,
+    smoothed,
+)
 from drllm.errors import UserError, main_guard
 from drllm.features import pad_ids
 from drllm.labels import read_labels
@@ -53,7 +64,7 @@ from train_models.paths import EXECUTE, SKIP, default_path
 from train_models.paths import Path as BlockPath
 
 MINIATURE_MODEL = MINIATURE_DATA.parent / "model"
-PRICES = (0.0, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05)
+PRICES = (0.004, 0.006, 0.009)
 
 
 @dataclass(frozen=True)
@@ -90,15 +101,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sets", default="arc,dart")
     parser.add_argument("--labels", help="folder of labels, for the paper's way; left away without one")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--train_questions", type=int, default=600, help="a set, for effects; a fifth validates")
+    parser.add_argument("--train_questions", type=int, default=800, help="a set, for effects and static paths")
+    parser.add_argument("--validation_questions", type=int, default=400, help="a set, further ones")
     parser.add_argument("--test_questions", type=int, help="a set; default: all")
-    parser.add_argument("--rounds", type=int, default=3, help="of effects: around the default path, then own decisions")
-    parser.add_argument("--own_price", type=float, default=0.03, help="of the decisions that later rounds go around")
-    parser.add_argument("--margin", type=float, default=0.04, help="of predicted effects that change a path")
-    parser.add_argument("--epochs", type=int, default=15, help="of effects")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--weight_decay", type=float, default=0.01)
-    parser.add_argument("--static_questions", type=int, default=100, help="a set, to choose each static skip")
+    parser.add_argument("--groups", type=int, default=20, help="of effects: groups of like questions")
+    parser.add_argument("--most_skips", type=int, default=4, help="of effects: skipped blocks of a group's path")
+    parser.add_argument("--save", type=float, default=0.1, help="of effects: share of blocks to save, at least")
+    parser.add_argument("--price_seeds", type=int, default=2, help="of effects: seeds that the price is chosen on")
+    parser.add_argument("--static_questions", type=int, default=400, help="a set, to choose each static skip")
     parser.add_argument("--warmup_steps", type=int, default=100, help="of the paper's way, whose runs are short here")
     parser.add_argument("--oracle_questions", type=int, default=40, help="test questions a set for the oracle; 0: none")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -130,12 +140,17 @@ class Comparison:
         return [float(sum(path)) for path in paths]
 
     def _training_questions(self) -> tuple[list[Answered], list[Answered]]:
-        """(training, validation): of each set, the first four fifths and the last fifth."""
+        """(training, validation) questions of the training files."""
         parts: tuple[list[Answered], list[Answered]] = ([], [])
+        cut, more = self.arguments.train_questions, self.arguments.validation_questions
         for name in self.sets:
-            questions = tasks.load_questions(name, "train", self.arguments.data_dir, self.arguments.train_questions)
+            questions = tasks.load_questions(name, "train", self.arguments.data_dir, cut + more)
+            if len(questions) < cut + more:
+                raise UserError(
+                    f"{name} has {len(questions)} training questions; --train_questions and --validation_questions ask "
+                    f"for {cut + more}"
+                )
             answered = [Answered.of(Prompt.of(each, self.tokenizer, False), self.tokenizer) for each in questions]
-            cut = len(answered) * 4 // 5
             parts[0].extend(answered[:cut])
             parts[1].extend(answered[cut:])
         return parts
@@ -178,60 +193,74 @@ class Comparison:
             say(f"paper, seed {seed}", outcomes[-1])
         return outcomes, decisions
 
-    def effects(self) -> tuple[list[Outcome], list[list[BlockPath]], list[dict]]:
-        """Routers on effects, a run a seed: (at the validated price, their paths, validation by price)."""
+    def effects(self) -> tuple[list[Outcome], list[list[BlockPath]], dict]:
+        """Routers on the paths of groups: (an outcome a seed, their paths, how price and labels did)."""
+        arguments, batch_size = self.arguments, self.arguments.batch_size
         default = [default_path(self.num_blocks)] * len(self.train)
-        first = measure(self.routed, self.train, default, self.arguments.batch_size)
-        outcomes, decisions, curves = [], [], []
-        for seed in range(self.arguments.seeds):
-            routers = self._train_on_effects(first, seed)
-            curve = []
-            for price in PRICES:
-                self._install(routers, price)
-                curve.append((price, self._validate()))
-            # Chosen by validation alone; the test questions are answered once, at that price.
-            prompts = [each.prompt for each in self.validation]
-            base = self.answer(prompts, [default[0]] * len(prompts))
-            keeping = [point for point in curve if point[1].accuracy >= base.accuracy]
-            chosen = min(keeping or curve[:1], key=lambda point: point[1].mean_layers)
-            self._install(routers, chosen[0])
-            decisions.append(self.decide(self.routed, self.test.prompts))
-            outcomes.append(self.answer(self.test.prompts, decisions[-1]))
-            curves.append(
-                {
-                    "seed": seed,
-                    "chosen_price": chosen[0],
-                    "validation_base": base.accuracy,
-                    "prices": [
-                        {"price": price, "accuracy": outcome.accuracy, "layers": outcome.mean_layers}
-                        for price, outcome in curve
-                    ],
-                }
-            )
-            say(f"effects, seed {seed}, price {chosen[0]}", outcomes[-1])
-        return outcomes, decisions, curves
+        first = measure(self.routed, self.train, default, batch_size)
+        of_skips = first.rewards[:, :, SKIP] - first.rewards[:, :, EXECUTE]
+        groups = groups_of(smoothed(of_skips, first.windows, first.window_mask), arguments.groups, seed=0)
+        chains = grow(self.routed, self.train, groups, first, arguments.most_skips, batch_size)
+        del first
+        labels = {price: at_price(chains, groups, price) for price in PRICES}
 
-    def _train_on_effects(self, first: EffectRound, seed: int) -> StackedRouters:
-        rounds = [first]
-        while True:
+        def train(price: float, seed: int) -> None:
+            """Leaves the routers of `seed` in the model."""
             self.routed.model.init_routers(seed)
             routers = StackedRouters(self.routed.model.routers)
-            arguments = self.arguments
-            loss = fit(routers, rounds, arguments.epochs, arguments.learning_rate, arguments.weight_decay, 16, seed)
-            print(f"effects, seed {seed}: {len(rounds)} rounds, loss {loss:.4f}", file=sys.stderr, flush=True)
-            if len(rounds) == arguments.rounds:
-                return routers
-            self._install(routers, arguments.own_price)
-            paths = self.decide(self.routed, [each.prompt for each in self.train])
-            rounds.append(measure(self.routed, self.train, paths, arguments.batch_size))
+            windows, mask = read_along(self.routed, self.train, labels[price], batch_size)
+            imitate(routers, windows, mask, labels[price], epochs=10, learning_rate=1e-3, seed=seed)
+            routers.copy_to(self.routed.model.routers)
+            paths = self.decide(self.routed, train_prompts)
+            refine(
+                routers, measure(self.routed, self.train, paths, batch_size), price, 4, learning_rate=3e-4, seed=seed
+            )
+            routers.copy_to(self.routed.model.routers)
 
-    def _install(self, routers: StackedRouters, price: float) -> None:
-        routers.copy_to(self.routed.model.routers)
-        with_price(self.routed.model.routers, price, self.arguments.margin)
-
-    def _validate(self) -> Outcome:
+        train_prompts = [each.prompt for each in self.train]
         prompts = [each.prompt for each in self.validation]
-        return self.answer(prompts, self.decide(self.routed, prompts))
+        validated: dict[float, Outcome] = {}
+        for price in PRICES:
+            found = []
+            for seed in range(min(arguments.price_seeds, arguments.seeds)):
+                train(price, seed)
+                found.append(self.answer(prompts, self.decide(self.routed, prompts)))
+                say(f"effects, price {price}, seed {seed}, validation", found[-1])
+            validated[price] = Outcome.average(found)
+        # Chosen by validation alone; the test questions are answered once, at that price.
+        saving = [p for p in PRICES if validated[p].mean_layers <= (1 - arguments.save) * self.num_blocks]
+        chosen = max(saving or PRICES, key=lambda price: validated[price].accuracy)
+        outcomes, decisions, in_training = [], [], []
+        for seed in range(arguments.seeds):
+            train(chosen, seed)
+            decisions.append(self.decide(self.routed, self.test.prompts))
+            outcomes.append(self.answer(self.test.prompts, decisions[-1]))
+            say(f"effects, price {chosen}, seed {seed}", outcomes[-1])
+            in_training.append(self.answer(train_prompts, self.decide(self.routed, train_prompts)))
+        validation_base = self.answer(prompts, default[:1] * len(prompts))
+        isolated = {
+            "base": self.answer(train_prompts, default),
+            "labels followed": self.answer(train_prompts, labels[chosen]),
+            "routers": Outcome.average(in_training),
+        }
+        details = {
+            "price": chosen,
+            "validation_questions": len(self.validation),
+            "validation_base": validation_base.accuracy,
+            "validation": [
+                {"price": price, "accuracy": outcome.accuracy, "layers": outcome.mean_layers}
+                for price, outcome in validated.items()
+            ],
+            "on_training_questions": {
+                name: {"accuracy": outcome.accuracy, "layers": outcome.mean_layers}
+                for name, outcome in isolated.items()
+            },
+            "groups": [
+                [{"path": list(each.path), "reward": each.reward} for each in chain] + [int((groups == group).sum())]
+                for group, chain in enumerate(chains)
+            ],
+        }
+        return outcomes, decisions, details
 
     # Controls
 
@@ -243,7 +272,7 @@ class Comparison:
         for _ in range(most + 1):
             found.append((path, self._one_path(path)))
             say(f"static {list(path)}", found[-1][1])
-            costs = measure(self.routed, questions, [path] * len(questions), self.arguments.batch_size).probabilities
+            costs = measure(self.routed, questions, [path] * len(questions), self.arguments.batch_size).rewards
             mean = costs[:, :, SKIP].mean(0)
             mean[[block for block, visits in enumerate(path) if visits == SKIP]] = -math.inf
             block = int(mean.argmax())
@@ -442,7 +471,7 @@ def main(argv: list[str] | None = None) -> None:
     groups += [(f"static: {len(path) - sum(path)} skipped", [outcome]) for path, outcome in static[1:]]
     for name, found in (("influence", comparison.influence(2)), ("early exit", comparison.early_exit(2))):
         groups += [(f"{name}: {count} skipped", [outcome]) for count, (_, outcome) in enumerate(found, 1)]
-    outcomes, decisions, curves = comparison.effects()
+    outcomes, decisions, details = comparison.effects()
     groups += [("effects", outcomes), ("random: rates of effects", comparison.at_random(decisions))]
     sets = {"effects": per_set(comparison, Outcome.average(outcomes))}
     if arguments.labels:
@@ -460,7 +489,7 @@ def main(argv: list[str] | None = None) -> None:
         "labels": read_labels(Path(arguments.labels)).manifest.get("arguments") if arguments.labels else None,
         "rows": [summary(name, members, comparison.base, controls) for name, members in groups],
         "sets": sets,
-        "curves": curves,
+        "effects": details,
         "oracle": comparison.oracle(arguments.oracle_questions) if arguments.oracle_questions else None,
     }
     result["seconds"] = time.perf_counter() - start

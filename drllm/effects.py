@@ -1,16 +1,22 @@
-"""Routers from the effect of every single change, a rival of the published labels.
+"""Labels from what is alike in many questions, a rival of the published labels.
 
-A label of the search says which path happened to answer one question right. Here each block of each training question
-is asked what skipping, executing or repeating it does to the probability of the right answer, all other blocks as they
-are; the routers learn to predict these effects. Luck differs from question to question and averages out in the
-prediction; what remains is what can be known from the prompt.
+A label of the search says which path happened to answer one question right, and mostly it is luck: on the next
+question of its kind the same path is wrong. Here a path has to serve many questions that are alike, and the reward is
+not only right or wrong:
 
-A predicted effect less a price a block application is the logit of an action, so that the greedy decision weighs
-probability against length. The price sits in the output biases: one training gives the whole curve of accuracy against
-layers, and the price is chosen on validation questions (`with_price`).
+1. Reward with a margin. `measure` gives the sigmoid of the margin, in nats, by which the right answer beats its best
+   rival at its weakest token; 1/2 is the border between right and wrong under greedy decoding.
+2. Effects. Each block of each training question is asked what skipping it does to the reward.
+3. Neighbours. Effects are smoothed over questions with similar hidden states, each question's own left out
+   (`smoothed`), and questions with similar smoothed effects form groups (`groups_of`).
+4. A path a group. From the default path on, a group skips the block whose loss costs the mean reward of its questions
+   least, with all effects measured anew after each skip (`grow`). A price a skipped block, in reward, says how far.
+5. The published training, less its class weights and gamma: routers learn the group paths by cross-entropy on states
+   that follow them (`imitate`).
+6. One round on the routers' own decisions: effects measured around these, and the expected reward of the routers'
+   probabilities, less the price of a block, raised directly (`refine`).
 
-Effects hold around a path. The first round measures them around the default path, later ones around the routers'
-own decisions, and the routers learn from all rounds together.
+Costs about 2 L / 3 forward passes a training question for each of the steps 2, 4 (once a skip) and 6.
 """
 
 from __future__ import annotations
@@ -20,17 +26,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drllm import tasks
+from drllm.features import pad_ids
 from drllm.rollout import Prompt
 from drllm.router_modules import StackedRouters
-from train_models.paths import EXECUTE, Path, path_to_layer_indices
+from train_models.paths import EXECUTE, SKIP, Path, default_path, is_allowed, path_to_layer_indices
 
 NUM_ACTIONS = 3
-LOGIT_SCALE = (
-    10.0  # logits are effects on a probability times this, so that the softmax of the control knob means something
-)
+MARGIN_SCALE = 0.3  # nats of margin a unit of the sigmoid's argument
+KERNEL_WIDTH = 1.0  # of standardised states whose squared distance is a mean over features
+KERNEL_NOISE = 3.0  # variance of one question's own effect over that of what questions share
 
 
 @dataclass(frozen=True)
@@ -51,44 +59,48 @@ class Answered:
 
 @dataclass
 class EffectRound:
-    """What one round measured: probabilities float32 [N, L, 3] of the right answers with block l's action replaced (nan
-    where no block would run), around `paths`; and what the routers read there, windows [N, L, W, d] and mask [N, W].
+    """What one round measured around `paths`: rewards float32 [N, L, 3] with block l's action replaced (nan where it
+    was not asked or no block would run), and what the routers read there, windows [N, L, W, d] and mask [N, W].
     """
 
     paths: list[Path]
-    probabilities: torch.Tensor
+    rewards: torch.Tensor
     windows: torch.Tensor
     window_mask: torch.Tensor
 
-    def effects(self) -> torch.Tensor:
-        """[N, L, 3]: the change of the probability against executing the block."""
-        return self.probabilities - self.probabilities[:, :, EXECUTE : EXECUTE + 1]
+    def own(self) -> torch.Tensor:
+        """Rewards of the paths themselves, [N]."""
+        actions = torch.tensor(self.paths)[:, :1]
+        return self.rewards[:, 0].gather(1, actions)[:, 0]
 
 
 @torch.inference_mode()
 def measure(
-    routed: PreTrainedModel, questions: Sequence[Answered], paths: Sequence[Path], batch_size: int = 64
+    routed: PreTrainedModel,
+    questions: Sequence[Answered],
+    paths: Sequence[Path],
+    batch_size: int = 64,
+    actions: Sequence[int] = (SKIP, EXECUTE),
 ) -> EffectRound:
-    """One `EffectRound` over `questions` around `paths`, one path each.
+    """One `EffectRound` over `questions` around `paths`, one path each, with each block's action replaced by `actions`.
 
-    Costs a pass along each path and, for each block, one for each other action from that block on: about L times a
-    whole pass.
+    Costs a pass along each path and, for each block and other action, one from that block on.
     """
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt.input_ids))
     num_blocks = routed.config.num_hidden_layers
-    probabilities = torch.full((len(questions), num_blocks, NUM_ACTIONS), float("nan"))
+    rewards = torch.full((len(questions), num_blocks, NUM_ACTIONS), float("nan"))
     windows, masks = [torch.empty(0)] * len(questions), [torch.empty(0)] * len(questions)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch, batch_paths = [questions[i] for i in chosen], [paths[i] for i in chosen]
-        measured, inputs, mask = _measure_batch(routed, batch, batch_paths)
+        measured, inputs, mask = _measure_batch(routed, batch, batch_paths, actions)
         for row, i in enumerate(chosen):
-            probabilities[i], windows[i], masks[i] = measured[row], inputs[row], mask[row]
-    return EffectRound(list(paths), probabilities, torch.stack(windows), torch.stack(masks))
+            rewards[i], windows[i], masks[i] = measured[row], inputs[row], mask[row]
+    return EffectRound(list(paths), rewards, torch.stack(windows), torch.stack(masks))
 
 
-def _measure_batch(routed, batch: list[Answered], paths: list[Path]):
-    """(probabilities [B, L, 3], router inputs [B, L, W, d], window mask [B, W])."""
+def _measure_batch(routed, batch: list[Answered], paths: list[Path], actions: Sequence[int]):
+    """(rewards [B, L, 3], router inputs [B, L, W, d], window mask [B, W])."""
     ids, length, places, targets = _teacher_forced(batch)
     along = routed.model(
         input_ids=ids,
@@ -99,23 +111,24 @@ def _measure_batch(routed, batch: list[Answered], paths: list[Path]):
         output_router_inputs=True,
     )
 
-    def probability(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def reward(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         answers = hidden[torch.arange(len(rows))[:, None], places[rows]]
-        log_p = routed.lm_head(answers).float().log_softmax(-1).gather(2, targets[rows].clamp_min(0)[..., None])[..., 0]
-        return (log_p * (targets[rows] >= 0)).sum(1).exp()
+        logits = routed.lm_head(answers).float()
+        gold = targets[rows].clamp_min(0)[..., None]
+        margins = logits.gather(2, gold)[..., 0] - logits.scatter(2, gold, -torch.inf).amax(-1)
+        weakest = margins.masked_fill(targets[rows] < 0, torch.inf).amin(1)
+        return (weakest / MARGIN_SCALE).sigmoid()
 
-    everything = torch.arange(len(batch))
-    current = probability(along.last_hidden_state, everything)
+    current = reward(along.last_hidden_state, torch.arange(len(batch)))
     num_blocks = len(paths[0])
-    probabilities = torch.full((len(batch), num_blocks, NUM_ACTIONS), float("nan"))
+    rewards = torch.full((len(batch), num_blocks, NUM_ACTIONS), float("nan"))
     for block in range(num_blocks):
-        for action in range(NUM_ACTIONS):
+        rewards[torch.arange(len(batch)), block, [path[block] for path in paths]] = current
+        for action in actions:
             changed, rows = [], []
             for row, path in enumerate(paths):
                 other = (*path[:block], action, *path[block + 1 :])
-                if other == path:
-                    probabilities[row, block, action] = current[row]
-                elif sum(other):
+                if other != path and sum(other):
                     # Below the changed block nothing changes: start from its input on the unchanged path.
                     changed.append(path_to_layer_indices((0,) * block + other[block:]))
                     rows.append(row)
@@ -123,8 +136,8 @@ def _measure_batch(routed, batch: list[Answered], paths: list[Path]):
                 rows = torch.tensor(rows)
                 inputs = along.hidden_states[block][rows]
                 hidden = routed.model(inputs_embeds=inputs, layer_indices=changed, use_cache=False).last_hidden_state
-                probabilities[rows, block, action] = probability(hidden, rows)
-    return probabilities, along.router_inputs, along.window_mask
+                rewards[rows, block, action] = reward(hidden, rows)
+    return rewards, along.router_inputs, along.window_mask
 
 
 def _teacher_forced(batch: list[Answered]):
@@ -143,47 +156,174 @@ def _teacher_forced(batch: list[Answered]):
     return ids, torch.tensor([len(each.prompt.input_ids) for each in batch]), places, targets
 
 
-def fit(
+# --------------------------------------------------------------------------------------------------------
+# Questions that are alike
+
+
+def smoothed(effects: torch.Tensor, windows: torch.Tensor, window_mask: torch.Tensor) -> torch.Tensor:
+    """Each question's effects [N, L] as its neighbours predict them, its own left out.
+
+    Kernel ridge regression (Gaussian kernel) on the last and the mean window of every router's input, solved for all
+    questions at once; leaving one out has a closed form. Memory and time grow with N^2 and N^3: seconds at 6,000.
+    """
+    last = window_mask.sum(1) - 1
+    valid = window_mask[:, None, :, None]
+    mean = (windows * valid).sum(2) / valid.sum(2)
+    features = torch.cat([windows[torch.arange(len(windows)), :, last], mean], dim=2).flatten(1).float()
+    features = (features - features.mean(0)) / (features.std(0) + 1e-6) / features.shape[1] ** 0.5
+    kernel = torch.exp(-torch.cdist(features, features).square() / KERNEL_WIDTH)
+    regularised = kernel + KERNEL_NOISE * torch.eye(len(kernel))
+    smoother = torch.linalg.solve(regularised, kernel).T  # K (K + noise)^-1
+    own = smoother.diagonal()[:, None]
+    mean_effects = effects.mean(0)
+    centred = effects - mean_effects
+    return (smoother @ centred - own * centred) / (1 - own) + mean_effects
+
+
+def groups_of(effects: torch.Tensor, count: int, seed: int, steps: int = 50) -> torch.Tensor:
+    """k-means of `effects` [N, L] into at most `count` groups, started by k-means++; returns the group of each, [N]."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = effects[torch.randint(len(effects), (1,), generator=generator)]
+    while len(centres) < min(count, len(effects)):
+        distance = torch.cdist(effects, centres).min(1).values.square()
+        if not distance.any():
+            break
+        centres = torch.cat([centres, effects[torch.multinomial(distance, 1, generator=generator)]])
+    for _ in range(steps):
+        nearest = torch.cdist(effects, centres).argmin(1)
+        members = [nearest == number for number in range(len(centres))]
+        centres = torch.stack([effects[m].mean(0) if m.any() else c for m, c in zip(members, centres, strict=True)])
+    return torch.cdist(effects, centres).argmin(1)
+
+
+@dataclass(frozen=True)
+class GroupPath:
+    """A path and the mean reward of its group's questions along it."""
+
+    path: Path
+    reward: float
+
+
+def grow(
+    routed: PreTrainedModel,
+    questions: Sequence[Answered],
+    groups: torch.Tensor,
+    first: EffectRound,
+    most_skips: int,
+    batch_size: int = 64,
+) -> list[list[GroupPath]]:
+    """For each group its paths of 0, 1, ... skips, each the former and the skip that leaves the highest mean reward.
+
+    Args:
+        groups: [N], the group of each question.
+        first: measured around the default path.
+    """
+    count = int(groups.max()) + 1
+    paths = [default_path(routed.config.num_hidden_layers)] * count
+    chains: list[list[GroupPath]] = [[] for _ in range(count)]
+    measured = first
+    open_groups = set(groups.tolist())
+    for skips in range(most_skips + 1):
+        if skips:
+            measured = measure(routed, questions, [paths[group] for group in groups.tolist()], batch_size)
+        for group in sorted(open_groups):
+            members = groups == group
+            path = paths[group]
+            chains[group].append(GroupPath(path, float(measured.own()[members].mean())))
+            means = measured.rewards[members, :, SKIP].mean(0)
+            options = [(*path[:block], SKIP, *path[block + 1 :]) for block in range(len(path))]
+            allowed = [b for b, other in enumerate(options) if path[b] != SKIP and sum(other) and is_allowed(other)]
+            if allowed:
+                paths[group] = options[max(allowed, key=lambda block: float(means[block]))]
+            else:
+                open_groups.remove(group)
+    return chains
+
+
+def at_price(chains: Sequence[Sequence[GroupPath]], groups: torch.Tensor, price: float) -> list[Path]:
+    """The label of each question: its group's path with the highest mean reward plus `price` a skipped block."""
+
+    def worth(each: GroupPath) -> float:
+        return each.reward + price * each.path.count(SKIP)
+
+    return [max(chains[group], key=worth).path for group in groups.tolist()]
+
+
+# --------------------------------------------------------------------------------------------------------
+# Routers
+
+
+@torch.inference_mode()
+def read_along(
+    routed: PreTrainedModel, questions: Sequence[Answered], paths: Sequence[Path], batch_size: int = 64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the routers read along `paths`: windows [N, L, W, d] and mask [N, W]."""
+    windows, masks = [torch.empty(0)] * len(questions), [torch.empty(0)] * len(questions)
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt.input_ids))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        output = routed.model(
+            **pad_ids([questions[i].prompt.input_ids for i in chosen], 0),
+            layer_indices=[path_to_layer_indices(paths[i]) for i in chosen],
+            use_cache=False,
+            output_router_inputs=True,
+        )
+        for row, i in enumerate(chosen):
+            windows[i], masks[i] = output.router_inputs[row], output.window_mask[row]
+    return torch.stack(windows), torch.stack(masks)
+
+
+def imitate(
     routers: StackedRouters,
-    rounds: Sequence[EffectRound],
+    windows: torch.Tensor,
+    window_mask: torch.Tensor,
+    labels: Sequence[Path],
     epochs: int,
     learning_rate: float,
-    weight_decay: float,
-    batch_size: int,
     seed: int,
 ) -> float:
-    """Least squares on the effects of all rounds, AdamW with cosine decay; returns the last epoch's mean loss.
+    """Cross-entropy on `labels`; returns the last epoch's mean loss."""
+    targets = torch.tensor(labels)
 
-    The logits of skip and repeat, less that of execute, are fitted to their effects times `LOGIT_SCALE`.
-    """
-    windows = torch.cat([each.windows for each in rounds])
-    mask = torch.cat([each.window_mask for each in rounds])
-    targets = LOGIT_SCALE * torch.cat([each.effects() for each in rounds])
-    known = targets.isfinite()
-    targets = targets.nan_to_num()
+    def loss(chosen: torch.Tensor) -> torch.Tensor:
+        logits = routers(windows[chosen], window_mask[chosen])["logits"]
+        return F.cross_entropy(logits.flatten(0, 1), targets[chosen].flatten())
+
+    return _train(routers, loss, len(labels), epochs, learning_rate, seed)
+
+
+def refine(
+    routers: StackedRouters, around: EffectRound, price: float, epochs: int, learning_rate: float, seed: int
+) -> float:
+    """Raises the expected reward, less `price` a block application, of the routers' probabilities, each block by itself
+    around the paths of `around`; actions that were not asked are as bad as a lost answer. Returns the last epoch's
+    mean loss."""
+    paths = torch.tensor(around.paths)
+    more = torch.arange(NUM_ACTIONS) - paths[..., None]  # applications, against the path's own
+    gains = (around.rewards - around.own()[:, None, None]).nan_to_num(-1.0) - price * more
+
+    def loss(chosen: torch.Tensor) -> torch.Tensor:
+        probabilities = routers(around.windows[chosen], around.window_mask[chosen])["logits"].softmax(-1)
+        # Rewards are small beside cross-entropies; the factor makes AdamW's epsilon harmless.
+        return -10 * (probabilities * gains[chosen]).sum(-1).mean()
+
+    return _train(routers, loss, len(paths), epochs, learning_rate, seed)
+
+
+def _train(routers: nn.Module, loss_of, count: int, epochs: int, learning_rate: float, seed: int) -> float:
+    """AdamW with cosine decay, 32 questions a step, in an order of `seed`."""
     generator = torch.Generator().manual_seed(seed)
-    steps = epochs * -(-len(targets) // batch_size)
-    optimizer = torch.optim.AdamW(routers.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    batches = -(-count // 32)
+    optimizer = torch.optim.AdamW(routers.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+    losses = [float("nan")]
     for _ in range(epochs):
         losses = []
-        for chosen in torch.randperm(len(targets), generator=generator).split(batch_size):
-            logits = routers(windows[chosen], mask[chosen])["logits"]
-            relative = logits - logits[:, :, EXECUTE : EXECUTE + 1]
-            loss = ((relative - targets[chosen]).square() * known[chosen]).sum() / known[chosen].sum()
+        for chosen in torch.randperm(count, generator=generator).split(32):
+            loss = loss_of(chosen)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
     return sum(losses) / len(losses)
-
-
-@torch.no_grad()
-def with_price(routers: Sequence[nn.Module], price: float, margin: float = 0.0) -> None:
-    """Moves the output biases: `price`, in probability a block application, off every action's logit, and `margin` onto
-    that of executing, so that only effects that stand out from the errors of prediction change a path."""
-    for router in routers:
-        bias = router.layers[-1].bias
-        bias -= LOGIT_SCALE * price * torch.arange(NUM_ACTIONS, dtype=bias.dtype, device=bias.device)
-        bias[EXECUTE] += LOGIT_SCALE * margin

@@ -16,9 +16,7 @@ CLASS_NAMES = ("skip", "execute", "repeat")
 def confusion_matrix(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Counts of (label, prediction) pairs: int64 [3, 3], rows are labels. Shapes of the two must agree."""
     if predicted.shape != labels.shape:
-        raise ValueError(
-            f"predictions {tuple(predicted.shape)} and labels {tuple(labels.shape)} differ in shape"
-        )
+        raise ValueError(f"predictions {tuple(predicted.shape)} and labels {tuple(labels.shape)} differ in shape")
     pairs = labels.reshape(-1).long() * NUM_CLASSES + predicted.reshape(-1).long()
     return torch.bincount(pairs, minlength=NUM_CLASSES**2).view(NUM_CLASSES, NUM_CLASSES)
 

@@ -279,9 +279,7 @@ def _local_rows(spec: TaskSpec, folder: Path, split: str) -> Iterable[tuple[str,
         path = folder / (stem + suffix)
         if path.is_file():
             return read(path)
-    raise UserError(
-        f"data folder {folder} has no {stem}.jsonl (nor .json, .parquet) with rows of {spec.hub_path}"
-    )
+    raise UserError(f"data folder {folder} has no {stem}.jsonl (nor .json, .parquet) with rows of {spec.hub_path}")
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -331,9 +329,7 @@ def render_prompt(question: Question) -> str:
         options = "".join(
             f"{label}. {choice}\n" for label, choice in zip(question.labels, question.choices, strict=True)
         )
-        return (
-            f"Question: {question.text}\n{options}Answer with the label of the correct option only.\nAnswer:"
-        )
+        return f"Question: {question.text}\n{options}Answer with the label of the correct option only.\nAnswer:"
     if kind == "math":
         return f"Problem: {question.text}\nGive only the final answer, as \\boxed{{answer}}.\nAnswer:"
     return (
