@@ -36,9 +36,18 @@ def test_rows_average_over_seeds():
     assert "against_static" not in row
 
 
-SMALL = (
-    "--seeds 1 --price_seeds 1 --sets arc_easy,dart-1 --validation_questions 4 --test_questions 6 --static_questions 6"
-)
+SMALL = [
+    "--seeds",
+    "1",
+    "--price_seeds",
+    "1",
+    "--sets",
+    "arc_easy,dart-1",
+    "--validation_questions",
+    "4",
+    "--test_questions",
+    "6",
+]
 
 
 def test_shared_questions_are_refused(tmp_path, capsys):
