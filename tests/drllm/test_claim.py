@@ -36,7 +36,7 @@ def test_rows_average_over_seeds():
     assert "against_static" not in row
 
 
-SMALL = [
+SMALL = "--seeds 1 --price_seeds 1 --sets arc_easy,dart-1 --validation_questions 4 --test_questions 6".split()  # noqa: SIM905
     "--seeds",
     "1",
     "--price_seeds",
