@@ -36,18 +36,15 @@ def test_rows_average_over_seeds():
     assert "against_static" not in row
 
 
-SMALL = "--seeds 1 --price_seeds 1 --sets arc_easy,dart-1 --validation_questions 4 --test_questions 6".split()  # noqa: SIM905
-    "--seeds",
-    "1",
-    "--price_seeds",
-    "1",
-    "--sets",
-    "arc_easy,dart-1",
-    "--validation_questions",
-    "4",
-    "--test_questions",
-    "6",
-]
+SETTINGS = {
+    "sets": "arc_easy,dart-1",
+    "seeds": 1,
+    "price_seeds": 1,
+    "validation_questions": 4,
+    "test_questions": 6,
+    "static_questions": 6,
+}
+SMALL = [text for name, value in SETTINGS.items() for text in (f"--{name}", str(value))]
 
 
 def test_shared_questions_are_refused(tmp_path, capsys):
