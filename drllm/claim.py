@@ -39,24 +39,13 @@ import torch
 
 from drllm import tasks
 from drllm.ablations import MINIATURE_DATA, load_test_questions, routed_paths
-from drllm.effects import (
-    Answered,
-    at_price,
-    groups_of,
-    grow,
-    imitate,
-    measure,
-    read_along,
-    refine,
-    smoothed,
-)
+from drllm.effects import Answered, PathsOfGroups, measure
 from drllm.errors import UserError, main_guard
 from drllm.features import pad_ids
 from drllm.labels import read_labels
 from drllm.provenance import commit, versions
 from drllm.rollout import Prompt, Request, RolloutEngine, SearchPool
 from drllm.router_checkpoint import join_routers, load_tokenizer
-from drllm.router_modules import StackedRouters
 from drllm.router_training import RouterTrainingConfig, train_routers
 from drllm.search import SearchSettings
 from train_models import retrofit
@@ -197,33 +186,14 @@ class Comparison:
         """Routers on the paths of groups: (an outcome a seed, their paths, how price and labels did)."""
         arguments, batch_size = self.arguments, self.arguments.batch_size
         default = [default_path(self.num_blocks)] * len(self.train)
-        first = measure(self.routed, self.train, default, batch_size)
-        of_skips = first.rewards[:, :, SKIP] - first.rewards[:, :, EXECUTE]
-        groups = groups_of(smoothed(of_skips, first.windows, first.window_mask), arguments.groups, seed=0)
-        chains = grow(self.routed, self.train, groups, first, arguments.most_skips, batch_size)
-        del first
-        labels = {price: at_price(chains, groups, price) for price in PRICES}
-
-        def train(price: float, seed: int) -> None:
-            """Leaves the routers of `seed` in the model."""
-            self.routed.model.init_routers(seed)
-            routers = StackedRouters(self.routed.model.routers)
-            windows, mask = read_along(self.routed, self.train, labels[price], batch_size)
-            imitate(routers, windows, mask, labels[price], epochs=10, learning_rate=1e-3, seed=seed)
-            routers.copy_to(self.routed.model.routers)
-            paths = self.decide(self.routed, train_prompts)
-            refine(
-                routers, measure(self.routed, self.train, paths, batch_size), price, 4, learning_rate=3e-4, seed=seed
-            )
-            routers.copy_to(self.routed.model.routers)
-
+        grown = PathsOfGroups(self.routed, self.train, arguments.groups, arguments.most_skips, batch_size)
         train_prompts = [each.prompt for each in self.train]
         prompts = [each.prompt for each in self.validation]
         validated: dict[float, Outcome] = {}
         for price in PRICES:
             found = []
             for seed in range(min(arguments.price_seeds, arguments.seeds)):
-                train(price, seed)
+                grown.train_routers(price, seed)
                 found.append(self.answer(prompts, self.decide(self.routed, prompts)))
                 say(f"effects, price {price}, seed {seed}, validation", found[-1])
             validated[price] = Outcome.average(found)
@@ -232,7 +202,7 @@ class Comparison:
         chosen = max(saving or PRICES, key=lambda price: validated[price].accuracy)
         outcomes, decisions, in_training = [], [], []
         for seed in range(arguments.seeds):
-            train(chosen, seed)
+            grown.train_routers(chosen, seed)
             decisions.append(self.decide(self.routed, self.test.prompts))
             outcomes.append(self.answer(self.test.prompts, decisions[-1]))
             say(f"effects, price {chosen}, seed {seed}", outcomes[-1])
@@ -240,7 +210,7 @@ class Comparison:
         validation_base = self.answer(prompts, default[:1] * len(prompts))
         isolated = {
             "base": self.answer(train_prompts, default),
-            "labels followed": self.answer(train_prompts, labels[chosen]),
+            "labels followed": self.answer(train_prompts, grown.labels(chosen)),
             "routers": Outcome.average(in_training),
         }
         details = {
@@ -256,8 +226,9 @@ class Comparison:
                 for name, outcome in isolated.items()
             },
             "groups": [
-                [{"path": list(each.path), "reward": each.reward} for each in chain] + [int((groups == group).sum())]
-                for group, chain in enumerate(chains)
+                [{"path": list(each.path), "reward": each.reward} for each in chain]
+                + [int((grown.groups == group).sum())]
+                for group, chain in enumerate(grown.chains)
             ],
         }
         return outcomes, decisions, details

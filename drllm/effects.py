@@ -16,13 +16,20 @@ not only right or wrong:
 6. One round on the routers' own decisions: effects measured around these, and the expected reward of the routers'
    probabilities, less the price of a block, raised directly (`refine`).
 
-Costs about 2 L / 3 forward passes a training question for each of the steps 2, 4 (once a skip) and 6.
+Each of the steps 2, 4 (once a skip) and 6 costs about L / 2 forward passes a training question. To make a checkpoint:
+
+    python -m drllm.effects --data_dir miniature/data --price 0.004 --output_dir checkpoints/groups
+
+`drllm.claim` compares it with the published way and with controls, the price chosen on validation questions.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 
 import torch
 from torch import nn
@@ -30,8 +37,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drllm import tasks
+from drllm.ablations import MINIATURE_DATA, routed_paths
+from drllm.errors import main_guard
 from drllm.features import pad_ids
+from drllm.provenance import fingerprint, parse_dtype
 from drllm.rollout import Prompt
+from drllm.router_checkpoint import load_routed, load_tokenizer, save_routers
 from drllm.router_modules import StackedRouters
 from train_models.paths import EXECUTE, SKIP, Path, default_path, is_allowed, path_to_layer_indices
 
@@ -101,7 +112,7 @@ def measure(
 
 def _measure_batch(routed, batch: list[Answered], paths: list[Path], actions: Sequence[int]):
     """(rewards [B, L, 3], router inputs [B, L, W, d], window mask [B, W])."""
-    ids, length, places, targets = _teacher_forced(batch)
+    ids, length, places, targets = (each.to(routed.device) for each in _teacher_forced(batch))
     along = routed.model(
         input_ids=ids,
         layer_indices=[path_to_layer_indices(path) for path in paths],
@@ -112,14 +123,14 @@ def _measure_batch(routed, batch: list[Answered], paths: list[Path], actions: Se
     )
 
     def reward(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        answers = hidden[torch.arange(len(rows))[:, None], places[rows]]
+        answers = hidden[torch.arange(len(rows), device=hidden.device)[:, None], places[rows]]
         logits = routed.lm_head(answers).float()
         gold = targets[rows].clamp_min(0)[..., None]
         margins = logits.gather(2, gold)[..., 0] - logits.scatter(2, gold, -torch.inf).amax(-1)
         weakest = margins.masked_fill(targets[rows] < 0, torch.inf).amin(1)
-        return (weakest / MARGIN_SCALE).sigmoid()
+        return (weakest / MARGIN_SCALE).sigmoid().cpu()
 
-    current = reward(along.last_hidden_state, torch.arange(len(batch)))
+    current = reward(along.last_hidden_state, torch.arange(len(batch), device=routed.device))
     num_blocks = len(paths[0])
     rewards = torch.full((len(batch), num_blocks, NUM_ACTIONS), float("nan"))
     for block in range(num_blocks):
@@ -133,11 +144,11 @@ def _measure_batch(routed, batch: list[Answered], paths: list[Path], actions: Se
                     changed.append(path_to_layer_indices((0,) * block + other[block:]))
                     rows.append(row)
             if rows:
-                rows = torch.tensor(rows)
-                inputs = along.hidden_states[block][rows]
+                there = torch.tensor(rows, device=routed.device)
+                inputs = along.hidden_states[block][there]
                 hidden = routed.model(inputs_embeds=inputs, layer_indices=changed, use_cache=False).last_hidden_state
-                rewards[rows, block, action] = reward(hidden, rows)
-    return rewards, along.router_inputs, along.window_mask
+                rewards[rows, block, action] = reward(hidden, there)
+    return rewards, along.router_inputs.cpu(), along.window_mask.cpu()
 
 
 def _teacher_forced(batch: list[Answered]):
@@ -263,13 +274,13 @@ def read_along(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         output = routed.model(
-            **pad_ids([questions[i].prompt.input_ids for i in chosen], 0),
+            **pad_ids([questions[i].prompt.input_ids for i in chosen], 0, routed.device),
             layer_indices=[path_to_layer_indices(paths[i]) for i in chosen],
             use_cache=False,
             output_router_inputs=True,
         )
         for row, i in enumerate(chosen):
-            windows[i], masks[i] = output.router_inputs[row], output.window_mask[row]
+            windows[i], masks[i] = output.router_inputs[row].cpu(), output.window_mask[row].cpu()
     return torch.stack(windows), torch.stack(masks)
 
 
@@ -327,3 +338,87 @@ def _train(routers: nn.Module, loss_of, count: int, epochs: int, learning_rate: 
             schedule.step()
             losses.append(loss.item())
     return sum(losses) / len(losses)
+
+
+class PathsOfGroups:
+    """Steps 1 to 4, done once for `questions`; then labels at any price, and routers for a price and a seed."""
+
+    def __init__(
+        self,
+        routed: PreTrainedModel,
+        questions: Sequence[Answered],
+        groups: int = 20,
+        most_skips: int = 4,
+        batch_size: int = 64,
+    ) -> None:
+        self.routed = routed
+        self.questions = questions
+        self.batch_size = batch_size
+        default = default_path(routed.config.num_hidden_layers)
+        first = measure(routed, questions, [default] * len(questions), batch_size)
+        of_skips = first.rewards[:, :, SKIP] - first.rewards[:, :, EXECUTE]
+        self.groups = groups_of(smoothed(of_skips, first.windows, first.window_mask), groups, seed=0)
+        self.chains = grow(routed, questions, self.groups, first, most_skips, batch_size)
+
+    def labels(self, price: float) -> list[Path]:
+        """A path a question."""
+        return at_price(self.chains, self.groups, price)
+
+    def train_routers(self, price: float, seed: int) -> None:
+        """Steps 5 and 6 from the initial weights of `seed`; leaves the routers in the model."""
+        self.routed.model.init_routers(seed)
+        routers = StackedRouters(self.routed.model.routers).cpu()
+        labels = self.labels(price)
+        windows, mask = read_along(self.routed, self.questions, labels, self.batch_size)
+        imitate(routers, windows, mask, labels, epochs=10, learning_rate=1e-3, seed=seed)
+        routers.copy_to(self.routed.model.routers)
+        paths = routed_paths(self.routed, [each.prompt for each in self.questions], self.batch_size)
+        around = measure(self.routed, self.questions, paths, self.batch_size)
+        refine(routers, around, price, epochs=4, learning_rate=3e-4, seed=seed)
+        routers.copy_to(self.routed.model.routers)
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> None:
+    """Questions to a routed checkpoint, like data_generation.py and train.py together."""
+    parser = argparse.ArgumentParser(prog="python -m drllm.effects", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=str(MINIATURE_DATA.parent / "model"))
+    parser.add_argument("--revision")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--data_dir", type=FilePath, help="local question files; default: the Hub")
+    parser.add_argument("--dataset", default="arc,dart")
+    parser.add_argument("--train_questions", type=int, default=800, help="a set, at most")
+    parser.add_argument("--groups", type=int, default=20, help="of like questions")
+    parser.add_argument("--most_skips", type=int, default=4, help="skipped blocks of a group's path")
+    parser.add_argument("--price", type=float, default=0.004, help="reward that a skipped block may cost a group")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=FilePath, required=True)
+    arguments = parser.parse_args(argv)
+    tokenizer = load_tokenizer(arguments.model, arguments.revision)
+    routed = load_routed(arguments.model, parse_dtype(arguments.dtype), arguments.revision, {}).eval()
+    routed.to("cuda" if torch.cuda.is_available() else "cpu")
+    routed.config.base_model_name, routed.config.base_model_revision = arguments.model, arguments.revision
+    routed.config.base_model_fingerprint = fingerprint(routed)
+    routed.config.trained_num_windows = routed.config.num_windows
+    chat = tokenizer.chat_template is not None and "instruct" in arguments.model.lower()
+    questions = [
+        Answered.of(Prompt.of(question, tokenizer, chat), tokenizer)
+        for name in tasks.expand_sets(arguments.dataset)
+        for question in tasks.load_questions(name, "train", arguments.data_dir, arguments.train_questions)
+    ]
+    print(f"measuring {len(questions)} questions", file=sys.stderr, flush=True)
+    found = PathsOfGroups(routed, questions, arguments.groups, arguments.most_skips, arguments.batch_size)
+    labels = found.labels(arguments.price)
+    layers = sum(map(sum, labels)) / len(labels)
+    print(f"labels: {len(set(labels))} paths, {layers:.2f} layers on average; training", file=sys.stderr, flush=True)
+    found.train_routers(arguments.price, arguments.seed)
+    routed.cpu()
+    routed.save_pretrained(arguments.output_dir)
+    tokenizer.save_pretrained(arguments.output_dir)
+    save_routers(routed, arguments.output_dir / "routers")
+    print(f"wrote {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -6,6 +6,8 @@ import itertools
 import pytest
 import torch
 
+from drllm import tasks
+from drllm.ablations import MINIATURE_DATA
 from drllm.effects import (
     MARGIN_SCALE,
     Answered,
@@ -15,12 +17,15 @@ from drllm.effects import (
     groups_of,
     grow,
     imitate,
+    main,
     measure,
     read_along,
     refine,
     smoothed,
 )
+from drllm.look import load_routed_checkpoint
 from drllm.rollout import Prompt
+from drllm.router_checkpoint import join_routers
 from drllm.router_modules import StackedRouters
 from drllm.tasks import Question
 from train_models import retrofit
@@ -215,3 +220,15 @@ def test_answers_have_the_form_that_the_prompt_asks_for():
     number = dataclasses.replace(letter, set="dart-3", choices=(), labels=(), answer="42")
     texts = [Answered.of(Prompt(each, "", (1,), 5), Tokenizer()).answer_ids for each in (letter, number)]
     assert texts == [(" B", 9), (" \\boxed{42}", 9)]
+
+
+def test_one_command_from_questions_to_a_checkpoint(tmp_path):
+    command = f"--data_dir {MINIATURE_DATA} --dataset arc_easy,dart-5 --train_questions 6 --groups 2 --most_skips 1"
+    main([*command.split(), "--price", "2", "--output_dir", str(tmp_path)])
+    model, tokenizer = load_routed_checkpoint(str(tmp_path))
+    assert model.config.trained_num_windows == 8
+    text = tasks.render_prompt(tasks.load_questions("arc_easy", "train", MINIATURE_DATA, 1)[0])
+    with torch.no_grad():
+        paths = model(**tokenizer(text, return_tensors="pt")).paths
+    assert paths.eq(0).sum() == 1, "a price above every reward skips what it can"
+    assert join_routers(tmp_path / "routers").config.base_model_fingerprint == model.config.base_model_fingerprint
