@@ -77,6 +77,17 @@ def normalised(question: make.Question) -> tuple:
     return question.kind, tuple(content), tuple(sorted(question.choices))
 
 
+def test_the_files_of_the_comparison_with_controls_share_no_content():
+    """`make claim` searches, trains and validates on 1,900 questions a set, and tests on 1,900 others."""
+    keys = {
+        part: {q.key for name in make.SETS for q in make.questions(name, part, 1900, seed=0)}
+        for part in ("train", "test")
+    }
+    assert len(keys["test"]) > 10_000
+    assert not keys["train"] & keys["test"]
+    assert {make.part_of(key) for key in keys["test"]} == {"test"}
+
+
 def test_keys_tell_contents_apart_no_finer_than_the_text(drawn):
     """No key can split one content over two parts: contents compared by text, whatever order the words are in."""
     # Kinds in which the order of the numbers is part of the content; for these the text itself is compared.
