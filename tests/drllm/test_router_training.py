@@ -443,7 +443,6 @@ def test_bad_arguments(fields, message, run):
 
 
 def test_logging_to_tensorboard(run):
-    pytest.importorskip("tensorboard")
     _, checkpoint, _ = run(report_to="tensorboard")
     assert list(checkpoint.rglob("events.out.tfevents.*"))
 

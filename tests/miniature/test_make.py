@@ -8,6 +8,7 @@ import statistics
 
 import pytest
 
+from drllm import tasks
 from miniature import make
 
 DATA = make.HERE / "data"
@@ -193,7 +194,6 @@ def test_labels_are_balanced(drawn):
 
 
 def test_prompts_are_those_of_the_search():
-    tasks = pytest.importorskip("drllm.tasks")
     for s in ("arc_easy", "arc_challenge", "dart-1", "dart-5"):
         ours = make.questions(s, "test", 5, seed=0)
         theirs = tasks.load_questions(s, "test", DATA, limit=5)

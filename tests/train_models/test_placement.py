@@ -29,7 +29,6 @@ def prompts(count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", QUANTISED)
 def test_a_quantised_base_has_whole_routers(bits, decisive, tmp_path):
-    pytest.importorskip("bitsandbytes")
     quantised = {"quantization_config": BitsAndBytesConfig(**QUANTISED[bits]), "dtype": torch.bfloat16}
     model = decisive("llama", {"hidden_size": 64}, device_map="cpu", **quantised)
     assert all(type(layer.mlp.up_proj) is not torch.nn.Linear for layer in model.model.layers)
