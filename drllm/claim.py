@@ -89,6 +89,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_dir", type=Path, default=MINIATURE_DATA)
     parser.add_argument("--sets", default="arc,dart")
     parser.add_argument("--labels", help="folder of labels, for the paper's way; left away without one")
+    parser.add_argument(
+        "--methods", help="paper, effects or both with a comma; default: both, without --labels effects"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--train_questions", type=int, default=800, help="a set, for effects and static paths")
     parser.add_argument("--validation_questions", type=int, default=400, help="a set, further ones")
@@ -103,7 +106,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--work_dir", default="runs/claim", help="of training runs")
     parser.add_argument("--output", type=Path, default=Path("results/claim.json"))
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.methods is None:
+        arguments.methods = "effects,paper" if arguments.labels else "effects"
+    if unknown := set(arguments.methods.split(",")) - {"paper", "effects"}:
+        raise UserError(f"--methods {arguments.methods}: {sorted(unknown)[0]!r} is none; there are paper and effects")
+    if "paper" in arguments.methods and not arguments.labels:
+        raise UserError("--methods paper needs the labels it trains on: --labels, a folder of data_generation.py")
+    return arguments
 
 
 class Comparison:
@@ -163,9 +173,10 @@ class Comparison:
 
     # Routers
 
-    def paper(self) -> tuple[list[Outcome], list[list[BlockPath]]]:
-        """Published training, a run a seed."""
-        outcomes, decisions = [], []
+    def paper(self) -> tuple[list[Outcome], list[list[BlockPath]], dict]:
+        """Published training: (an outcome a seed, their paths, how labels and routers did on training questions)."""
+        outcomes, decisions, in_training = [], [], []
+        asked, labels = self._labelled()
         for seed in range(self.arguments.seeds):
             config = RouterTrainingConfig(
                 data=(self.arguments.labels,),
@@ -180,7 +191,27 @@ class Comparison:
             decisions.append(self.decide(routed, self.test.prompts))
             outcomes.append(self.answer(self.test.prompts, decisions[-1]))
             say(f"paper, seed {seed}", outcomes[-1])
-        return outcomes, decisions
+            in_training.append(self.answer(asked, self.decide(routed, asked)))
+        isolated = {
+            "base": self.answer(asked, [default_path(self.num_blocks)] * len(asked)),
+            "labels followed": self.answer(asked, labels),
+            "routers": Outcome.average(in_training),
+        }
+        return outcomes, decisions, {"on_training_questions": _means(isolated)}
+
+    def _labelled(self) -> tuple[list[Prompt], list[BlockPath]]:
+        """The questions of --labels and their paths."""
+        found = read_labels(Path(self.arguments.labels))
+        chat = bool(found.manifest["chat_template"])
+        paths = {(row["set"], row["question_id"]): tuple(row["optimal_layer_config"]) for row in found.rows}
+        questions = [
+            question
+            for name in sorted({set_name for set_name, _ in paths})
+            for question in tasks.load_questions(name, "train", self.arguments.data_dir)
+            if (name, question.id) in paths
+        ]
+        prompts = [Prompt.of(question, self.tokenizer, chat) for question in questions]
+        return prompts, [paths[question.set, question.id] for question in questions]
 
     def effects(self) -> tuple[list[Outcome], list[list[BlockPath]], dict]:
         """Routers on the paths of groups: (an outcome a seed, their paths, how price and labels did)."""
@@ -322,6 +353,10 @@ class Comparison:
         return self.answer(self.test.prompts, [path] * len(self.test.prompts))
 
 
+def _means(outcomes: dict[str, Outcome]) -> dict[str, dict[str, float]]:
+    return {name: {"accuracy": each.accuracy, "layers": each.mean_layers} for name, each in outcomes.items()}
+
+
 def say(name: str, outcome: Outcome) -> None:
     print(f"{name}: accuracy {outcome.accuracy:.2%}, layers {outcome.mean_layers:.2f}", file=sys.stderr, flush=True)
 
@@ -442,13 +477,11 @@ def main(argv: list[str] | None = None) -> None:
     groups += [(f"static: {len(path) - sum(path)} skipped", [outcome]) for path, outcome in static[1:]]
     for name, found in (("influence", comparison.influence(2)), ("early exit", comparison.early_exit(2))):
         groups += [(f"{name}: {count} skipped", [outcome]) for count, (_, outcome) in enumerate(found, 1)]
-    outcomes, decisions, details = comparison.effects()
-    groups += [("effects", outcomes), ("random: rates of effects", comparison.at_random(decisions))]
-    sets = {"effects": per_set(comparison, Outcome.average(outcomes))}
-    if arguments.labels:
-        paper, paper_decisions = comparison.paper()
-        groups += [("paper", paper), ("random: rates of paper", comparison.at_random(paper_decisions))]
-        sets["paper"] = per_set(comparison, Outcome.average(paper))
+    sets, details = {}, {}
+    for name in arguments.methods.split(","):
+        outcomes, decisions, details[name] = {"effects": comparison.effects, "paper": comparison.paper}[name]()
+        groups += [(name, outcomes), (f"random: rates of {name}", comparison.at_random(decisions))]
+        sets[name] = per_set(comparison, Outcome.average(outcomes))
     result = {
         "command": "python -m drllm.claim " + " ".join(sys.argv[1:] if argv is None else argv),
         "arguments": {key: str(value) for key, value in vars(arguments).items()},
@@ -460,7 +493,7 @@ def main(argv: list[str] | None = None) -> None:
         "labels": read_labels(Path(arguments.labels)).manifest.get("arguments") if arguments.labels else None,
         "rows": [summary(name, members, comparison.base, controls) for name, members in groups],
         "sets": sets,
-        "effects": details,
+        "details": details,
         "oracle": comparison.oracle(arguments.oracle_questions) if arguments.oracle_questions else None,
     }
     result["seconds"] = time.perf_counter() - start

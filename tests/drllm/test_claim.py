@@ -63,6 +63,13 @@ def test_more_questions_than_there_are_are_refused(tmp_path, capsys):
     assert "arc_easy has 800 training questions" in capsys.readouterr().err
 
 
+def test_methods_are_checked(capsys):
+    assert main(["--methods", "effects,none_such"]) == 2
+    assert "'none_such' is none" in capsys.readouterr().err
+    assert main(["--methods", "paper"]) == 2
+    assert "--methods paper needs the labels" in capsys.readouterr().err
+
+
 def test_one_command_makes_table_figure_and_json(tmp_path, capsys):
     output = tmp_path / "claim.json"
     main([*SMALL, "--train_questions", "12", "--oracle_questions", "2", "--output", str(output)])
@@ -74,6 +81,6 @@ def test_one_command_makes_table_figure_and_json(tmp_path, capsys):
     assert rows["static: 2 skipped"]["layers"] == 8
     assert result["test_questions"] == 12
     assert result["oracle"]["questions"] == 4
-    assert set(result["effects"]["on_training_questions"]) == {"base", "labels followed", "routers"}
+    assert set(result["details"]["effects"]["on_training_questions"]) == {"base", "labels followed", "routers"}
     assert output.with_suffix(".png").stat().st_size > 1000
     assert "| effects |" in capsys.readouterr().out
