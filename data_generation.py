@@ -203,7 +203,8 @@ def main(arguments: list[str] | None = None) -> None:
     data_dir = args.data_dir or (None if args.model else MINIATURE / "data")
 
     # A process that is done waits for the others at the end, for hours if need be.
-    state = PartialState(timeout=datetime.timedelta(days=30))
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    state = PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=30))
     on_gpu = state.device.type != "cpu"
     dtype = provenance.parse_dtype(("bfloat16" if on_gpu else "float32") if args.dtype == "auto" else args.dtype)
     model, tokenizer = load(name, args.revision, dtype, state.device)

@@ -1,5 +1,6 @@
 """data_generation.py as a person runs it: end to end, killed, interrupted, on a full disk, with bad input."""
 
+import contextlib
 import json
 import os
 import random
@@ -46,8 +47,9 @@ def start(arguments: list[str], num_processes: int = 1) -> subprocess.Popen:
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = str(probe.getsockname()[1])
-        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(num_processes)]
-        command = [sys.executable, *launch, "--main_process_port", port, *command[1:]]
+        # Without a GPU `accelerate launch` starts one process, whatever it is told; on GPUs it starts them like this.
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
+        command = [sys.executable, *launch, "--master_port", port, *command[1:]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(
@@ -62,7 +64,8 @@ def start(arguments: list[str], num_processes: int = 1) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # the run ended before
+        os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 

@@ -296,7 +296,7 @@ def test_launcher_arguments(tmp_path):
 def _launch(arguments: list[str], processes: int = 1) -> None:
     module = ["-m", "drllm.evaluate", *arguments]
     if processes > 1:
-        module = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), *module]
+        module = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), *module]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *module], capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment
