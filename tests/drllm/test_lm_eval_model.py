@@ -297,7 +297,7 @@ def _launch(arguments: list[str], processes: int = 1) -> None:
     module = ["-m", "drllm.evaluate", *arguments]
     if processes > 1:
         module = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), *module]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [sys.executable, *module], capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment
     )
