@@ -53,6 +53,7 @@ from train_models.paths import EXECUTE, SKIP, default_path
 from train_models.paths import Path as BlockPath
 
 MINIATURE_MODEL = MINIATURE_DATA.parent / "model"
+ROOT = Path(__file__).resolve().parent.parent
 PRICES = (0.004, 0.006, 0.009)
 
 
@@ -484,7 +485,8 @@ def main(argv: list[str] | None = None) -> None:
         sets[name] = per_set(comparison, Outcome.average(outcomes))
     result = {
         "command": "python -m drllm.claim " + " ".join(sys.argv[1:] if argv is None else argv),
-        "arguments": {key: str(value) for key, value in vars(arguments).items()},
+        # As a reader of the repository would type them.
+        "arguments": {key: str(value).removeprefix(f"{ROOT}/") for key, value in vars(arguments).items()},
         "commit": commit(),
         "versions": versions(),
         "test_questions": len(comparison.test.prompts),
