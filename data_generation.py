@@ -26,8 +26,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from data_models import load_path_model
 from drllm import labels, provenance, tasks
 from drllm.errors import UserError, main_guard
+from drllm.processes import process_state
 from drllm.rollout import Prompt, RolloutEngine, SearchPool
 from drllm.search import DEFAULT_POLICY, POLICIES, SearchSettings
+from drllm.tasks import wants_chat_template
 
 MINIATURE = Path(__file__).resolve().parent / "miniature"
 SAMPLES_ELSEWHERE = 1000  # of sets for which the paper names no number
@@ -76,15 +78,6 @@ def load(name: str, revision: str | None, dtype: torch.dtype, device: torch.devi
         reason = " ".join(str(error).split())
         raise UserError(f"cannot load --model {name}: {reason[:300]}") from error
     return model.to(device), tokenizer
-
-
-def wants_chat_template(setting: str, name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether prompts get the chat template. Base models may carry one too, so "auto" goes by the model's name."""
-    if setting == "auto":
-        return bool(tokenizer.chat_template) and "instruct" in name.lower()
-    if setting == "on" and not tokenizer.chat_template:
-        raise UserError(f"--chat_template on: the tokenizer of {name} has none; use off")
-    return setting == "on"
 
 
 def samples_of(setting: str, sets: list[str]) -> dict[str, int]:
@@ -203,8 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
     data_dir = args.data_dir or (None if args.model else MINIATURE / "data")
 
     # A process that is done waits for the others at the end, for hours if need be.
-    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    state = PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=30))
+    state = process_state(datetime.timedelta(days=30))
     on_gpu = state.device.type != "cpu"
     dtype = provenance.parse_dtype(("bfloat16" if on_gpu else "float32") if args.dtype == "auto" else args.dtype)
     model, tokenizer = load(name, args.revision, dtype, state.device)

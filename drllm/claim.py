@@ -24,6 +24,7 @@ No test question is used for anything but this comparison.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import random
@@ -222,10 +223,20 @@ class Comparison:
         train_prompts = [each.prompt for each in self.train]
         prompts = [each.prompt for each in self.validation]
         validated: dict[float, Outcome] = {}
+        trained: dict[tuple[float, int], dict] = {}  # routers by price and seed
+
+        def use_routers(price: float, seed: int) -> None:
+            """Leaves these routers in the model, trained once."""
+            routers = self.routed.model.routers
+            if (price, seed) not in trained:
+                grown.train_routers(price, seed)
+                trained[price, seed] = copy.deepcopy(routers.state_dict())
+            routers.load_state_dict(trained[price, seed])
+
         for price in PRICES:
             found = []
             for seed in range(min(arguments.price_seeds, arguments.seeds)):
-                grown.train_routers(price, seed)
+                use_routers(price, seed)
                 found.append(self.answer(prompts, self.decide(self.routed, prompts)))
                 say(f"effects, price {price}, seed {seed}, validation", found[-1])
             validated[price] = Outcome.average(found)
@@ -234,7 +245,7 @@ class Comparison:
         chosen = max(saving or PRICES, key=lambda price: validated[price].accuracy)
         outcomes, decisions, in_training = [], [], []
         for seed in range(arguments.seeds):
-            grown.train_routers(chosen, seed)
+            use_routers(chosen, seed)
             decisions.append(self.decide(self.routed, self.test.prompts))
             outcomes.append(self.answer(self.test.prompts, decisions[-1]))
             say(f"effects, price {chosen}, seed {seed}", outcomes[-1])
@@ -253,10 +264,7 @@ class Comparison:
                 {"price": price, "accuracy": outcome.accuracy, "layers": outcome.mean_layers}
                 for price, outcome in validated.items()
             ],
-            "on_training_questions": {
-                name: {"accuracy": outcome.accuracy, "layers": outcome.mean_layers}
-                for name, outcome in isolated.items()
-            },
+            "on_training_questions": _means(isolated),
             "groups": [
                 [{"path": list(each.path), "reward": each.reward} for each in chain]
                 + [int((grown.groups == group).sum())]

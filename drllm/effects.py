@@ -401,7 +401,7 @@ def main(argv: list[str] | None = None) -> None:
     routed.config.base_model_name, routed.config.base_model_revision = arguments.model, arguments.revision
     routed.config.base_model_fingerprint = fingerprint(routed)
     routed.config.trained_num_windows = routed.config.num_windows
-    chat = tokenizer.chat_template is not None and "instruct" in arguments.model.lower()
+    chat = tasks.wants_chat_template("auto", arguments.model, tokenizer)
     questions = [
         Answered.of(Prompt.of(question, tokenizer, chat), tokenizer)
         for name in tasks.expand_sets(arguments.dataset)

@@ -41,6 +41,7 @@ from drllm.errors import UserError
 from drllm.features import Example, FeatureStore, compute_features, duration, pad_ids
 from drllm.losses import class_counts, effective_number_weights, routing_loss
 from drllm.metrics import routing_metrics
+from drllm.processes import process_state
 from drllm.provenance import commit, dtype_name, fingerprint, parse_dtype, versions
 from drllm.router_checkpoint import load_config, load_routed, load_tokenizer, save_routers
 from drllm.router_modules import FullModelRouters, StackedRouters, init_final_biases
@@ -433,10 +434,8 @@ def evaluate_routers(
 
 
 def _process_state() -> PartialState:
-    """The processes of accelerate launch or torchrun; one process without them."""
-    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     # A process that is done with its share of the features waits for the others, for hours if need be.
-    return PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=1))
+    return process_state(datetime.timedelta(days=1))
 
 
 def quiet_libraries() -> None:

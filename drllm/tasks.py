@@ -338,6 +338,19 @@ def render_prompt(question: Question) -> str:
     )
 
 
+def wants_chat_template(setting: str, name: str, tokenizer: Any) -> bool:
+    """Whether prompts get the chat template. Base models may carry one too, so "auto" goes by the model's name.
+
+    Raises:
+        UserError: "on" where the tokenizer has no template.
+    """
+    if setting == "auto":
+        return bool(tokenizer.chat_template) and "instruct" in name.lower()
+    if setting == "on" and not tokenizer.chat_template:
+        raise UserError(f"--chat_template on: the tokenizer of {name} has none; use off")
+    return setting == "on"
+
+
 def apply_template(prompt: str, tokenizer: Any, chat: bool) -> str:
     """`prompt` as the model is given it: itself, or as the user's turn of the tokenizer's chat template.
 
