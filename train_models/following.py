@@ -185,7 +185,8 @@ class FollowsPaths:
 
         if cache is not None:
             cache.advance(schedule, num_tokens)
-        self._last_schedule, self._last_cache = schedule, cache
+        # Not the cache itself: its keys and values must be free to go when the caller drops them.
+        self._last_schedule, self._last_passes = schedule, cache.forward_passes if cache is not None else 1
         output = self._output(
             decider,
             last_hidden_state=hidden_states,
@@ -203,9 +204,7 @@ class FollowsPaths:
         """
         if getattr(self, "_last_schedule", None) is None:
             raise RuntimeError("no forward pass has run yet, so no block applications were counted")
-        if self._last_cache is not None:
-            return torch.tensor(self._last_cache.block_applications)
-        return torch.tensor([sum(path) for path in self._last_schedule.paths()])
+        return torch.tensor([sum(path) * self._last_passes for path in self._last_schedule.paths()])
 
     def _schedule(self, layer_indices, cache, inputs_embeds, attention_mask, kwargs: dict):
         """(schedule, decider): known paths and, where decisions or router inputs are wanted, who makes them."""

@@ -1,5 +1,7 @@
 """What a forward pass must not do: wait for the device, ask routers again, keep what no row needs."""
 
+import gc
+import weakref
 from collections import Counter
 from contextlib import contextmanager
 
@@ -143,6 +145,16 @@ def test_the_cache_holds_what_ran_and_nothing_else(decisive):
     heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     assert numbers == sum(map(sum, PATHS)) * 20 * 2 * heads * size
     assert not cache.layers[3].is_initialized, "no row runs block 3"
+
+
+def test_the_model_lets_go_of_a_cache_that_its_caller_dropped(decisive):
+    model, cache = decisive(), PathCache()
+    model(prompts(), past_key_values=cache)
+    alive = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert alive() is None
+    assert model.block_applications.sum() > 0, "the count outlives the cache"
 
 
 def test_a_row_that_skips_costs_its_block_nothing(decisive):
