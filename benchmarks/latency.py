@@ -1,27 +1,27 @@
-"""Do saved layers save time? Routed against stock decoding, interleaved in one run.
+"""Do saved layers save time? Routed against stock decoding, interleaved in one run: pass by pass on a CPU.
 
     python benchmarks/latency.py --shape small --skip 0,2,4 --batch_sizes 1,16 --new_tokens 64
     python benchmarks/latency.py --checkpoint miniature/model --prompt_tokens 256
 
 (a) what static routing costs, at 12 blocks of width 256:
 
-    python benchmarks/latency.py --shape small --skip 0 --batch_sizes 1,16 --measure static --rounds 40 \
-      --output results/latency_static.json
+    python benchmarks/latency.py --shape small --skip 0 --batch_sizes 1,16 --threads 1 --rounds 40 \
+      --measure static,stock_again --output results/latency_static.json
 
 (b) what k skipped blocks of 12 save in decoding, alone and in a batch; mixed paths beside their bound; grouping:
 
     python benchmarks/latency.py --shape d1024 --skip 2,4 --batch_sizes 1,16 --prompt_tokens 16 --new_tokens 16 \
-      --measure path --output results/latency_decode.json --figure results/latency_decode.png
+      --threads 1 --measure path --output results/latency_decode.json --figure results/latency_decode.png
 
 (c) the routers' share of 1,000 new tokens at width 1024. Routers and blocks both grow with the number of blocks, so
 four serve; all 1,000 tokens are run:
 
     python benchmarks/latency.py --shape d1024 --blocks 4 --skip 0 --batch_sizes 1 --new_tokens 1000 --rounds 3 \
-      --measure router --output results/latency_routers.json
+      --threads 1 --measure router --output results/latency_routers.json
 
 (d) compiled decoding:
 
-    python benchmarks/latency.py --shape small --skip 0,4 --batch_sizes 1 --rows shared --rounds 10 \
+    python benchmarks/latency.py --shape small --skip 0,4 --batch_sizes 1 --rows shared --rounds 10 --threads 1 \
       --measure path,compiled,stock_compiled --output results/latency_compiled.json
 
 (e) the paper's table, on a GPU:
@@ -36,7 +36,8 @@ qwen2.5-7b. Weights are random (or a checkpoint's); router weights are random, t
 that they decide the wanted path after doing their full work.
 
 For each batch size and path the table gives time to first token (TTFT), time per output token (TPOT) and the total for
-the new tokens of the stock model, and of the routed one along the path as ratios of medians over the rounds, and
+the new tokens of the stock model, and of the routed one along the path as ratios of medians over the rounds (TPOT: over
+the tokens of all rounds), and
 
     saved/layers    share of the total time saved over the share of block applications saved; 1.0 is perfect
     saved/blocks    the same in decoding against the blocks' own share of the stock model's time per token, that is
@@ -58,6 +59,7 @@ Compiled runs compile in the round that warms up. CUDA graphs have not been run 
 import argparse
 import copy
 import gc
+import itertools
 import json
 import os
 import platform
@@ -65,8 +67,8 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -123,23 +125,28 @@ SHAPES = {
 }
 
 
-MEASURES = ("path", "router", "static", "compiled", "stock_compiled")
+MEASURES = ("path", "router", "static", "stock_again", "compiled", "stock_compiled")
 ROWS = ("shared", "mixed", "two paths", "split")
 PAPER = "paper, 1,000 tokens: 34.49 s stock, 29.21 s routed (x 0.847), of which routers 0.27 s (0.92%)"
 
 
 @dataclass
 class Timing:
-    """One generation: seconds to the first token, for each token after it, in all; bytes of the cache and at the peak.
+    """One generation: seconds to the first token, for each token after it, in all; bytes of the cache.
 
-    per_token is the median over the tokens on a CPU, and the mean on a GPU, where the host runs ahead.
+    On a GPU, where the host runs ahead, `tokens` is only the mean over the tokens.
     """
 
     first: float
-    per_token: float
+    tokens: list[float]
     total: float
     cache_bytes: int
-    peak_bytes: int | None
+
+    def summary(self) -> dict[str, float]:
+        return asdict(self) | {"tokens": statistics.median(self.tokens)}
+
+
+Generation = Generator[None, None, Timing]  # pauses before each forward pass
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -159,8 +166,9 @@ def parse_arguments() -> argparse.Namespace:
         "--measure",
         default="path,router,static",
         help="besides the stock model: path (the given path), router (deciding routers), static (static routing), "
-        "compiled (the path with compiled blocks and a static cache), stock_compiled (the stock model compiled whole, "
-        "with a static cache); comma-separated",
+        "stock_again (the stock model once more: how far apart two runs of the same lie here), compiled (the path with "
+        "compiled blocks and a static cache), stock_compiled (the stock model compiled whole, with a static cache); "
+        "comma-separated",
     )
     parser.add_argument("--compile_mode", default="default", help="torch.compile's mode")
     parser.add_argument("--prompt_tokens", type=int, default=64)
@@ -270,32 +278,31 @@ def peak_memory(device: str) -> Iterator[list[int | None]]:
         peak.append(None)
 
 
-@torch.inference_mode()
-def generate(model, input_ids: torch.Tensor, new_tokens: int, cache: DynamicCache, step=None, **prefill) -> Timing:
-    """Greedy decoding by hand, the same loop for all models, timed at its two halves.
+def generate(
+    model, input_ids: torch.Tensor, new_tokens: int, cache: DynamicCache, step=None, within=nullcontext, **prefill
+) -> Generation:
+    """Greedy decoding by hand, the same loop for all models, timed at its two halves; pauses before each pass.
 
-    The first pass is `model`'s, with the arguments `prefill`; `step`, if given, makes the others.
+    The first pass is `model`'s, with the arguments `prefill`; `step`, if given, makes the others. Each pass runs in
+    the context `within()`, which is not timed.
     """
-    device, step = str(input_ids.device), model if step is None else step
+    device, forward, arguments, token = str(input_ids.device), model, prefill, input_ids
     seconds = []
-    with peak_memory(device) as peak:
-        synchronize(device)
-        start = time.perf_counter()
-        logits = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **prefill).logits
-        token = logits[:, -1].argmax(-1, keepdim=True)
-        synchronize(device)
-        first = last = time.perf_counter()
-        for _ in range(new_tokens - 1):
-            logits = step(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            token = logits[:, -1].argmax(-1, keepdim=True)
-            if not input_ids.is_cuda:
-                now = time.perf_counter()
-                seconds.append(now - last)
-                last = now
-        synchronize(device)
-        end = time.perf_counter()
-    per_token = statistics.median(seconds) if seconds else (end - first) / max(1, new_tokens - 1)
-    return Timing(first - start, per_token, end - start, cache_bytes(cache), peak[0])
+    for number in range(new_tokens):
+        yield
+        with within(), torch.inference_mode():
+            if number < 2:
+                synchronize(device)
+            start = time.perf_counter()
+            output = forward(token, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments)
+            token = output.logits[:, -1].argmax(-1, keepdim=True)
+            if number in (0, new_tokens - 1):  # in between, the host may run ahead
+                synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        forward, arguments = step or model, {}
+    decoding = seconds[1:] or [0.0]
+    tokens = [statistics.mean(decoding)] if input_ids.is_cuda else decoding
+    return Timing(seconds[0], tokens, sum(seconds), cache_bytes(cache))
 
 
 @torch.inference_mode()
@@ -372,7 +379,7 @@ class Runs:
             wanted = [name for name in wanted if name in ("path", "compiled")]
         if case.skips + case.repeats > 0:
             wanted = [name for name in wanted if name != "static"]
-        self.by_name: dict[str, Callable[[], Timing]] = {name: getattr(self, f"run_{name}") for name in wanted}
+        self.by_name: dict[str, Callable[[], Generation]] = {name: getattr(self, f"run_{name}") for name in wanted}
         self.by_name["stock"] = self.run_stock
         gc.collect()
         if {"compiled", "stock_compiled"} & set(wanted):
@@ -381,54 +388,66 @@ class Runs:
             self.compiled_stock = torch.compile(stock, mode=arguments.compile_mode)
         decide_this_path(routed, case.paths[0])
 
-    def run_stock(self) -> Timing:
+    def run_stock(self) -> Generation:
         return generate(self.stock, self.input_ids, self.steps, DynamicCache(config=self.stock.config))
 
-    def run_path(self) -> Timing:
-        routed, steps = self.routed, self.steps
-        if self.case.rows != "split":
-            cache = PathCache(routed.config)
-            return generate(routed, self.input_ids, steps, cache, layer_indices=self.indices)
+    run_stock_again = run_stock
+
+    def run_path(self) -> Generation:
+        if self.case.rows == "split":
+            return self.run_split()
+        cache = PathCache(self.routed.config)
+        return generate(self.routed, self.input_ids, self.steps, cache, layer_indices=self.indices)
+
+    def run_split(self) -> Generation:
         parts = []
         for path in sorted(set(self.case.paths)):
             rows = [row for row, other in enumerate(self.case.paths) if other == path]
             indices = path_to_layer_indices(path)
-            cache = PathCache(routed.config)
-            parts.append(generate(routed, self.input_ids[rows], steps, cache, layer_indices=indices))
-        peaks = [part.peak_bytes for part in parts if part.peak_bytes is not None]
+            cache = PathCache(self.routed.config)
+            part = yield from generate(self.routed, self.input_ids[rows], self.steps, cache, layer_indices=indices)
+            parts.append(part)
         return Timing(
             sum(part.first for part in parts),
-            sum(part.per_token for part in parts),
+            [sum(tokens) for tokens in zip(*(part.tokens for part in parts), strict=True)],
             sum(part.total for part in parts),
             sum(part.cache_bytes for part in parts),
-            max(peaks, default=None),
         )
 
-    def run_router(self) -> Timing:
+    def run_router(self) -> Generation:
         return generate(self.routed, self.input_ids, self.steps, PathCache(self.routed.config))
 
-    def run_static(self) -> Timing:
-        self.routed.model.is_static_routing = True
-        timing = generate(self.routed, self.input_ids, self.steps, PathCache(self.routed.config))
-        self.routed.model.is_static_routing = False
-        return timing
+    def run_static(self) -> Generation:
+        cache = PathCache(self.routed.config)
+        return generate(self.routed, self.input_ids, self.steps, cache, within=self.static_routing)
 
-    def run_compiled(self) -> Timing:
+    def run_compiled(self) -> Generation:
+        cache = PathCache(self.routed.config, max_cache_len=self.cache_length)
+        within = self.blocks_compiled
+        return generate(self.routed, self.input_ids, self.steps, cache, within=within, layer_indices=self.indices)
+
+    def run_stock_compiled(self) -> Generation:
+        cache = StaticCache(config=self.stock.config, max_cache_len=self.cache_length)
+        return generate(self.stock, self.input_ids, self.steps, cache, step=self.compiled_stock)
+
+    @contextmanager
+    def static_routing(self) -> Iterator[None]:
+        self.routed.model.is_static_routing = True
+        yield
+        self.routed.model.is_static_routing = False
+
+    @contextmanager
+    def blocks_compiled(self) -> Iterator[None]:
+        """Compiled blocks, which the stock model and the other runs share, for the time being."""
         layers = self.routed.model.layers
         if not self.compiled_blocks:
             self.routed.compile_blocks(mode=self.arguments.compile_mode)
             self.compiled_blocks = [layer._compiled_call_impl for layer in layers]
         for layer, compiled in zip(layers, self.compiled_blocks, strict=True):
             layer._compiled_call_impl = compiled
-        cache = PathCache(self.routed.config, max_cache_len=self.cache_length)
-        timing = generate(self.routed, self.input_ids, self.steps, cache, layer_indices=self.indices)
-        for layer in layers:  # which the stock model and the other runs share
+        yield
+        for layer in layers:
             layer._compiled_call_impl = None
-        return timing
-
-    def run_stock_compiled(self) -> Timing:
-        cache = StaticCache(config=self.stock.config, max_cache_len=self.cache_length)
-        return generate(self.stock, self.input_ids, self.steps, cache, step=self.compiled_stock)
 
     def seconds_without_blocks(self) -> float:
         """Median seconds a token of the stock model with no blocks: embedding, norm and head."""
@@ -447,39 +466,76 @@ class Runs:
         return statistics.median(seconds)
 
 
-def time_case(runs: Runs, rounds: int, seed: int) -> tuple[dict[str, list[Timing]], list[float], list[float]]:
-    """(timings by run, seconds a token without blocks, seconds in the routers); interleaved, in a new order a round."""
+def take_turns(generations: dict[str, Generation], generator: random.Random) -> dict[str, Timing]:
+    """Runs all of them to their ends: one pass each, in a new order, then the next."""
+    timings: dict[str, Timing] = {}
+    while len(timings) < len(generations):
+        names = [name for name in generations if name not in timings]
+        generator.shuffle(names)
+        for name in names:
+            try:
+                next(generations[name])
+            except StopIteration as end:
+                timings[name] = end.value
+    return timings
+
+
+@dataclass
+class Measured:
+    """What `time_case` saw: a timing a round of each run, and in the runs' first round the peak of memory."""
+
+    timings: dict[str, list[Timing]]
+    peak_bytes: dict[str, int | None]
+    without_blocks: list[float]
+    in_routers: list[float]
+
+
+def time_case(runs: Runs, rounds: int, seed: int) -> Measured:
+    """Times the runs of a case, interleaved: pass by pass on a CPU, one generation after the other on a GPU.
+
+    Pass by pass, because a machine that others use, too, changes its speed within a generation. On a GPU that would
+    keep the host from running ahead.
+    """
     generator, names = random.Random(seed), sorted(runs.by_name)
-    timings: dict[str, list[Timing]] = {name: [] for name in names}
-    without_blocks, in_routers = [], []
+    measured = Measured({name: [] for name in names}, {}, [], [])
     for round_number in range(rounds + 1):
         generator.shuffle(names)
-        results = {name: runs.by_name[name]() for name in names}
+        results = {}
+        if round_number == 0 or runs.input_ids.is_cuda:
+            for name in names:
+                with peak_memory(runs.arguments.device) as peak:
+                    results |= take_turns({name: runs.by_name[name]()}, generator)
+                measured.peak_bytes.setdefault(name, peak[0])
+        else:
+            results = take_turns({name: runs.by_name[name]() for name in names}, generator)
         rest = runs.seconds_without_blocks()
         routers = router_seconds(runs.routed, runs.input_ids) if "router" in names else None
         if round_number > 0:  # the first warms up, and compiles
             for name, timing in results.items():
-                timings[name].append(timing)
-            without_blocks.append(rest)
-            in_routers += [] if routers is None else [routers]
-    return timings, without_blocks, in_routers
+                measured.timings[name].append(timing)
+            measured.without_blocks.append(rest)
+            measured.in_routers += [] if routers is None else [routers]
+    return measured
 
 
 def median(timings: list[Timing], field: str) -> float:
-    return statistics.median(getattr(timing, field) for timing in timings)
+    """Over the rounds; for `tokens` over the tokens of all rounds."""
+    values = [getattr(timing, field) for timing in timings]
+    return statistics.median(itertools.chain(*values) if field == "tokens" else values)
 
 
-def report(case: Case, timings: dict, without_blocks: list[float], in_routers: list[float], num_blocks: int) -> dict:
+def report(case: Case, measured: Measured, num_blocks: int) -> dict:
     """The row of the table, and every timing that it comes from."""
+    timings, peaks = measured.timings, measured.peak_bytes
 
     def ratio(name: str, field: str) -> float | None:
-        if name not in timings or getattr(timings[name][0], field) is None:
+        if name not in timings:
             return None
         return median(timings[name], field) / median(timings["stock"], field)
 
     applications = statistics.mean(sum(path) for path in case.paths)
     layers_saved = 1 - applications / num_blocks
-    block_share = 1 - statistics.median(without_blocks) / median(timings["stock"], "per_token")
+    block_share = 1 - statistics.median(measured.without_blocks) / median(timings["stock"], "tokens")
     unused = 1 - len({block for path in case.paths for block, visits in enumerate(path) if visits}) / num_blocks
     row = {
         "batch_size": case.batch_size,
@@ -487,30 +543,30 @@ def report(case: Case, timings: dict, without_blocks: list[float], in_routers: l
         "repeats": case.repeats,
         "rows": case.rows,
         "stock_first_s": median(timings["stock"], "first"),
-        "stock_token_s": median(timings["stock"], "per_token"),
+        "stock_token_s": median(timings["stock"], "tokens"),
         "stock_total_s": median(timings["stock"], "total"),
         "stock_cache_bytes": timings["stock"][0].cache_bytes,
-        "stock_peak_bytes": timings["stock"][0].peak_bytes,
+        "stock_peak_bytes": peaks["stock"],
         "blocks_share_of_token": block_share,
         "layers_saved": layers_saved,
         "bound_on_decode_saved": unused * block_share,
     }
     if "path" in timings:
-        saved = {"first": ratio("path", "first"), "token": ratio("path", "per_token"), "total": ratio("path", "total")}
+        saved = {"first": ratio("path", "first"), "token": ratio("path", "tokens"), "total": ratio("path", "total")}
         row |= {f"{part}_ratio": value for part, value in saved.items()}
         row |= {"decode_saved": 1 - saved["token"], "cache_ratio": ratio("path", "cache_bytes")}
-        row["peak_ratio"] = ratio("path", "peak_bytes")
+        row["peak_ratio"] = peaks["path"] / peaks["stock"] if peaks["stock"] else None
         if layers_saved:
             row["saved_over_layers"] = (1 - saved["total"]) / layers_saved
             row["decode_saved_over_blocks"] = (1 - saved["token"]) / (layers_saved * block_share)
     if "router" in timings:
-        row["router_s"] = statistics.median(in_routers)
+        row["router_s"] = statistics.median(measured.in_routers)
         row["router_share"] = row["router_s"] / median(timings["router"], "total")
-    for name in ("router", "static", "compiled", "stock_compiled"):
-        for part, field in (("first", "first"), ("token", "per_token"), ("total", "total")):
+    for name in MEASURES[1:]:
+        for part, field in (("first", "first"), ("token", "tokens"), ("total", "total")):
             row[f"{name}_{part}_ratio"] = ratio(name, field)
-    row["timings"] = {name: [asdict(timing) for timing in each] for name, each in timings.items()}
-    return row | {"seconds_without_blocks": without_blocks, "seconds_in_routers": in_routers}
+    row["timings"] = {name: [timing.summary() for timing in each] for name, each in timings.items()}
+    return row | {"seconds_without_blocks": measured.without_blocks, "seconds_in_routers": measured.in_routers}
 
 
 COLUMNS = [
@@ -535,6 +591,10 @@ COLUMNS = [
     ("router_total_ratio", "routed total x", ".3f"),
     ("static_first_ratio", "static TTFT x", ".3f"),
     ("static_token_ratio", "static TPOT x", ".3f"),
+    ("static_total_ratio", "static total x", ".3f"),
+    ("stock_again_first_ratio", "again TTFT x", ".3f"),
+    ("stock_again_token_ratio", "again TPOT x", ".3f"),
+    ("stock_again_total_ratio", "again total x", ".3f"),
     ("compiled_token_ratio", "compiled TPOT x", ".3f"),
     ("stock_compiled_token_ratio", "stock compiled TPOT x", ".3f"),
 ]
@@ -610,7 +670,7 @@ def main() -> None:
     rows = []
     for case in make_cases(arguments, num_blocks):
         runs = Runs(case, stock, routed, arguments)
-        rows.append(report(case, *time_case(runs, arguments.rounds, arguments.seed), num_blocks))
+        rows.append(report(case, time_case(runs, arguments.rounds, arguments.seed), num_blocks))
         print(
             f"batch {case.batch_size}, {case.skips} skipped, {case.repeats} repeated, {case.rows}: done",
             file=sys.stderr,

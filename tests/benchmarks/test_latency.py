@@ -54,7 +54,7 @@ def test_the_routers_decide_the_path_that_is_timed(run, monkeypatch):
     generate = latency.generate
 
     def watched(model, input_ids, new_tokens, cache, **arguments):
-        timing = generate(model, input_ids, new_tokens, cache, **arguments)
+        timing = yield from generate(model, input_ids, new_tokens, cache, **arguments)
         if isinstance(cache, latency.PathCache):
             decided.append((bool(arguments), cache.paths))
         return timing
