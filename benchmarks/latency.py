@@ -39,6 +39,8 @@ For each batch size and path the table gives time to first token (TTFT), time pe
 the new tokens of the stock model, and of the routed one along the path as ratios of medians over the rounds (TPOT: over
 the tokens of all rounds), and
 
+    paired          the median of the ratios of single passes to the stock model's that ran beside them, which a machine
+                    of changing speed disturbs least; "again" is the stock model against itself: the noise
     saved/layers    share of the total time saved over the share of block applications saved; 1.0 is perfect
     saved/blocks    the same in decoding against the blocks' own share of the stock model's time per token, that is
                     without embedding, norm and head, which no skipped block saves (timed as a model of no blocks)
@@ -299,7 +301,7 @@ def generate(
             if number in (0, new_tokens - 1):  # in between, the host may run ahead
                 synchronize(device)
             seconds.append(time.perf_counter() - start)
-        forward, arguments = step or model, {}
+        forward, arguments = model if step is None else step, {}
     decoding = seconds[1:] or [0.0]
     tokens = [statistics.mean(decoding)] if input_ids.is_cuda else decoding
     return Timing(seconds[0], tokens, sum(seconds), cache_bytes(cache))
@@ -520,8 +522,18 @@ def time_case(runs: Runs, rounds: int, seed: int) -> Measured:
 
 def median(timings: list[Timing], field: str) -> float:
     """Over the rounds; for `tokens` over the tokens of all rounds."""
+    return statistics.median(passes(timings, field))
+
+
+def passes(timings: list[Timing], field: str) -> list[float]:
     values = [getattr(timing, field) for timing in timings]
-    return statistics.median(itertools.chain(*values) if field == "tokens" else values)
+    return list(itertools.chain(*values)) if field == "tokens" else values
+
+
+def paired(timings: list[Timing], stock: list[Timing], field: str) -> float:
+    """The median of the ratios of passes that ran next to each other: the least noisy of the figures, on a CPU."""
+    pairs = zip(passes(timings, field), passes(stock, field), strict=True)
+    return statistics.median(ours / theirs for ours, theirs in pairs)
 
 
 def report(case: Case, measured: Measured, num_blocks: int) -> dict:
@@ -565,6 +577,7 @@ def report(case: Case, measured: Measured, num_blocks: int) -> dict:
     for name in MEASURES[1:]:
         for part, field in (("first", "first"), ("token", "tokens"), ("total", "total")):
             row[f"{name}_{part}_ratio"] = ratio(name, field)
+            row[f"{name}_{part}_paired"] = paired(timings[name], timings["stock"], field) if name in timings else None
     row["timings"] = {name: [timing.summary() for timing in each] for name, each in timings.items()}
     return row | {"seconds_without_blocks": measured.without_blocks, "seconds_in_routers": measured.in_routers}
 
@@ -592,9 +605,13 @@ COLUMNS = [
     ("static_first_ratio", "static TTFT x", ".3f"),
     ("static_token_ratio", "static TPOT x", ".3f"),
     ("static_total_ratio", "static total x", ".3f"),
+    ("static_first_paired", "static TTFT paired", ".3f"),
+    ("static_token_paired", "static TPOT paired", ".3f"),
     ("stock_again_first_ratio", "again TTFT x", ".3f"),
     ("stock_again_token_ratio", "again TPOT x", ".3f"),
     ("stock_again_total_ratio", "again total x", ".3f"),
+    ("stock_again_first_paired", "again TTFT paired", ".3f"),
+    ("stock_again_token_paired", "again TPOT paired", ".3f"),
     ("compiled_token_ratio", "compiled TPOT x", ".3f"),
     ("stock_compiled_token_ratio", "stock compiled TPOT x", ".3f"),
 ]

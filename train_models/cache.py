@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import CacheLayerMixin
 
 from .paths import EXECUTE, REPEAT, Path
 
@@ -76,8 +77,8 @@ class RowSchedule:
 class _Slot:
     """Stands in for the cache while one visit of one block runs, and sends its keys and values to the right slot."""
 
-    def __init__(self, cache: "PathCache", slot: int):
-        self._layer = cache.layers[slot]
+    def __init__(self, layer: CacheLayerMixin):
+        self._layer = layer
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_args, **kwargs):
         return self._layer.update(key_states, value_states, **kwargs)
@@ -119,6 +120,9 @@ class PathCache(DynamicCache):
                 self.layers += StaticCache(config=self._config, max_cache_len=self._max_cache_len).layers
         if recording:
             self.activate_past_recording()
+        # Made once and not at each visit: in decoding a small model, Python's time counts.
+        slots = [_Slot(layer) for layer in self.layers]
+        self._slots = list(zip(slots[: len(slots) // 2], slots[len(slots) // 2 :], strict=True))
 
     @classmethod
     def of(cls, cache, config: PreTrainedConfig) -> "PathCache":
@@ -162,7 +166,7 @@ class PathCache(DynamicCache):
 
     def slot(self, block: int, visit: int) -> _Slot:
         """What the attention of `block` gets as its cache on its (`visit` + 1)-th visit."""
-        return _Slot(self, block + visit * self._config.num_hidden_layers)
+        return self._slots[block][visit]
 
     def advance(self, schedule: RowSchedule, num_tokens: int) -> None:
         """Notes that a forward pass over `num_tokens` new tokens a row has ended."""

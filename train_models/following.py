@@ -7,6 +7,7 @@ attention, rotary embeddings and masks stay those of transformers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -151,7 +152,7 @@ class FollowsPaths:
             position_ids = (torch.arange(num_tokens, device=inputs_embeds.device) + tokens_seen).unsqueeze(0)
 
         schedule, decider = self._schedule(layer_indices, cache, inputs_embeds, attention_mask, kwargs)
-        kinds = self._attention_kinds()
+        kinds = self._attention_kinds
         views = _RowViews(
             self._masks(set(kinds), inputs_embeds, attention_mask, cache, position_ids),
             position_ids,
@@ -249,8 +250,9 @@ class FollowsPaths:
             )
         return [layer_indices_to_path([int(index) for index in row], num_blocks) for row in as_list]
 
+    @cached_property
     def _attention_kinds(self) -> list[str]:
-        """The kind of mask that each block takes: "full_attention" or "sliding_attention"."""
+        """The kind of mask that each block takes: "full_attention" or "sliding_attention"; its attention keeps it."""
         if getattr(self.config, "layer_types", None) is not None:
             return list(self.config.layer_types)
         is_sliding = getattr(self.config, "sliding_window", None) is not None

@@ -68,6 +68,21 @@ def test_the_routers_decide_the_path_that_is_timed(run, monkeypatch):
     assert next(iter(given))[0].count(SKIP) == 2
 
 
+def test_static_routing_is_paired_with_the_stock_model(run):
+    row = run("--skip", "0", "--batch_sizes", "2", "--measure", "static,stock_again")[0]["rows"][0]
+    for name in ("static", "stock_again"):
+        for part in ("first", "token", "total"):
+            assert row[f"{name}_{part}_ratio"] > 0
+            assert row[f"{name}_{part}_paired"] > 0
+
+
+@pytest.mark.slow
+def test_compiled_decoding_is_timed(run):
+    row = run("--skip", "2", "--batch_sizes", "1", "--measure", "path,compiled,stock_compiled")[0]["rows"][0]
+    assert row["compiled_token_ratio"] > 0
+    assert row["stock_compiled_token_ratio"] > 0
+
+
 def test_the_blocks_asked_for(run):
     result, _ = run("--blocks", "4", "--skip", "1", "--batch_sizes", "1", "--measure", "path")
     assert result["num_blocks"] == 4
