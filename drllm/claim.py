@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import json
 import math
 import random
@@ -40,11 +41,13 @@ import torch
 
 from drllm import tasks
 from drllm.ablations import MINIATURE_DATA, load_test_questions, routed_paths
-from drllm.effects import Answered, PathsOfGroups, measure
+from drllm.effects import PathsOfGroups
 from drllm.errors import UserError, main_guard
 from drllm.features import pad_ids
 from drllm.labels import read_labels
-from drllm.provenance import commit, versions
+from drllm.processes import process_state
+from drllm.provenance import commit, fingerprint, versions
+from drllm.rewards import Answered, RoundStore, measure
 from drllm.rollout import Prompt, Request, RolloutEngine, SearchPool
 from drllm.router_checkpoint import join_routers, load_tokenizer
 from drllm.router_training import RouterTrainingConfig, train_routers
@@ -132,6 +135,9 @@ class Comparison:
         self.base = Outcome([float(right) for right in self.test.base_right], self._layers(self._everywhere(self.test)))
         self.train, self.validation = self._training_questions()
         self._check_disjoint()
+        # What a stopped run measured is not measured again.
+        state = process_state(datetime.timedelta(days=1))
+        self.store = RoundStore(Path(arguments.work_dir) / "measured", fingerprint(self.routed), state)
 
     def _everywhere(self, test) -> list[BlockPath]:
         return [default_path(self.num_blocks)] * len(test.prompts)
@@ -219,7 +225,7 @@ class Comparison:
         """Routers on the paths of groups: (an outcome a seed, their paths, how price and labels did)."""
         arguments, batch_size = self.arguments, self.arguments.batch_size
         default = [default_path(self.num_blocks)] * len(self.train)
-        grown = PathsOfGroups(self.routed, self.train, arguments.groups, arguments.most_skips, batch_size)
+        grown = PathsOfGroups(self.routed, self.train, arguments.groups, arguments.most_skips, batch_size, self.store)
         train_prompts = [each.prompt for each in self.train]
         prompts = [each.prompt for each in self.validation]
         validated: dict[float, Outcome] = {}
@@ -266,8 +272,10 @@ class Comparison:
             ],
             "on_training_questions": _means(isolated),
             "groups": [
-                [{"path": list(each.path), "reward": each.reward} for each in chain]
-                + [int((grown.groups == group).sum())]
+                {
+                    "questions": int((grown.groups == group).sum()),
+                    "paths": [{"path": list(each.path), "reward": each.reward} for each in chain],
+                }
                 for group, chain in enumerate(grown.chains)
             ],
         }
@@ -283,8 +291,9 @@ class Comparison:
         for _ in range(most + 1):
             found.append((path, self._one_path(path)))
             say(f"static {list(path)}", found[-1][1])
-            costs = measure(self.routed, questions, [path] * len(questions), self.arguments.batch_size).rewards
-            mean = costs[:, :, SKIP].mean(0)
+            paths, batch_size = [path] * len(questions), self.arguments.batch_size
+            costs = measure(self.routed, questions, paths, batch_size, with_windows=False, store=self.store)
+            mean = costs.rewards[:, :, SKIP].mean(0)
             mean[[block for block, visits in enumerate(path) if visits == SKIP]] = -math.inf
             block = int(mean.argmax())
             path = (*path[:block], SKIP, *path[block + 1 :])

@@ -16,9 +16,11 @@ not only right or wrong:
 6. One round on the routers' own decisions: effects measured around these, and the expected reward of the routers'
    probabilities, less the price of a block, raised directly (`refine`).
 
-Each of the steps 2, 4 (once a skip) and 6 costs about L / 2 forward passes a training question. To make a checkpoint:
+Each of the steps 2, 4 (once a skip) and 6 costs about L / 2 forward passes a training question (`drllm/rewards.py`). To
+make a checkpoint (stopped at any moment, the same command continues; one process a GPU):
 
     python -m drllm.effects --data_dir miniature/data --price 0.004 --output_dir checkpoints/groups
+    accelerate launch --num_processes 8 -m drllm.effects --model meta-llama/Llama-3.2-3B-Instruct --output_dir ...
 
 `drllm.claim` compares it with the published way and with controls, the price chosen on validation questions.
 """
@@ -26,145 +28,30 @@ Each of the steps 2, 4 (once a skip) and 6 costs about L / 2 forward passes a tr
 from __future__ import annotations
 
 import argparse
+import datetime
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from drllm import tasks
 from drllm.ablations import MINIATURE_DATA, routed_paths
 from drllm.errors import main_guard
-from drllm.features import pad_ids
+from drllm.processes import process_state
 from drllm.provenance import fingerprint, parse_dtype
+from drllm.rewards import NUM_ACTIONS, Answered, EffectRound, Made, RoundStore, measure
 from drllm.rollout import Prompt
 from drllm.router_checkpoint import load_routed, load_tokenizer, save_routers
 from drllm.router_modules import StackedRouters
-from train_models.paths import EXECUTE, SKIP, Path, default_path, is_allowed, path_to_layer_indices
+from train_models.paths import EXECUTE, SKIP, Path, default_path, is_allowed
 
-NUM_ACTIONS = 3
-MARGIN_SCALE = 0.3  # nats of margin a unit of the sigmoid's argument
 KERNEL_WIDTH = 1.0  # of standardised states whose squared distance is a mean over features
 KERNEL_NOISE = 3.0  # variance of one question's own effect over that of what questions share
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A prompt and the tokens of its right answer, in the form the model is asked for."""
-
-    prompt: Prompt
-    answer_ids: tuple[int, ...]
-
-    @classmethod
-    def of(cls, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Answered:
-        question = prompt.question
-        is_math = tasks.SETS[question.set].kind == "math"
-        text = f" \\boxed{{{question.answer}}}" if is_math else f" {question.answer}"
-        answer_ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        return cls(prompt, tuple(answer_ids))
-
-
-@dataclass
-class EffectRound:
-    """What one round measured around `paths`: rewards float32 [N, L, 3] with block l's action replaced (nan where it
-    was not asked or no block would run), and what the routers read there, windows [N, L, W, d] and mask [N, W].
-    """
-
-    paths: list[Path]
-    rewards: torch.Tensor
-    windows: torch.Tensor
-    window_mask: torch.Tensor
-
-    def own(self) -> torch.Tensor:
-        """Rewards of the paths themselves, [N]."""
-        actions = torch.tensor(self.paths)[:, :1]
-        return self.rewards[:, 0].gather(1, actions)[:, 0]
-
-
-@torch.inference_mode()
-def measure(
-    routed: PreTrainedModel,
-    questions: Sequence[Answered],
-    paths: Sequence[Path],
-    batch_size: int = 64,
-    actions: Sequence[int] = (SKIP, EXECUTE),
-) -> EffectRound:
-    """One `EffectRound` over `questions` around `paths`, one path each, with each block's action replaced by `actions`.
-
-    Costs a pass along each path and, for each block and other action, one from that block on.
-    """
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt.input_ids))
-    num_blocks = routed.config.num_hidden_layers
-    rewards = torch.full((len(questions), num_blocks, NUM_ACTIONS), float("nan"))
-    windows, masks = [torch.empty(0)] * len(questions), [torch.empty(0)] * len(questions)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch, batch_paths = [questions[i] for i in chosen], [paths[i] for i in chosen]
-        measured, inputs, mask = _measure_batch(routed, batch, batch_paths, actions)
-        for row, i in enumerate(chosen):
-            rewards[i], windows[i], masks[i] = measured[row], inputs[row], mask[row]
-    return EffectRound(list(paths), rewards, torch.stack(windows), torch.stack(masks))
-
-
-def _measure_batch(routed, batch: list[Answered], paths: list[Path], actions: Sequence[int]):
-    """(rewards [B, L, 3], router inputs [B, L, W, d], window mask [B, W])."""
-    ids, length, places, targets = (each.to(routed.device) for each in _teacher_forced(batch))
-    along = routed.model(
-        input_ids=ids,
-        layer_indices=[path_to_layer_indices(path) for path in paths],
-        prompt_length=length,
-        use_cache=False,
-        output_hidden_states=True,
-        output_router_inputs=True,
-    )
-
-    def reward(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        answers = hidden[torch.arange(len(rows), device=hidden.device)[:, None], places[rows]]
-        logits = routed.lm_head(answers).float()
-        gold = targets[rows].clamp_min(0)[..., None]
-        margins = logits.gather(2, gold)[..., 0] - logits.scatter(2, gold, -torch.inf).amax(-1)
-        weakest = margins.masked_fill(targets[rows] < 0, torch.inf).amin(1)
-        return (weakest / MARGIN_SCALE).sigmoid().cpu()
-
-    current = reward(along.last_hidden_state, torch.arange(len(batch), device=routed.device))
-    num_blocks = len(paths[0])
-    rewards = torch.full((len(batch), num_blocks, NUM_ACTIONS), float("nan"))
-    for block in range(num_blocks):
-        rewards[torch.arange(len(batch)), block, [path[block] for path in paths]] = current
-        for action in actions:
-            changed, rows = [], []
-            for row, path in enumerate(paths):
-                other = (*path[:block], action, *path[block + 1 :])
-                if other != path and sum(other):
-                    # Below the changed block nothing changes: start from its input on the unchanged path.
-                    changed.append(path_to_layer_indices((0,) * block + other[block:]))
-                    rows.append(row)
-            if rows:
-                there = torch.tensor(rows, device=routed.device)
-                inputs = along.hidden_states[block][there]
-                hidden = routed.model(inputs_embeds=inputs, layer_indices=changed, use_cache=False).last_hidden_state
-                rewards[rows, block, action] = reward(hidden, there)
-    return rewards, along.router_inputs.cpu(), along.window_mask.cpu()
-
-
-def _teacher_forced(batch: list[Answered]):
-    """Right-padded prompt + answer [B, T], prompt lengths [B], and for each answer token where it is predicted and its
-    id [B, A], -1 beyond the answer. Causal attention needs no mask for padding on the right."""
-    rows = [(*each.prompt.input_ids, *each.answer_ids[:-1]) for each in batch]
-    ids = torch.zeros(len(batch), max(map(len, rows)), dtype=torch.long)
-    longest = max(len(each.answer_ids) for each in batch)
-    places = torch.zeros(len(batch), longest, dtype=torch.long)
-    targets = torch.full((len(batch), longest), -1)
-    for row, (each, tokens) in enumerate(zip(batch, rows, strict=True)):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        count = len(each.answer_ids)
-        places[row, :count] = len(each.prompt.input_ids) - 1 + torch.arange(count)
-        targets[row, :count] = torch.tensor(each.answer_ids)
-    return ids, torch.tensor([len(each.prompt.input_ids) for each in batch]), places, targets
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -216,27 +103,23 @@ class GroupPath:
 
 
 def grow(
-    routed: PreTrainedModel,
-    questions: Sequence[Answered],
-    groups: torch.Tensor,
-    first: EffectRound,
-    most_skips: int,
-    batch_size: int = 64,
+    measure_around: Callable[[list[Path], int], EffectRound], groups: torch.Tensor, first: EffectRound, most_skips: int
 ) -> list[list[GroupPath]]:
     """For each group its paths of 0, 1, ... skips, each the former and the skip that leaves the highest mean reward.
 
     Args:
+        measure_around: (a path a question, their number of skips) -> what `measure` finds.
         groups: [N], the group of each question.
         first: measured around the default path.
     """
     count = int(groups.max()) + 1
-    paths = [default_path(routed.config.num_hidden_layers)] * count
+    paths = [first.paths[0]] * count
     chains: list[list[GroupPath]] = [[] for _ in range(count)]
     measured = first
     open_groups = set(groups.tolist())
     for skips in range(most_skips + 1):
         if skips:
-            measured = measure(routed, questions, [paths[group] for group in groups.tolist()], batch_size)
+            measured = measure_around([paths[group] for group in groups.tolist()], skips)
         for group in sorted(open_groups):
             members = groups == group
             path = paths[group]
@@ -264,43 +147,15 @@ def at_price(chains: Sequence[Sequence[GroupPath]], groups: torch.Tensor, price:
 # Routers
 
 
-@torch.inference_mode()
-def read_along(
-    routed: PreTrainedModel, questions: Sequence[Answered], paths: Sequence[Path], batch_size: int = 64
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the routers read along `paths`: windows [N, L, W, d] and mask [N, W]."""
-    windows, masks = [torch.empty(0)] * len(questions), [torch.empty(0)] * len(questions)
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt.input_ids))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        output = routed.model(
-            **pad_ids([questions[i].prompt.input_ids for i in chosen], 0, routed.device),
-            layer_indices=[path_to_layer_indices(paths[i]) for i in chosen],
-            use_cache=False,
-            output_router_inputs=True,
-        )
-        for row, i in enumerate(chosen):
-            windows[i], masks[i] = output.router_inputs[row].cpu(), output.window_mask[row].cpu()
-    return torch.stack(windows), torch.stack(masks)
-
-
-def imitate(
-    routers: StackedRouters,
-    windows: torch.Tensor,
-    window_mask: torch.Tensor,
-    labels: Sequence[Path],
-    epochs: int,
-    learning_rate: float,
-    seed: int,
-) -> float:
-    """Cross-entropy on `labels`; returns the last epoch's mean loss."""
-    targets = torch.tensor(labels)
+def imitate(routers: StackedRouters, along: EffectRound, epochs: int, learning_rate: float, seed: int) -> float:
+    """Cross-entropy on the paths of `along`; returns the last epoch's mean loss."""
+    targets = torch.tensor(along.paths)
 
     def loss(chosen: torch.Tensor) -> torch.Tensor:
-        logits = routers(windows[chosen], window_mask[chosen])["logits"]
+        logits = routers(along.windows[chosen], along.window_mask[chosen])["logits"]
         return F.cross_entropy(logits.flatten(0, 1), targets[chosen].flatten())
 
-    return _train(routers, loss, len(labels), epochs, learning_rate, seed)
+    return _train(routers, loss, len(targets), epochs, learning_rate, seed)
 
 
 def refine(
@@ -341,7 +196,11 @@ def _train(routers: nn.Module, loss_of, count: int, epochs: int, learning_rate: 
 
 
 class PathsOfGroups:
-    """Steps 1 to 4, done once for `questions`; then labels at any price, and routers for a price and a seed."""
+    """Steps 1 to 4, done once for `questions`; then labels at any price, and routers for a price and a seed.
+
+    With a `RoundStore` what was measured before is not measured again, and several processes share the measuring; the
+    main process then trains the routers, and all get them.
+    """
 
     def __init__(
         self,
@@ -350,15 +209,23 @@ class PathsOfGroups:
         groups: int = 20,
         most_skips: int = 4,
         batch_size: int = 64,
+        store: RoundStore | None = None,
     ) -> None:
         self.routed = routed
         self.questions = questions
         self.batch_size = batch_size
+        self.store = store
         default = default_path(routed.config.num_hidden_layers)
-        first = measure(routed, questions, [default] * len(questions), batch_size)
+        first = self._measure([default] * len(questions), "around the base model")
         of_skips = first.rewards[:, :, SKIP] - first.rewards[:, :, EXECUTE]
-        self.groups = groups_of(smoothed(of_skips, first.windows, first.window_mask), groups, seed=0)
-        self.chains = grow(routed, questions, self.groups, first, most_skips, batch_size)
+        self.groups = self._from_main(
+            lambda: groups_of(smoothed(of_skips, first.windows, first.window_mask), groups, seed=0)
+        )
+
+        def measure_around(paths: list[Path], skips: int) -> EffectRound:
+            return self._measure(paths, f"around paths of {skips} skips, at most {most_skips}", with_windows=False)
+
+        self.chains = grow(measure_around, self.groups, first, most_skips)
 
     def labels(self, price: float) -> list[Path]:
         """A path a question."""
@@ -369,12 +236,27 @@ class PathsOfGroups:
         self.routed.model.init_routers(seed)
         routers = StackedRouters(self.routed.model.routers).cpu()
         labels = self.labels(price)
-        windows, mask = read_along(self.routed, self.questions, labels, self.batch_size)
-        imitate(routers, windows, mask, labels, epochs=10, learning_rate=1e-3, seed=seed)
-        routers.copy_to(self.routed.model.routers)
-        paths = routed_paths(self.routed, [each.prompt for each in self.questions], self.batch_size)
-        around = measure(self.routed, self.questions, paths, self.batch_size)
-        refine(routers, around, price, epochs=4, learning_rate=3e-4, seed=seed)
+        along = self._measure(labels, "along the groups' paths", actions=())
+        self._train(routers, lambda: imitate(routers, along, epochs=10, learning_rate=1e-3, seed=seed))
+        prompts = [each.prompt for each in self.questions]
+        paths = self._from_main(lambda: routed_paths(self.routed, prompts, self.batch_size))
+        around = self._measure(paths, "around the routers' decisions")
+        self._train(routers, lambda: refine(routers, around, price, epochs=4, learning_rate=3e-4, seed=seed))
+
+    def _measure(self, paths: Sequence[Path], title: str, **arguments) -> EffectRound:
+        return measure(self.routed, self.questions, paths, self.batch_size, store=self.store, title=title, **arguments)
+
+    def _from_main(self, make: Callable[[], Made]) -> Made:
+        return make() if self.store is None else self.store.from_main(make)
+
+    def _train(self, routers: StackedRouters, train: Callable[[], float]) -> None:
+        """On the main process; then all have the routers, and their models, too."""
+
+        def weights() -> dict[str, torch.Tensor]:
+            train()
+            return routers.state_dict()
+
+        routers.load_state_dict(self._from_main(weights))
         routers.copy_to(self.routed.model.routers)
 
 
@@ -384,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m drllm.effects", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(MINIATURE_DATA.parent / "model"))
     parser.add_argument("--revision")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="auto", help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--data_dir", type=FilePath, help="local question files; default: the Hub")
     parser.add_argument("--dataset", default="arc,dart")
     parser.add_argument("--train_questions", type=int, default=800, help="a set, at most")
@@ -395,29 +277,39 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=FilePath, required=True)
     arguments = parser.parse_args(argv)
+    state = process_state(datetime.timedelta(days=30))  # the others wait while the main process trains
+    dtype = ("float32" if state.device.type == "cpu" else "bfloat16") if arguments.dtype == "auto" else arguments.dtype
     tokenizer = load_tokenizer(arguments.model, arguments.revision)
-    routed = load_routed(arguments.model, parse_dtype(arguments.dtype), arguments.revision, {}).eval()
-    routed.to("cuda" if torch.cuda.is_available() else "cpu")
+    routed = load_routed(arguments.model, parse_dtype(dtype), arguments.revision, {}).eval().to(state.device)
     routed.config.base_model_name, routed.config.base_model_revision = arguments.model, arguments.revision
     routed.config.base_model_fingerprint = fingerprint(routed)
     routed.config.trained_num_windows = routed.config.num_windows
     chat = tasks.wants_chat_template("auto", arguments.model, tokenizer)
-    questions = [
-        Answered.of(Prompt.of(question, tokenizer, chat), tokenizer)
-        for name in tasks.expand_sets(arguments.dataset)
-        for question in tasks.load_questions(name, "train", arguments.data_dir, arguments.train_questions)
-    ]
-    print(f"measuring {len(questions)} questions", file=sys.stderr, flush=True)
-    found = PathsOfGroups(routed, questions, arguments.groups, arguments.most_skips, arguments.batch_size)
-    labels = found.labels(arguments.price)
-    layers = sum(map(sum, labels)) / len(labels)
-    print(f"labels: {len(set(labels))} paths, {layers:.2f} layers on average; training", file=sys.stderr, flush=True)
-    found.train_routers(arguments.price, arguments.seed)
-    routed.cpu()
-    routed.save_pretrained(arguments.output_dir)
-    tokenizer.save_pretrained(arguments.output_dir)
-    save_routers(routed, arguments.output_dir / "routers")
-    print(f"wrote {arguments.output_dir}")
+    with state.main_process_first():  # so that a download happens once a machine
+        questions = [
+            Answered.of(Prompt.of(question, tokenizer, chat), tokenizer)
+            for name in tasks.expand_sets(arguments.dataset)
+            for question in tasks.load_questions(name, "train", arguments.data_dir, arguments.train_questions)
+        ]
+    measured = arguments.output_dir.with_name(arguments.output_dir.name + "-measured")
+    store = RoundStore(measured, routed.config.base_model_fingerprint, state)
+    try:
+        found = PathsOfGroups(routed, questions, arguments.groups, arguments.most_skips, arguments.batch_size, store)
+        labels = found.labels(arguments.price)
+        layers = sum(map(sum, labels)) / len(labels)
+        if state.is_main_process:
+            print(f"labels: {len(set(labels))} paths, {layers:.2f} layers on average", file=sys.stderr, flush=True)
+        found.train_routers(arguments.price, arguments.seed)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what was measured is in {measured}; the same command continues") from None
+    if state.is_main_process:
+        routed.cpu()
+        routed.save_pretrained(arguments.output_dir)
+        tokenizer.save_pretrained(arguments.output_dir)
+        save_routers(routed, arguments.output_dir / "routers")
+        print(f"wrote {arguments.output_dir}; {measured} holds what was measured, for other prices and seeds")
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_models import load_path_model
+from drllm.rewards import Answered
 from drllm.rollout import Prompt
-from drllm.tasks import load_questions
+from drllm.tasks import Question, load_questions
 
 LETTERS = ["A", "B", "C", "D"]
 BOXES = [f"\\boxed{{{value}}}" for value in range(6)]
@@ -70,3 +71,15 @@ def prompts(data: Path, tokenizer, sets=("arc_easy", "dart-1", "dart-2")) -> lis
     return [
         Prompt.of(question, tokenizer, chat=False) for name in sets for question in load_questions(name, "train", data)
     ]
+
+
+def answered_questions(count: int) -> list[Answered]:
+    """Prompts and answers of random tokens, of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for number in range(count):
+        ids = tuple(torch.randint(2, 61, (4 + 3 * number,), generator=generator).tolist())
+        answer = tuple(torch.randint(2, 61, (1 + number % 3,), generator=generator).tolist())
+        question = Question("dart-1", f"q{number}", "", (), (), "0")
+        made.append(Answered(Prompt(question, "", ids, 5), answer))
+    return made
