@@ -13,7 +13,11 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_masks_for_generate,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .cache import PathCache, RowSchedule
@@ -146,9 +150,9 @@ class FollowsPaths:
         if self.gradient_checkpointing and self.training:
             use_cache = False
         cache = PathCache.of(past_key_values, self.config) if use_cache or past_key_values is not None else None
-        tokens_seen = cache.get_seq_length() if cache is not None else 0
         batch_size, num_tokens = inputs_embeds.shape[:2]
         if position_ids is None:
+            tokens_seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(num_tokens, device=inputs_embeds.device) + tokens_seen).unsqueeze(0)
 
         schedule, decider = self._schedule(layer_indices, cache, inputs_embeds, attention_mask, kwargs)
@@ -184,10 +188,7 @@ class FollowsPaths:
                 all_hidden_states.append(hidden_states)
         hidden_states = self.norm(hidden_states)
 
-        if cache is not None:
-            cache.advance(schedule, num_tokens)
-        # Not the cache itself: its keys and values must be free to go when the caller drops them.
-        self._last_schedule, self._last_passes = schedule, cache.forward_passes if cache is not None else 1
+        self._note_pass(schedule, cache, num_tokens)
         output = self._output(
             decider,
             last_hidden_state=hidden_states,
@@ -196,6 +197,13 @@ class FollowsPaths:
             paths=schedule.paths_tensor(),
         )
         return output.to_tuple() if return_dict is False else output
+
+    @torch.compiler.disable  # or the counts would be inputs of the compiled graph, which must not change
+    def _note_pass(self, schedule: RowSchedule, cache: PathCache | None, num_tokens: int) -> None:
+        if cache is not None:
+            cache.advance(schedule, num_tokens)
+        # Not the cache itself: its keys and values must be free to go when the caller drops them.
+        self._last_schedule, self._last_passes = schedule, cache.forward_passes if cache is not None else 1
 
     @property
     def block_applications(self) -> torch.Tensor:
@@ -335,11 +343,13 @@ class CausalLMOverPaths:
 
         One compilation serves all blocks, visits and paths. There is one for each number of rows that run a block
         together; after eight of them (torch's limit) other numbers run uncompiled. The loop over the blocks stays in
-        Python, as its path differs from prompt to prompt. Pass a static cache (`PathCache(max_cache_len=...)`, or
-        cache_implementation="static" to `generate`), so that shapes stay the same.
+        Python, as its path differs from prompt to prompt; where many prompts follow few paths, compiling the whole step
+        gains more: `generate(cache_implementation="static", compile_config=CompileConfig())`.
 
-        Forward passes over several tokens are not compiled: every length of a prompt would compile anew, and the slots
-        of the cache, which the first pass allocates, get fixed addresses only outside of compiled code.
+        Pass a static cache (`PathCache(max_cache_len=...)`, or cache_implementation="static" to `generate`), so that
+        shapes stay the same. Forward passes over several tokens are not compiled: every length of a prompt would compile
+        anew, and the slots of the cache, which the first pass allocates, get fixed addresses only outside of compiled
+        code.
         """
         for block in self.model.layers:
             block.compile(**compile_arguments)
@@ -351,13 +361,19 @@ class CausalLMOverPaths:
             "call generate with a padded batch"
         )
 
-    def _valid_auto_compile_criteria(self, *_args, **_kwargs) -> bool:
-        return False  # `generate` would compile the whole loop, anew for each path; see `compile_blocks`
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        """Whether `generate` compiles the whole decoding step. It would anew for each path, and torch gives up after
+        eight: so only where `compile_config` asks for it, as for a path that many prompts follow."""
+        asked = generation_config.compile_config is not None
+        return asked and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
-    def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **_kwargs) -> torch.Tensor | None:
-        """The mask [batch, tokens] as it is: with a static cache `generate` would prepare the masks of the blocks
-        beforehand, for its own compiled forward pass, and so hide the padding from the routers."""
-        return attention_mask
+    def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, past_key_values=None, **kwargs):
+        """With a static cache `generate` prepares the masks of the blocks outside of its compiled forward pass. Not at
+        prefill, where that would hide the padding from the routers: there, the mask [batch, tokens] as it is."""
+        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        if is_prefill or self.config._attn_implementation == "flex_attention":  # whose masks `generate` cannot handle
+            return attention_mask
+        return create_masks_for_generate(attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, layer_indices=None, **kwargs):
         # The stock method repeats tensors for beams and return sequences; a list of paths needs the same.

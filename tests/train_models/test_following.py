@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, CompileConfig, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from data_models import load_path_model
@@ -293,3 +293,27 @@ def test_compiled_blocks_give_the_same_tokens(family, decisive):
         if case == cases[len(shared) - 1]:
             assert graphs["unique_graphs"] == 1, "one compilation serves every block, visit and path"
     assert graphs["unique_graphs"] == 2, "and one more serves every single row"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_compiled_step_serves_a_path(family, decisive):
+    model, input_ids = decisive(family), prompts(2)
+    mask = torch.ones_like(input_ids)
+    mask[0, :3] = 0
+    compiled = CompileConfig(mode="default")
+    compiled._compile_all_devices = True
+    arguments = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
+    graphs = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    graphs.clear()
+    counts = []
+    for path in (NAMED_PATHS["block 0 skipped"], NAMED_PATHS["block 0 skipped"], NAMED_PATHS["first half skipped"]):
+        path_arguments = arguments | {"layer_indices": path_to_layer_indices(path)}
+        expected = model.generate(input_ids, **path_arguments)
+        found = model.generate(input_ids, cache_implementation="static", compile_config=compiled, **path_arguments)
+        assert torch.equal(found, expected)
+        counts.append(graphs["unique_graphs"])
+    assert 0 < counts[0] == counts[1] < counts[2], "compiled once a path, and not again for another token or prompt"
+    model.generate(input_ids, cache_implementation="static", layer_indices=[0, 1, 2, 4], **arguments)
+    assert graphs["unique_graphs"] == counts[2], "and only where asked for"
