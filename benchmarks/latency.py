@@ -187,6 +187,8 @@ def parse_arguments() -> argparse.Namespace:
             raise UserError(f"--{name} names {', '.join(sorted(unknown))}; known are {', '.join(known)}")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no GPU here; use --device cpu")
+    if arguments.device.startswith("cuda:"):
+        torch.cuda.set_device(arguments.device)  # which synchronize and the counts of memory go by
     return arguments
 
 
@@ -207,14 +209,18 @@ def load_models(arguments: argparse.Namespace) -> tuple:
             config.layer_types = config.layer_types[: arguments.blocks]
     config._attn_implementation = arguments.attention
     if arguments.checkpoint:
-        stock = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=dtype, device_map=arguments.device)
+        stock = AutoModelForCausalLM.from_pretrained(
+            arguments.checkpoint, dtype=dtype, device_map=arguments.device, attn_implementation=arguments.attention
+        )
         config = stock.config
     else:
         with torch.device(arguments.device):
             stock = AutoModelForCausalLM.from_config(config, dtype=dtype)
     config_class, model_class = routed_classes(config.model_type)
     with torch.device("meta"):
-        routed = model_class._from_config(routed_config(config, config_class, {}), dtype=dtype)
+        routed = model_class._from_config(
+            routed_config(config, config_class, {}), dtype=dtype, attn_implementation=arguments.attention
+        )
     # The same tensors serve both, so that neither model has the warmer memory, and memory is needed once.
     routed.model.embed_tokens, routed.lm_head = stock.model.embed_tokens, stock.lm_head
     routed.model.layers, routed.model.norm = stock.model.layers, stock.model.norm

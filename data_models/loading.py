@@ -36,6 +36,7 @@ def load_path_model(
         ValueError: for an unsupported family.
         OSError: when the checkpoint is not found.
     """
+    dtype = from_pretrained_arguments.pop("torch_dtype", dtype)  # the older name
     config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     model_class = path_model_class(config.model_type)
     model = model_class.from_pretrained(name_or_path, dtype=dtype, revision=revision, **from_pretrained_arguments)

@@ -154,6 +154,7 @@ def run_ablation(
                 print(f"--- {name}, {panel}: {label}, seed {seed}", flush=True)
                 record = train_routers(config)
                 routed = join_routers(config.checkpoint / "routers", record["base_model"]["name"])
+                routed.to("cuda" if torch.cuda.is_available() else "cpu")
                 if engine is None:
                     engine = RolloutEngine(routed, tokenizer, batch_size=64, reuse_default_states=False)
                     test = load_test_questions(engine, sets, data_dir, chat, limit)

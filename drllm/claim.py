@@ -128,7 +128,8 @@ class Comparison:
         self.arguments = arguments
         self.sets = tasks.expand_sets(arguments.sets)
         self.tokenizer = load_tokenizer(arguments.model)
-        self.routed = retrofit(arguments.model, dtype=torch.float32).eval()
+        state = process_state(datetime.timedelta(days=1))
+        self.routed = retrofit(arguments.model, dtype=torch.float32).eval().to(state.device)
         self.num_blocks = self.routed.config.num_hidden_layers
         self.engine = RolloutEngine(self.routed, self.tokenizer, arguments.batch_size, reuse_default_states=False)
         self.test = load_test_questions(self.engine, self.sets, arguments.data_dir, False, arguments.test_questions)
@@ -136,7 +137,6 @@ class Comparison:
         self.train, self.validation = self._training_questions()
         self._check_disjoint()
         # What a stopped run measured is not measured again.
-        state = process_state(datetime.timedelta(days=1))
         self.store = RoundStore(Path(arguments.work_dir) / "measured", fingerprint(self.routed), state)
 
     def _everywhere(self, test) -> list[BlockPath]:
@@ -195,7 +195,7 @@ class Comparison:
                 seed=seed,
             )
             train_routers(config)
-            routed = join_routers(config.checkpoint / "routers", self.arguments.model)
+            routed = join_routers(config.checkpoint / "routers", self.arguments.model).to(self.routed.device)
             decisions.append(self.decide(routed, self.test.prompts))
             outcomes.append(self.answer(self.test.prompts, decisions[-1]))
             say(f"paper, seed {seed}", outcomes[-1])
@@ -307,12 +307,12 @@ class Comparison:
 
         def compare(layer, arguments, output) -> None:
             block = layer.self_attn.layer_idx
-            similar[block] += torch.cosine_similarity(arguments[0][real], output[real], dim=-1).sum()
+            similar[block] += torch.cosine_similarity(arguments[0][real], output[real], dim=-1).sum().item()
 
         hooks = [layer.register_forward_hook(compare) for layer in self.routed.model.layers]
         prompts = [each.prompt.input_ids for each in self.train[:: max(1, len(self.train) // 512)]]
         for start in range(0, len(prompts), self.arguments.batch_size):
-            batch = pad_ids(prompts[start : start + self.arguments.batch_size], 0)
+            batch = pad_ids(prompts[start : start + self.arguments.batch_size], 0, self.routed.device)
             real = batch["attention_mask"].bool()
             self.routed.model(**batch, layer_indices=list(range(self.num_blocks)), use_cache=False)
         for hook in hooks:

@@ -10,6 +10,7 @@ All flags are lm-eval's own. The batch size is 8 where none is given, since no r
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def lm_eval_arguments(arguments: list[str]) -> list[str]:
     arguments = list(arguments)
     if arguments[:1] == ["run"]:
         del arguments[0]
-    model = _take(arguments, "--model") or "drllm"
+    model = _take(arguments, "--model") or _take(arguments, "-M") or "drllm"
     model_args = []
     if "--model_args" in arguments:  # one or more values
         start = arguments.index("--model_args")
@@ -67,8 +68,11 @@ def _skip_the_catalogue(arguments: list[str]) -> None:
     import lm_eval.tasks
 
     include = Path(arguments[arguments.index("--include_path") + 1]) if "--include_path" in arguments else None
-    wanted = next((arguments[n + 1] for n, part in enumerate(arguments[:-1]) if part in ("--tasks", "-t")), "")
-    if include != TASKS_FOLDER or not wanted:
+    places = [n for n, part in enumerate(arguments) if part in ("--tasks", "-t")]
+    if include != TASKS_FOLDER or len(places) != 1 or any(part.startswith("--tasks=") for part in arguments):
+        return
+    wanted = ",".join(itertools.takewhile(lambda part: not part.startswith("-"), arguments[places[0] + 1 :]))
+    if not wanted:
         return
     ours = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
     names = ours(include_path=str(TASKS_FOLDER)).all_tasks

@@ -24,6 +24,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -206,8 +207,10 @@ class Progress:
             self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115  (closed by `close`)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"{self.path} is being written by another run; wait for it, or stop it first") from None
+        except OSError:  # a file system without locks (Lustre without -o flock, NFS without lockd)
+            print(f"{self.path}: no locks here, so start no second run with this folder", file=sys.stderr)
         self._file.seek(0)
         content_end = 0
         for line in self._file:

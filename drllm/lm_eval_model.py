@@ -36,6 +36,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from data_models import path_model_class
 from drllm.errors import UserError
 from drllm.provenance import fingerprint
+from drllm.tasks import TEMPLATE_ARGUMENTS
 from train_models import PathCache, routed_classes
 from train_models.paths import EXECUTE, REPEAT, SKIP, path_to_layer_indices
 
@@ -119,6 +120,14 @@ def _summary(queries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _is_sampled(kind: str, arguments: Sequence[Any]) -> bool:
+    """Whether asking again gives another answer; as `lm_eval.models.utils.normalize_gen_kwargs` reads the arguments."""
+    if kind != "generate_until":
+        return False
+    sampling = arguments[1].get("do_sample")
+    return float(arguments[1].get("temperature") or 0) > 0 if sampling is None else bool(sampling)
+
+
 class _Answers:
     """Stands in for lm-eval's cache hook: pairs each answer with what it took, and keeps both on disk if asked to."""
 
@@ -131,6 +140,7 @@ class _Answers:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._stored = SqliteDict(path, autocommit=True)
         self._is_persistent = path is not None
+        self._drawn: dict[str, deque] = defaultdict(deque)  # of sampled requests: each repeat has an answer of its own
         self.pending: deque[Measurement] = deque()  # of the rows that lm-eval is about to report, in order
 
     def key(self, kind: str, arguments: Sequence[Any]) -> str:
@@ -139,10 +149,17 @@ class _Answers:
     def add_partial(self, kind: str, arguments: Sequence[Any], answer: Any) -> None:
         """Called by lm-eval with each answer."""
         if self.pending:
-            self._stored[self.key(kind, arguments)] = (answer, self.pending.popleft())
+            found = (answer, self.pending.popleft())
+            if _is_sampled(kind, arguments):
+                self._drawn[self.key(kind, arguments)].append(found)
+            else:
+                self._stored[self.key(kind, arguments)] = found
 
     def get(self, kind: str, arguments: Sequence[Any]) -> tuple[Any, Measurement] | None:
         """The answer and what it took, if it is known."""
+        if _is_sampled(kind, arguments):
+            drawn = self._drawn[self.key(kind, arguments)]
+            return drawn.popleft() if drawn else None
         return self._stored.get(self.key(kind, arguments))
 
     def put(self, kind: str, arguments: Sequence[Any], answer: Any, measurement: Measurement) -> None:
@@ -178,6 +195,7 @@ class RoutedLM(HFLM):
         if not isinstance(pretrained, str):
             raise UserError("the lm-eval model drllm takes pretrained=NAME_OR_PATH, not a model object")
         self._routing = {name: kwargs.pop(name) for name in ROUTING_ARGUMENTS if name in kwargs}
+        kwargs["chat_template_args"] = TEMPLATE_ARGUMENTS | (kwargs.get("chat_template_args") or {})
         settings = {**kwargs, **self._routing, "pretrained": pretrained, "path": path}
         try:
             # This repository's own classes are used, not the copies in the checkpoint: no remote code.
@@ -280,12 +298,19 @@ class RoutedLM(HFLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """As lm-eval's `hf`; the prompt of a window is its one context token, so routers decide by that."""
         answers = []
-        for request in requests:  # one at a time: lm-eval does not say which window belongs to which request
-            self._answers.pending.clear()
-            self._windows: list[Measurement] = []
-            answers += super().loglikelihood_rolling([request], disable_tqdm=True)
-            for number, measurement in enumerate(self._windows):
-                self.layer_counts.add(request.task_name, request.doc_id, ("rolling", number), measurement)
+        world_size, batch_size = self._world_size, self.batch_size_per_gpu
+        if batch_size == "auto":  # found once, by all processes together
+            self.batch_size_per_gpu = self._detect_batch_size()
+        self._world_size = 1  # no windows to pad: each process answers its own requests, nothing is exchanged
+        try:
+            for request in requests:  # one at a time: lm-eval does not say which window belongs to which request
+                self._answers.pending.clear()
+                self._windows: list[Measurement] = []
+                answers += super().loglikelihood_rolling([request], disable_tqdm=True)
+                for number, measurement in enumerate(self._windows):
+                    self.layer_counts.add(request.task_name, request.doc_id, ("rolling", number), measurement)
+        finally:
+            self._world_size, self.batch_size_per_gpu = world_size, batch_size
         self._share_counts(requests)
         return answers
 
@@ -405,10 +430,11 @@ class RoutedLM(HFLM):
             return override_bs
         if self.batch_size != "auto":
             return int(self.batch_size)
-        if not contexts:
+        if not contexts and self.world_size == 1:
             return 1
-        longest = max(groups[contexts[0]], key=len)
-        self.batch_sizes = {0: self._detect_batch_size([(None, list(contexts[0]), list(longest))], 0)}
+        # Every process takes part, also one that has nothing to score: the smallest size is agreed on.
+        context, longest = (contexts[0], max(groups[contexts[0]], key=len)) if contexts else ((0,), (0,))
+        self.batch_sizes = {0: self._detect_batch_size([(None, list(context), list(longest))], 0)}
         return self.batch_sizes[0]
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from drllm.errors import UserError, main_guard
 from drllm.provenance import parse_dtype
-from drllm.tasks import apply_template
+from drllm.tasks import adds_special_tokens, apply_template
 from train_models import routed_classes
 
 ACTIONS = ("skip", "execute", "repeat")
@@ -108,9 +108,10 @@ def main() -> None:
             model.model.routing_control = args.routing_control
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    routed = answer(model, tokenizer, text, args.max_new_tokens, not args.chat_template)
+    special = adds_special_tokens(text, tokenizer)
+    routed = answer(model, tokenizer, text, args.max_new_tokens, special)
     model.model.is_static_routing = True
-    base = answer(model, tokenizer, text, args.max_new_tokens, not args.chat_template)
+    base = answer(model, tokenizer, text, args.max_new_tokens, special)
     print(report(routed, base))
 
 

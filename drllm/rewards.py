@@ -21,6 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -199,9 +200,12 @@ def _measure_batch(
         output_router_inputs=with_windows,
     )
 
+    # A head in bfloat16 would round logits to steps of an eighth of a nat, which is more than many an effect.
+    head = routed.lm_head.weight.float()
+
     def reward(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         answers = hidden[torch.arange(len(rows), device=hidden.device)[:, None], places[rows]]
-        logits = routed.lm_head(answers).float()
+        logits = F.linear(answers.float(), head)
         gold = targets[rows].clamp_min(0)[..., None]
         margins = logits.gather(2, gold)[..., 0] - logits.scatter(2, gold, -torch.inf).amax(-1)
         weakest = margins.masked_fill(targets[rows] < 0, torch.inf).amin(1)

@@ -42,7 +42,7 @@ class Prompt:
     @classmethod
     def of(cls, question: Question, tokenizer: PreTrainedTokenizerBase, chat: bool) -> Prompt:
         text = tasks.apply_template(tasks.render_prompt(question), tokenizer, chat)
-        input_ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+        input_ids = tokenizer(text, add_special_tokens=tasks.adds_special_tokens(text, tokenizer))["input_ids"]
         return cls(question, text, tuple(input_ids), tasks.response_limit(question, chat))
 
 
@@ -266,9 +266,12 @@ class RolloutEngine:
 
     def _halve(self, batch: list[_Row]) -> None:
         """Makes room after a batch ran out of memory, or gives up on one that cannot be smaller."""
+        held_states = bool(self._default_states)
         self._default_states.clear()  # only a shortcut: rollouts start at block 0 again
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if len(batch) == 1 and held_states:
+            return  # once more, without them
         if len(batch) == 1:
             length = len(batch[0].request.prompt.input_ids)
             raise UserError(
@@ -335,7 +338,9 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch on a CPU
+    # torch on a CPU, CUDA outside of torch's allocator, cuBLAS
+    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 # --------------------------------------------------------------------------------------------------------

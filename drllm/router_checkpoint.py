@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from drllm.provenance import dtype_name, fingerprint, parse_dtype
 from train_models import retrofit
 
 FORMAT = 1
-WEIGHTS, CONFIG, CARD = "routers.safetensors", "router_config.json", "README.md"
+WEIGHTS, CONFIG, CARD, LABELS = "routers.safetensors", "router_config.json", "README.md", "labels_manifest.json"
 ROUTER_FIELDS = ("num_windows", "router_width", "router_depth", "router_input")
 
 
@@ -146,7 +147,7 @@ def _local_folder(routers: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(routers, allow_patterns=[WEIGHTS, CONFIG]))
+        return Path(snapshot_download(routers, allow_patterns=[WEIGHTS, CONFIG, LABELS]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{routers} is neither a folder nor a reachable repository on the Hub: {_first_line(error)}"
@@ -251,7 +252,15 @@ def extract(checkpoint: str, output_dir: str) -> Path:
     if not hasattr(routed.model, "routers"):
         raise UserError(f"{checkpoint} is a plain model without routers")
     record = Path(checkpoint) / "training.json"
-    return save_routers(routed, output_dir, json.loads(record.read_text()) if record.exists() else None)
+    directory = save_routers(routed, output_dir, json.loads(record.read_text()) if record.exists() else None)
+    _copy_labels_manifest(Path(checkpoint), directory)
+    return directory
+
+
+def _copy_labels_manifest(source: Path, target: Path) -> None:
+    # It says whether prompts had the chat template, which eval.sh follows.
+    if (source / LABELS).is_file():
+        shutil.copyfile(source / LABELS, target / LABELS)
 
 
 def push(routers: str, repo_id: str, private: bool = False) -> str:
@@ -263,7 +272,7 @@ def push(routers: str, repo_id: str, private: bool = False) -> str:
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(folder_path=routers, repo_id=repo_id, allow_patterns=[WEIGHTS, CONFIG, CARD])
+        api.upload_folder(folder_path=routers, repo_id=repo_id, allow_patterns=[WEIGHTS, CONFIG, CARD, LABELS])
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
         raise UserError(f"cannot push to {repo_id}: {_first_line(error)} (log in with `hf auth login`)") from None
     return f"https://huggingface.co/{repo_id}"
@@ -295,6 +304,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = load_tokenizer(args.base or routed.config.base_model_name, routed.config.base_model_revision)
         routed.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
+        _copy_labels_manifest(_local_folder(args.routers), Path(args.output_dir))
         print(f"wrote {args.output_dir}")
     else:
         print(push(args.routers, args.repo_id, args.private))

@@ -574,7 +574,9 @@ def _resumable(config: RouterTrainingConfig, identity: dict, trainer_dir: Path, 
         if last is None:
             (config.checkpoint / "training.json").unlink(missing_ok=True)
         trainer_dir.mkdir(parents=True, exist_ok=True)
-        (trainer_dir / "run.json").write_text(json.dumps(identity, indent=2) + "\n")
+        partial = trainer_dir / "run.json.partial"
+        partial.write_text(json.dumps(identity, indent=2) + "\n")
+        os.replace(partial, trainer_dir / "run.json")
         if last is not None:
             say(f"training: resuming {config.checkpoint} from step {_step_of(last)}")
     state.wait_for_everyone()
@@ -620,7 +622,8 @@ def _export(routed, tokenizer, directory: Path, labels: TrainingLabels, record: 
     tokenizer.save_pretrained(directory)
     save_routers(routed, directory / "routers", record)
     manifests = labels.manifests[0] if len(labels.manifests) == 1 else labels.manifests
-    (directory / "labels_manifest.json").write_text(json.dumps(manifests, indent=2) + "\n")
+    for folder in (directory, directory / "routers"):
+        (folder / "labels_manifest.json").write_text(json.dumps(manifests, indent=2) + "\n")
     partial = directory / "training.json.partial"
     partial.write_text(json.dumps(record, indent=2) + "\n")
     os.replace(partial, directory / "training.json")

@@ -48,11 +48,12 @@ def run_at(lm: RoutedLM, questions: list[tasks.Question], prompts: list[str], ch
     """Accuracy, layers and shares with the knob at `control`; `prompts` are the questions' with the template."""
     lm.model.model.routing_control = control
     lm.layer_counts = LayerCounts()
+    greedy = {"until": [], "do_sample": False, "repetition_penalty": 1.0}  # as the search answers
     requests = [
         Instance(
             request_type="generate_until",
             doc={},
-            arguments=(prompt, {"until": [], "do_sample": False, "max_gen_toks": tasks.response_limit(question, chat)}),
+            arguments=(prompt, greedy | {"max_gen_toks": tasks.response_limit(question, chat)}),
             idx=0,
             metadata=("sweep", number, 1),
         )

@@ -338,6 +338,10 @@ def render_prompt(question: Question) -> str:
     )
 
 
+# Llama-3.2's template writes today's date into every prompt, where nothing else is given; this is Llama-3.1's date.
+TEMPLATE_ARGUMENTS = {"date_string": "26 Jul 2024"}
+
+
 def wants_chat_template(setting: str, name: str, tokenizer: Any) -> bool:
     """Whether prompts get the chat template. Base models may carry one too, so "auto" goes by the model's name.
 
@@ -363,8 +367,13 @@ def apply_template(prompt: str, tokenizer: Any, chat: bool) -> str:
             f"the tokenizer of {tokenizer.name_or_path} has no chat template: run without the chat template"
         )
     return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **TEMPLATE_ARGUMENTS
     )
+
+
+def adds_special_tokens(text: str, tokenizer: Any) -> bool:
+    """Whether `text` is tokenised with special tokens, by lm-eval's rule: unless it begins with its own BOS."""
+    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
 def response_limit(question: Question | str, chat: bool) -> int:

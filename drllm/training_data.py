@@ -11,6 +11,7 @@ from pathlib import Path
 from drllm.errors import UserError
 from drllm.features import Example
 from drllm.labels import read_labels
+from drllm.tasks import adds_special_tokens
 
 OPTIONAL_SETS = {"squadv2": "with_squad", "commonsense": "with_commonsense"}
 
@@ -97,11 +98,12 @@ def load_labels(
 def make_examples(labels: TrainingLabels, tokenizer, paths: str = "best") -> list[Example]:
     """One example a question (its best path) or one a good path (`paths="all"`).
 
-    Prompts are tokenised as the search did: special tokens are added unless a chat template brought its own.
+    Prompts are tokenised as the search did: special tokens are added unless a chat template brought its own BOS.
     """
-    encoded = tokenizer([row["prompt"] for row in labels.rows], add_special_tokens=not labels.chat_template)
     examples = []
-    for row, token_ids in zip(labels.rows, encoded["input_ids"], strict=True):
+    for row in labels.rows:
+        special = adds_special_tokens(row["prompt"], tokenizer)
+        token_ids = tokenizer(row["prompt"], add_special_tokens=special)["input_ids"]
         best = tuple(row["optimal_layer_config"])
         chosen = [best]
         if paths == "all":

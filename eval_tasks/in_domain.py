@@ -69,6 +69,8 @@ class InDomainTask(ConfigurableTask):
         request = super().construct_requests(doc, ctx, **kwargs)
         generation = request.arguments[1]
         generation.setdefault("max_gen_toks", response_limit(_question(doc), chat))  # --gen_kwargs wins
+        # The search is plain greedy decoding, whatever the model's generation config says (Qwen2.5's: 1.05).
+        generation.setdefault("repetition_penalty", 1.0)
         return request
 
     def build_all_requests(self, **kwargs: Any) -> None:

@@ -105,13 +105,14 @@ class PathCache(DynamicCache):
         self.schedule: RowSchedule | None = None
         self.tokens_seen = 0
         self.forward_passes = 0
+        self._records_past = False
         self._config = config
         self._max_cache_len = max_cache_len
         if config is not None:
             self._make_slots()
 
     def _make_slots(self) -> None:
-        recording = any(getattr(layer, "record_past", False) for layer in self.layers)
+        recording = self._records_past or any(getattr(layer, "record_past", False) for layer in self.layers)
         self.layers = []
         for _visit in (EXECUTE, REPEAT):
             if self._max_cache_len is None:
@@ -123,6 +124,11 @@ class PathCache(DynamicCache):
         # Made once and not at each visit: in decoding a small model, Python's time counts.
         slots = [_Slot(layer) for layer in self.layers]
         self._slots = list(zip(slots[: len(slots) // 2], slots[len(slots) // 2 :], strict=True))
+
+    def activate_past_recording(self) -> None:
+        """Also before the first forward pass makes the slots."""
+        self._records_past = True
+        super().activate_past_recording()
 
     @classmethod
     def of(cls, cache, config: PreTrainedConfig) -> "PathCache":

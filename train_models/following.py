@@ -147,6 +147,8 @@ class FollowsPaths:
             inputs_embeds = self.embed_tokens(input_ids)
         check_attention(self.config._attn_implementation, inputs_embeds.device)
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if self.gradient_checkpointing and self.training:
             use_cache = False
         cache = PathCache.of(past_key_values, self.config) if use_cache or past_key_values is not None else None
@@ -328,7 +330,7 @@ class CausalLMOverPaths:
         logits = self.lm_head(hidden_states[:, kept, :])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         output = self.output_type(loss=loss, logits=logits, **fields)
         return output.to_tuple() if return_dict is False else output
@@ -347,9 +349,9 @@ class CausalLMOverPaths:
         gains more: `generate(cache_implementation="static", compile_config=CompileConfig())`.
 
         Pass a static cache (`PathCache(max_cache_len=...)`, or cache_implementation="static" to `generate`), so that
-        shapes stay the same. Forward passes over several tokens are not compiled: every length of a prompt would compile
-        anew, and the slots of the cache, which the first pass allocates, get fixed addresses only outside of compiled
-        code.
+        shapes stay the same. Forward passes over several tokens are not compiled: every length of a prompt would
+        compile anew, and the slots of the cache, which the first pass allocates, get fixed addresses only outside of
+        compiled code.
         """
         for block in self.model.layers:
             block.compile(**compile_arguments)

@@ -47,6 +47,7 @@ def retrofit(
     Raises:
         ValueError: for an unsupported family, an already routed checkpoint, or weights that don't fit the model.
     """
+    dtype = from_pretrained_arguments.pop("torch_dtype", dtype)  # the older name
     base_config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     config_class, model_class = routed_classes(base_config.model_type)
     config = routed_config(base_config, config_class, router_config or {})

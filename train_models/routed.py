@@ -304,8 +304,20 @@ class RoutedCausalLM(CausalLMOverPaths):
             **kwargs,
         )
         if is_first_iteration:
+            if prompt_mask is None and (width := getattr(self, "_assisted_prompt_width", None)) is not None:
+                # The first pass of assisted decoding holds the prompt and the assistant's candidates.
+                real = inputs.get("attention_mask")
+                prompt_mask = torch.ones_like(input_ids) if real is None else real.clone()
+                prompt_mask[:, width:] = 0
             inputs |= {"prompt_mask": prompt_mask, "prompt_length": prompt_length}
         return inputs
+
+    def _assisted_decoding(self, input_ids, *args, **kwargs):
+        self._assisted_prompt_width = input_ids.shape[1]
+        try:
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
+        finally:
+            self._assisted_prompt_width = None
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         cache = model_kwargs.get("past_key_values")

@@ -167,7 +167,7 @@ def test_the_card_names_a_hub_base(tiny_base, tmp_path):
     assert description["dtype"] == "bfloat16"
 
 
-def test_push_uploads_the_three_files(checkpoint, monkeypatch, capsys):
+def test_push_uploads_the_routers_and_what_describes_them(checkpoint, monkeypatch, capsys):
     calls = []
 
     class Api:
@@ -181,6 +181,10 @@ def test_push_uploads_the_three_files(checkpoint, monkeypatch, capsys):
     assert main(["push", str(checkpoint / "routers"), "--repo_id", "someone/routers", "--private"]) == 0
     assert calls == [
         ("create", "someone/routers", True),
-        ("upload", str(checkpoint / "routers"), ["README.md", "router_config.json", "routers.safetensors"]),
+        (
+            "upload",
+            str(checkpoint / "routers"),
+            ["README.md", "labels_manifest.json", "router_config.json", "routers.safetensors"],
+        ),
     ]
     assert "https://huggingface.co/someone/routers" in capsys.readouterr().out

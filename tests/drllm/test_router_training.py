@@ -82,6 +82,7 @@ def test_checkpoint_holds_all_it_should(run, tiny_base, tiny_labels):
         "routers.safetensors",
         "router_config.json",
         "README.md",
+        "labels_manifest.json",
     }
     names = ["macro_f1", "f1_skip", "f1_execute", "f1_repeat", "acc_skip", "acc_repeat", "avg_layers", "routers_loss"]
     assert set(names) <= record["metrics"].keys()

@@ -214,8 +214,9 @@ class _Tokenizer:
     name_or_path = "some/model"
     chat_template = None
 
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt, **template_arguments):
         assert not tokenize
+        assert template_arguments == {"date_string": "26 Jul 2024"}, "prompts must not depend on today's date"
         assert add_generation_prompt
         return f"<user>{messages[0]['content']}<assistant>"
 

@@ -1,5 +1,6 @@
 """From label folders to examples."""
 
+import itertools
 import json
 
 import pytest
@@ -57,18 +58,22 @@ def test_examples_of_best_and_of_all_paths(tiny_base, tiny_labels):
     assert len(every) == sum(len({tuple(p) for p in r["good_paths"]}) for r in labels.rows) == 48
 
 
-def test_a_chat_template_brings_its_own_special_tokens(tiny_labels):
-    class Recorder:
-        def __call__(self, prompts, add_special_tokens):
-            self.add_special_tokens = add_special_tokens
-            return {"input_ids": [[1]] * len(prompts)}
+def test_special_tokens_are_added_unless_a_chat_template_brought_them(tiny_labels):
+    """By the rule of lm-eval, so that evaluation sees the tokens of training."""
 
-    labels, recorder = load_labels([str(tiny_labels)]), Recorder()
-    make_examples(labels, recorder)
-    assert recorder.add_special_tokens
-    object.__setattr__(labels, "chat_template", True)
-    make_examples(labels, recorder)
-    assert not recorder.add_special_tokens
+    class Recorder:
+        bos_token = "<s>"
+
+        def __call__(self, prompt, add_special_tokens):
+            return {"input_ids": [1, 1] if add_special_tokens else [1]}
+
+    labels = load_labels([str(tiny_labels)])
+    for chat_template in (False, True):
+        object.__setattr__(labels, "chat_template", chat_template)
+        for row, begins in zip(labels.rows, itertools.cycle((True, False))):
+            row["prompt"] = ("<s>" if begins else "") + row["prompt"].removeprefix("<s>")
+        examples = make_examples(labels, Recorder())
+        assert [len(each.token_ids) for each in examples] == [1, 2] * (len(examples) // 2)
 
 
 def examples_of(questions: int, paths: int = 3) -> list[Example]:
