@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -239,7 +240,10 @@ def main(arguments: list[str] | None = None) -> None:
     selection = labels.Selection(orders, samples, args.wrong_to_right_share)
     progress = labels.Progress(folder, state.process_index, selection)
     progress.update()
-    state.wait_for_everyone()  # all know the same records now, and share out the rest alike
+    # What the main process knows counts: on a network disk another may not see all records yet.
+    finished = [set(selection.records)]
+    if state.num_processes > 1:
+        broadcast_object_list(finished)
     progress.open()
 
     engine = RolloutEngine(model, tokenizer, args.batch_size)
@@ -249,7 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     display = Display(progress, pool, state)
     pool.after_round = display.after_round
-    remaining = selection.remaining(state.process_index, state.num_processes)
+    remaining = selection.remaining(state.process_index, state.num_processes, finished[0])
     try:
         with display.bar:
             for searched in pool.search(prompts_of(remaining, model, tokenizer, chat)):

@@ -27,7 +27,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,13 +107,17 @@ class Selection:
         found = self._found.get((question.set, kind), [])
         return bisect.bisect_left(found, self.positions[question.id]) < self.quotas[question.set][kind]
 
-    def remaining(self, rank: int = 0, num_processes: int = 1) -> Iterator[Question]:
-        """The questions that process `rank` searches, in order; to be called when all processes know the same records.
+    def remaining(
+        self, rank: int = 0, num_processes: int = 1, finished: Collection[str] | None = None
+    ) -> Iterator[Question]:
+        """The questions that process `rank` searches, in order.
 
-        Whether a question is still wanted is asked at the last moment, so that late results spare it.
+        `finished`, by default the ids of the own records, must be the same in all processes, or some questions would
+        be nobody's. Whether a question is still wanted is asked at the last moment, so that late results spare it.
         """
         everything = (question for order in self.orders.values() for question in order)
-        unfinished = [question for question in everything if question.id not in self.records]
+        finished = self.records if finished is None else finished
+        unfinished = [question for question in everything if question.id not in finished]
         return (
             question
             for question in unfinished[rank::num_processes]

@@ -155,14 +155,14 @@ class _Answers:
             else:
                 self._stored[self.key(kind, arguments)] = found
 
-    def get(self, kind: str, arguments: Sequence[Any]) -> tuple[Any, Measurement] | None:
-        """The answer and what it took, if it is known."""
+    def get(self, kind: str, arguments: Sequence[Any]) -> tuple[Any, Any] | None:
+        """The answer and the measurement, or list of them, of what it took, if it is known."""
         if _is_sampled(kind, arguments):
             drawn = self._drawn[self.key(kind, arguments)]
             return drawn.popleft() if drawn else None
         return self._stored.get(self.key(kind, arguments))
 
-    def put(self, kind: str, arguments: Sequence[Any], answer: Any, measurement: Measurement) -> None:
+    def put(self, kind: str, arguments: Sequence[Any], answer: Any, measurement: Any) -> None:
         self._stored[self.key(kind, arguments)] = (answer, measurement)
 
     def forget(self) -> None:
@@ -304,13 +304,19 @@ class RoutedLM(HFLM):
         self._world_size = 1  # no windows to pad: each process answers its own requests, nothing is exchanged
         try:
             for request in requests:  # one at a time: lm-eval does not say which window belongs to which request
-                self._answers.pending.clear()
-                self._windows: list[Measurement] = []
-                answers += super().loglikelihood_rolling([request], disable_tqdm=True)
-                for number, measurement in enumerate(self._windows):
+                found = self._answers.get("loglikelihood_rolling", request.args)
+                if found is None:
+                    self._answers.pending.clear()
+                    self._windows: list[Measurement] = []
+                    (answer,) = super().loglikelihood_rolling([request], disable_tqdm=True)
+                    found = answer, self._windows
+                    self._answers.put("loglikelihood_rolling", request.args, *found)
+                answers.append(found[0])
+                for number, measurement in enumerate(found[1]):
                     self.layer_counts.add(request.task_name, request.doc_id, ("rolling", number), measurement)
         finally:
             self._world_size, self.batch_size_per_gpu = world_size, batch_size
+        self._answers.forget()
         self._share_counts(requests)
         return answers
 

@@ -2,7 +2,8 @@
 
 The published search ran one rollout at a time, batch 1. Here hundreds of searches run side by side; each asks for one
 reward at a time (`drllm.search`), the requests are gathered into batches of (question, path), and each block runs once
-over all rows that use it. Two shortcuts, which change no answer, pay for themselves (`benchmarks/search.py`):
+over all rows that use it. Two shortcuts, which change answers by rounding at most, pay for themselves
+(`benchmarks/search.py`):
 
 * A row leaves the batch as soon as its reward is settled: at EOS, or when no continuation changes the grade.
 * Below its first edited block a path is the default path. The hidden states and the keys and values of the default
