@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.shapes import SHAPES  # noqa: E402
 from data_models import load_path_model, path_model_class  # noqa: E402
 from drllm import provenance, tasks  # noqa: E402
 from drllm.errors import UserError, main_guard  # noqa: E402
@@ -36,19 +37,6 @@ from drllm.labels import seeded_order  # noqa: E402
 from drllm.rollout import Prompt, Request, RolloutEngine, SearchedQuestion, SearchPool  # noqa: E402
 from drllm.search import POLICIES, PathSearch, SearchResult, SearchSettings, question_seed  # noqa: E402
 from train_models.paths import path_to_layer_indices  # noqa: E402
-
-SHAPES = {
-    "llama-3.2-3b": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    ),
-}
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any, torch.device]:
@@ -60,7 +48,8 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, torch.device]:
         return load_path_model(args.model, dtype=dtype).to(device), tokenizer, device
     torch.manual_seed(args.seed)
     with torch.device(device):
-        model = path_model_class("llama")(SHAPES[args.shape]).to(dtype)
+        config = SHAPES[args.shape]
+        model = path_model_class(config.model_type)._from_config(config, dtype=dtype)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model.requires_grad_(False).eval(), tokenizer, device
 
@@ -214,6 +203,8 @@ def _in_processes(args: argparse.Namespace, settings: SearchSettings):
 def _measure(rank: int, args: argparse.Namespace, settings: SearchSettings, start: Any, results: Any) -> None:
     """One process of `_in_processes`: searches its share of the questions, then answers them plainly."""
     torch.set_num_threads(max(1, args.cores // args.processes))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     model, tokenizer, device = load(args)
     prompts = load_prompts(args, tokenizer, args.questions)[rank :: args.processes]
     few = prompts[: args.batch_size]
