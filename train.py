@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
+from accelerate import PartialState
+
 from drllm.errors import main_guard
 from drllm.losses import LOSSES
 from drllm.router_training import RouterTrainingConfig, quiet_libraries, train_routers
@@ -102,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     args = vars(parser().parse_args(argv))
     quiet_libraries()
     train_routers(RouterTrainingConfig(**args | {"data": tuple(args["data"])}))
+    PartialState().destroy_process_group()  # a no-op for a single process
 
 
 if __name__ == "__main__":

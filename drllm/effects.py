@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ from drllm import tasks
 from drllm.ablations import MINIATURE_DATA, routed_paths
 from drllm.errors import main_guard
 from drllm.processes import process_state
-from drllm.provenance import fingerprint, parse_dtype
+from drllm.provenance import commit, dtype_name, fingerprint, parse_dtype, versions
 from drllm.rewards import NUM_ACTIONS, Answered, EffectRound, Made, RoundStore, measure
 from drllm.rollout import Prompt
 from drllm.router_checkpoint import load_routed, load_tokenizer, save_routers
@@ -307,6 +308,20 @@ def main(argv: list[str] | None = None) -> None:
         routed.save_pretrained(arguments.output_dir)
         tokenizer.save_pretrained(arguments.output_dir)
         save_routers(routed, arguments.output_dir / "routers")
+        # As after a search: eval.sh reads here whether prompts have the chat template.
+        manifest = {
+            "model": arguments.model,
+            "revision": arguments.revision,
+            "model_fingerprint": routed.config.base_model_fingerprint,
+            "dtype": dtype_name(routed.dtype),
+            "chat_template": chat,
+            "labels": len(labels),
+            "arguments": {key: str(value) for key, value in vars(arguments).items()},
+            "versions": versions(),
+            "commit": commit(),
+        }
+        for folder in (arguments.output_dir, arguments.output_dir / "routers"):
+            (folder / "labels_manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         print(f"wrote {arguments.output_dir}; {measured} holds what was measured, for other prices and seeds")
     state.wait_for_everyone()
     state.destroy_process_group()

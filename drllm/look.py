@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from drllm.comparison import uses_chat_template
 from drllm.errors import UserError, main_guard
 from drllm.provenance import parse_dtype
 from drllm.tasks import adds_special_tokens, apply_template
@@ -96,13 +98,20 @@ def main() -> None:
     parser.add_argument("prompt", nargs="?", help="default: standard input")
     parser.add_argument("--max_new_tokens", type=int, default=15)
     parser.add_argument("--routing_control", type=float, help="the knob p in [-1, 1]; default: the checkpoint's")
-    parser.add_argument("--chat_template", action="store_true", help="the prompt is a user's turn")
+    parser.add_argument(
+        "--chat_template",
+        action=argparse.BooleanOptionalAction,
+        help="the prompt is a user's turn; default: as with the checkpoint's labels",
+    )
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device")
     args = parser.parse_args()
     prompt = sys.stdin.read().rstrip("\n") if args.prompt is None else args.prompt.replace("\\n", "\n")
     model, tokenizer = load_routed_checkpoint(args.checkpoint, args.dtype, args.device)
-    text = apply_template(prompt, tokenizer, args.chat_template)
+    chat = args.chat_template
+    if chat is None:
+        chat = uses_chat_template("auto", Path(args.checkpoint))
+    text = apply_template(prompt, tokenizer, chat)
     try:
         if args.routing_control is not None:
             model.model.routing_control = args.routing_control

@@ -17,6 +17,7 @@ import torch
 from lm_eval.api.instance import Instance
 
 from drllm import provenance, tasks
+from drllm.comparison import uses_chat_template
 from drllm.errors import UserError, main_guard
 from drllm.labels import read_labels
 from drllm.lm_eval_model import LayerCounts, RoutedLM
@@ -115,7 +116,11 @@ def main() -> None:
     add("--labels", type=Path, help="folder of labels whose questions are left out")
     add("--limit", type=int, default=100, help="questions a set")
     add("--knobs", default=",".join(map(str, KNOBS)), help="values of p; write --knobs=-0.5,0")
-    add("--chat_template", action="store_true")
+    add(
+        "--chat_template",
+        action=argparse.BooleanOptionalAction,
+        help="prompts are a user's turn; default: as with the checkpoint's labels",
+    )
     add("--dtype", default="auto")
     add("--batch_size", type=int, default=32)
     add("--device", default=None)
@@ -131,17 +136,18 @@ def main() -> None:
     lm = RoutedLM(args.checkpoint, dtype=args.dtype, device=device, batch_size=args.batch_size)
     if not lm.is_routed:
         raise UserError(f"{args.checkpoint} is a plain checkpoint without routers")
-    prompts = [
-        tasks.apply_template(tasks.render_prompt(question), lm.tokenizer, args.chat_template) for question in questions
-    ]
+    chat = args.chat_template
+    if chat is None:
+        chat = uses_chat_template("auto", Path(args.checkpoint))
+    prompts = [tasks.apply_template(tasks.render_prompt(question), lm.tokenizer, chat) for question in questions]
     lm.model.model.is_static_routing = True
-    base = run_at(lm, questions, prompts, args.chat_template, -0.5) | {"routing_control": 0.5}
+    base = run_at(lm, questions, prompts, chat, -0.5) | {"routing_control": 0.5}
     lm.model.model.is_static_routing = False
     points = []
     print(f"{'p':>6} {'accuracy':>9} {'layers':>8}   (base: {100 * base['accuracy']:.2f}, ", end="")
     print(f"{base['blocks_per_query']:.2f}; {len(questions)} questions)")
     for knob in knobs:
-        points.append(run_at(lm, questions, prompts, args.chat_template, knob))
+        points.append(run_at(lm, questions, prompts, chat, knob))
         print(f"{knob:6.2f} {100 * points[-1]['accuracy']:9.2f} {points[-1]['blocks_per_query']:8.2f}", flush=True)
     chosen = choose(points, base)
     result = {

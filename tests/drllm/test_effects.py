@@ -1,6 +1,7 @@
 """Neighbours, groups, their paths, and the routers that learn them."""
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -155,6 +156,7 @@ def test_one_command_from_questions_to_a_checkpoint(tmp_path):
     main([*command.split(), "--price", "2", "--output_dir", str(tmp_path)])
     model, tokenizer = load_routed_checkpoint(str(tmp_path))
     assert model.config.trained_num_windows == 8
+    assert json.loads((tmp_path / "labels_manifest.json").read_text())["chat_template"] is False
     text = tasks.render_prompt(tasks.load_questions("arc_easy", "train", MINIATURE_DATA, 1)[0])
     with torch.no_grad():
         paths = model(**tokenizer(text, return_tensors="pt")).paths
