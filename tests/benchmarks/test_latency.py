@@ -4,7 +4,8 @@ import json
 import sys
 
 import pytest
-from transformers import Qwen2Config
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from benchmarks import latency
 from train_models.paths import SKIP
@@ -84,6 +85,22 @@ def test_compiled_decoding_is_timed(run):
     assert row["compiled_token_ratio"] > 0
     assert row["compiled_whole_token_ratio"] > 0
     assert row["stock_compiled_token_ratio"] > 0
+
+
+@pytest.mark.parametrize("source", ["--config", "--checkpoint"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_both_models_have_the_attention_asked_for(source, attention, run, tmp_path, monkeypatch):
+    if source == "--checkpoint":
+        AutoModelForCausalLM.from_config(Qwen2Config.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+    arguments = [source, str(tmp_path), "--device", "cpu", "--attention", attention]
+    monkeypatch.setattr(sys, "argv", ["latency.py", *arguments])
+    stock, routed = latency.load_models(latency.parse_arguments())
+    for model in (stock, routed):
+        assert model.config._attn_implementation == model.model.config._attn_implementation == attention
+    routed.model.is_static_routing = True
+    input_ids = torch.randint(61, (2, 9))
+    for mask in (None, (torch.arange(9) >= 3).long().expand(2, 9)):
+        assert torch.equal(stock(input_ids, mask).logits, routed(input_ids, mask).logits)
 
 
 def test_the_blocks_asked_for(run):

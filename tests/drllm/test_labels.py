@@ -221,6 +221,21 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
     labels.Progress(tmp_path, 0, new_selection()).open()
 
 
+def test_a_file_system_without_locks_is_written_to_with_a_warning(tmp_path, monkeypatch, capsys):
+    labels.begin(tmp_path, manifest())
+
+    def no_locks(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(labels.fcntl, "flock", no_locks)
+    selection = new_selection()
+    run(tmp_path, selection, selection.remaining(), stop=2)
+    assert "00000.jsonl: no locks here, so start no second run" in capsys.readouterr().err
+    again = labels.Progress(tmp_path, 0, new_selection())
+    again.update()
+    assert len(again.selection.records) == 2
+
+
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     selection = new_selection()
     labels.begin(tmp_path, manifest())

@@ -5,13 +5,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from lm_eval import tasks as lm_eval_tasks
+from lm_eval.api.instance import Instance
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from drllm.errors import UserError
-from drllm.evaluate import lm_eval_arguments
+from drllm.evaluate import TASKS_FOLDER, _skip_the_catalogue, lm_eval_arguments
+from drllm.rollout import Prompt
+from drllm.tasks import load_questions
 from tests.eval_toys import (
     HookCounter,
     evaluate,
@@ -178,7 +184,7 @@ def test_a_fixed_path_is_followed_and_counted(base, routed, folder):
 
 
 def test_answers_are_cached_with_their_counts(base, routed, folder, tmp_path):
-    cache, tasks = str(tmp_path / "answers.db"), ["drllm_arc_easy", "toy_choice"]
+    cache, tasks = str(tmp_path / "answers.db"), ["drllm_arc_easy", "toy_choice", "toy_rolling"]
     first = evaluate(routed_lm(routed, 4, response_cache=cache), folder, tasks)
     again = routed_lm(routed, 1, response_cache=cache)
     counter = HookCounter(again.model)
@@ -213,6 +219,24 @@ def test_answers_are_cached_with_their_counts(base, routed, folder, tmp_path):
     assert is_computed(renamed)
 
 
+@pytest.mark.parametrize(
+    ("sampling", "is_sampled"),
+    [
+        ("do_sample: true, temperature: 3.0", True),
+        ("temperature: 3.0", True),
+        ("do_sample: false", False),
+        ("temperature: 0.0", False),
+    ],
+)
+def test_only_greedy_repeats_of_a_request_share_an_answer(routed, folder, tmp_path, sampling, is_sampled):
+    yaml = (folder / "toy_stop.yaml").read_text().replace("toy_stop", "toy_repeats")
+    (tmp_path / "toy_repeats.yaml").write_text(yaml.replace("do_sample: false", sampling) + "repeats: 6\n")
+    results = evaluate(routed_lm(routed, 4), tmp_path, ["toy_repeats"])
+    different = [len(set(repeats)) for [repeats] in responses(results)["toy_repeats"]]
+    assert len(different) == 5
+    assert max(different) > 2 if is_sampled else different == [1] * 5
+
+
 def test_lm_evals_own_cache_is_refused(routed, folder, tmp_path):
     with pytest.raises(UserError, match=r"drllm\.evaluate --use_cache"):
         evaluate(routed_lm(routed), folder, ["toy_label"], use_cache=str(tmp_path / "cache"))
@@ -228,6 +252,83 @@ def test_lm_evals_cache_of_requests_holds_no_answers(base, routed, folder, tmp_p
         fresh = evaluate(routed_lm(checkpoint, 4), folder, tasks)
         assert responses(cached) == responses(fresh)
         assert _counts(cached) == _counts(fresh)
+
+
+@pytest.fixture
+def one_of_two(monkeypatch):
+    """Makes a model believe that it runs in two processes; the list of what it then exchanges as tensors."""
+
+    def pretend(lm, more_elsewhere: int = 3) -> list[torch.Tensor]:
+        exchanged = []
+
+        def all_gather(tensor):
+            exchanged.append(tensor)
+            own = tensor.reshape(-1)[0]
+            return torch.stack([own, own + more_elsewhere])
+
+        monkeypatch.setattr(lm, "_world_size", 2)
+        monkeypatch.setattr(lm, "all_gather", all_gather)
+        monkeypatch.setattr(lm, "gather_object", lambda part: [part])
+        return exchanged
+
+    return pretend
+
+
+def test_rolling_finds_its_batch_size_once_and_computes_no_more_with_several_processes(routed, folder, one_of_two):
+    texts = [json.loads(line)["question"] for line in (folder / "rows.jsonl").read_text().splitlines()]
+    requests = [
+        Instance("loglikelihood_rolling", {}, (text,), 0, metadata=("toy_rolling", number, 1))
+        for number, text in enumerate(texts)
+    ]
+    found = []
+    for batch_size, processes in ((2, 1), ("auto", 1), ("auto", 2)):
+        lm = routed_lm(routed, batch_size, max_batch_size=2)
+        lm._max_length = 4  # several windows a document
+        counter = HookCounter(lm.model)
+        exchanged = one_of_two(lm) if processes == 2 else []
+        with mock.patch.object(lm, "_detect_batch_size", wraps=lm._detect_batch_size) as detect:
+            answers = lm.loglikelihood_rolling(requests, disable_tqdm=True)
+        assert detect.call_count == (batch_size == "auto")
+        assert len(exchanged) == processes - 1, "the batch size, and no numbers of windows"
+        assert (lm.batch_size, lm.world_size) == (batch_size, processes), "as they were for the next task"
+        found.append((answers, lm.layer_counts.summary()))
+        if batch_size == 2:
+            assert counter.rows == found[0][1]["toy_rolling"]["blocks"]
+            assert found[0][1]["toy_rolling"]["forward_passes"] > len(texts)
+    for answers, counts in found[1:]:
+        assert _close(answers, found[0][0])
+        assert counts == found[0][1]
+
+
+def test_a_process_with_nothing_left_to_score_agrees_on_the_batch_size(routed, one_of_two):
+    requests = [Instance("loglikelihood", {}, ("w1 w2", " A"), 0, metadata=("toy_label", 0, 1))]
+    for own in (requests, []):
+        lm = routed_lm(routed, "auto", max_batch_size=2)
+        exchanged = one_of_two(lm)
+        assert len(lm.loglikelihood(own, disable_tqdm=True)) == len(own)
+        assert len(exchanged) == 1
+
+
+@pytest.mark.parametrize("begin", ["", "<s> "], ids=["no BOS in the template", "BOS in the template"])
+def test_chat_prompts_and_their_tokens_are_those_of_the_search_on_any_day(routed, folder, begin):
+    tokenizer = AutoTokenizer.from_pretrained(routed)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    # as Llama-3.2's, which writes today's date into each prompt
+    date = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    tokenizer.chat_template = date + begin + "{{ date_string }} {{ messages[0]['content'] }} w1"
+    lm = routed_lm(routed, tokenizer=tokenizer)
+    results = evaluate(lm, folder, ["drllm_arc_easy"], apply_chat_template=True, limit=2)
+    samples = sorted(results["samples"]["drllm_arc_easy"], key=lambda sample: sample["doc_id"])
+    for sample, question in zip(samples, load_questions("arc_easy", "test", folder), strict=False):
+        searched = Prompt.of(question, tokenizer, chat=True)
+        text = sample["arguments"][0][0]
+        assert text == searched.text
+        assert text.startswith(f"{begin}26 Jul 2024 Question:")
+        assert lm.tok_batch_encode([text])[0][0].tolist() == list(searched.input_ids)
+    given = routed_lm(routed, tokenizer=tokenizer, chat_template_args={"date_string": "1 Jan 2000"})
+    assert given.apply_chat_template([{"role": "user", "content": "w2"}]) == f"{begin}1 Jan 2000 w2 w1"
 
 
 def test_routing_log_has_a_line_a_query(routed, folder, tmp_path):
@@ -289,8 +390,33 @@ def test_launcher_arguments(tmp_path):
     assert "--batch_size" not in kept
     assert lm_eval_arguments(["--batch_size=2", "--tasks", "t"]).count("--batch_size") == 0
     assert lm_eval_arguments(["-b", "2", "--tasks", "t"]).count("--batch_size") == 0
+    for flag in ("-M", "--model"):
+        others = lm_eval_arguments([flag, "hf", "-a", "pretrained=x", "--tasks", "t"])
+        assert others[-2:] == ["--model", "hf"]
+        assert "-M" not in others
+        assert "--batch_size" not in others
     with pytest.raises(UserError, match=r"--data_dir .*nowhere does not exist"):
         lm_eval_arguments(["--data_dir", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_needed"),
+    [
+        ("--tasks drllm_arc,drllm_dart_1 --limit 2", False),
+        ("--tasks drllm_arc drllm_dart_1 --limit 2", False),
+        ("-t drllm_arc", False),
+        ("--tasks drllm_arc,piqa", True),
+        ("--tasks drllm_arc piqa --limit 2", True),
+        ("--tasks drllm_arc --tasks piqa", True),
+        ("--tasks drllm_arc --tasks=piqa", True),
+        ("--limit 2", True),
+    ],
+)
+def test_lm_evals_catalogue_is_read_unless_all_tasks_are_ours(arguments, is_needed, monkeypatch):
+    whole = lm_eval_tasks.TaskManager
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", whole)  # put back afterwards
+    _skip_the_catalogue([*arguments.split(), "--include_path", str(TASKS_FOLDER)])
+    assert (lm_eval_tasks.TaskManager is whole) == is_needed
 
 
 def _launch(arguments: list[str], processes: int = 1) -> None:

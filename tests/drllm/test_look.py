@@ -1,7 +1,9 @@
 import re
+import shutil
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from drllm import look
 from tests.eval_toys import make_base, make_routed
@@ -48,6 +50,18 @@ def test_decisions_probabilities_and_layers_are_those_of_the_model(checkpoint, r
     assert f"{sum(path)} of {BLOCKS} layers a pass, {sum(path) * passes} in {passes} passes" in out
     assert re.search(rf"base:.* {BLOCKS} of {BLOCKS} layers a pass", out)
     assert f"{100 * (sum(path) / BLOCKS - 1):+.1f}%" in out
+
+
+@pytest.mark.parametrize("begin", ["", "<s> "], ids=["no BOS in the template", "BOS in the template"])
+def test_special_tokens_are_added_unless_the_template_brought_them(checkpoint, tmp_path, run, monkeypatch, begin):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    tokenizer.chat_template = begin + "w1 {{ messages[0]['content'] }} w2"
+    tokenizer.save_pretrained(tmp_path)
+    answer, calls = look.answer, []
+    monkeypatch.setattr(look, "answer", lambda *given: calls.append((given[2], given[4])) or answer(*given))
+    assert run(tmp_path, "w3", "--chat_template", "--max_new_tokens", 1)[0] == 0
+    assert calls == [(begin + "w1 w3 w2", not begin)] * 2
 
 
 def test_the_knob_reaches_the_routers(checkpoint, run):

@@ -1,9 +1,11 @@
 """The rollout engine against stock `generate`, one rollout at a time."""
 
+import copy
 import random
 
 import pytest
 import torch
+from tokenizers import processors
 
 from data_models import load_path_model
 from drllm import tasks
@@ -130,6 +132,61 @@ def test_a_batch_that_runs_out_of_memory_is_halved_and_changes_nothing(toy, caps
         engine.respond(requests)
 
 
+def test_one_row_out_of_memory_is_tried_again_without_stored_states(toy, monkeypatch):
+    model, tokenizer, prompts = toy
+    request = Request(prompts[0], (1, 1, 1, 0, 1, 1))
+    engine = RolloutEngine(model, tokenizer, 16)
+    expected = engine.respond([request])
+    engine.respond([Request(prompt, default_path(NUM_BLOCKS)) for prompt in prompts])
+    run, tries = engine._run, []
+
+    def full(batch):
+        tries.append(len(engine._default_states))
+        if engine._default_states:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        run(batch)
+
+    monkeypatch.setattr(engine, "_run", full)
+    assert engine.respond([request]) == expected
+    assert tries == [len(prompts), 0]
+    monkeypatch.setattr(engine, "_run", run)
+    engine.respond([Request(prompt, default_path(NUM_BLOCKS)) for prompt in prompts])
+    twice = iter([torch.OutOfMemoryError("out")] * 2)
+    monkeypatch.setattr(type(model), "forward", lambda *_, **__: (_ for _ in ()).throw(next(twice)))
+    with pytest.raises(UserError, match=r"one prompt of \d+ tokens runs out of memory"):
+        engine.respond([request])
+
+
+@pytest.mark.parametrize(
+    ("message", "is_memory"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried", True),
+        ("CUDA error: device-side assert triggered", False),
+    ],
+)
+def test_what_counts_as_out_of_memory(toy, monkeypatch, message, is_memory):
+    model, tokenizer, prompts = toy
+    requests = [Request(prompt, default_path(NUM_BLOCKS)) for prompt in prompts[:4]]
+    expected = RolloutEngine(model, tokenizer, 4).respond(requests)
+    engine = RolloutEngine(model, tokenizer, 4)
+    run = engine._run
+
+    def small_memory(batch):
+        if len(batch) > 2:
+            raise RuntimeError(message)
+        run(batch)
+
+    monkeypatch.setattr(engine, "_run", small_memory)
+    if is_memory:
+        assert engine.respond(requests) == expected
+        assert engine.batch_size == 2
+    else:
+        with pytest.raises(RuntimeError, match="assert triggered"):
+            engine.respond(requests)
+
+
 def by_id(searched):
     return {one.prompt.question.id: (one.result, one.base_response, one.path_response) for one in searched}
 
@@ -199,3 +256,18 @@ def test_prompts_are_tokenised_as_at_evaluation(toy):
     assert prompt.text == tasks.render_prompt(prompt.question)
     assert list(prompt.input_ids) == tokenizer(prompt.text)["input_ids"]
     assert prompt.max_new_tokens == 2
+
+
+@pytest.mark.parametrize("begin", ["", "<s> "], ids=["no BOS in the template", "BOS in the template"])
+def test_chat_prompts_begin_with_one_bos(toy, begin):
+    _, tokenizer, prompts = toy
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = begin + "w1 {{ messages[0]['content'] }} w2"
+    for prompt in prompts[::6]:
+        tokens = Prompt.of(prompt.question, tokenizer, chat=True).input_ids
+        assert tokens[0] == tokenizer.bos_token_id
+        assert tokens.count(tokenizer.bos_token_id) == 1
+        assert Prompt.of(prompt.question, tokenizer, chat=False).input_ids == (tokens[0], *prompt.input_ids)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from drllm.comparison import uses_chat_template
 from drllm.errors import UserError
 from drllm.provenance import fingerprint
 from drllm.router_checkpoint import extract, join_routers, main, save_routers
@@ -61,6 +62,20 @@ def test_extract_command_makes_the_small_checkpoint_again(checkpoint, tmp_path):
         assert (tmp_path / name).read_text() == (checkpoint / "routers" / name).read_text()
     ours, theirs = (load_file(folder / "routers.safetensors") for folder in (tmp_path, checkpoint / "routers"))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_chat_template_of_the_labels_outlives_extract_and_join(checkpoint, tmp_path):
+    """eval.sh asks the checkpoint that it is given."""
+    full, small, joined = (tmp_path / name for name in ("full", "small", "joined"))
+    shutil.copytree(checkpoint, full)
+    for chat in (True, False):
+        manifest = json.loads((checkpoint / "labels_manifest.json").read_text()) | {"chat_template": chat}
+        (full / "labels_manifest.json").write_text(json.dumps(manifest))
+        assert main(["extract", str(full), "--output_dir", str(small)]) == 0
+        assert main(["join", str(small), "--output_dir", str(joined)]) == 0
+        for folder in (full, joined):
+            assert json.loads((folder / "labels_manifest.json").read_text()) == manifest
+            assert uses_chat_template("auto", folder) == chat
 
 
 def test_only_routers_are_in_it(checkpoint):

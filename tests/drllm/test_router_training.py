@@ -268,6 +268,27 @@ def test_a_run_stopped_while_it_writes_the_checkpoint_is_finished(run, monkeypat
     assert_equal_weights(undisturbed, stopped)
 
 
+def test_a_run_killed_while_it_notes_its_arguments_keeps_its_checkpoints(run, monkeypatch):
+    _, undisturbed, _ = run(run_name="undisturbed")
+    with pytest.raises(KeyboardInterrupt):
+        run(run_name="killed", callbacks=[_Stop(3)])
+    write = Path.write_text
+
+    def cut_off(path, text, *args, **kwargs):
+        if not path.name.startswith("run.json"):
+            return write(path, text, *args, **kwargs)
+        write(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run(run_name="killed")
+    _, killed, out = run(run_name="killed")
+    assert f"resuming {killed} from step 2" in out
+    assert_equal_weights(undisturbed, killed)
+
+
 def test_a_killed_run_is_resumed_to_the_same_result(run, tiny_labels, tmp_path):
     fields = {"num_epochs": 60, "gradient_accumulation": 2, "warmup_steps": 10, "eval_fraction": 0.25}
     arguments = [f"--{name}={value}" for name, value in fields.items()]

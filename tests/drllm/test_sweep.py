@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 
 from drllm import figures, sweep
-from drllm.tasks import load_questions
-from tests.eval_toys import make_base, make_routed
+from drllm.tasks import load_questions, render_prompt
+from tests.eval_toys import make_base, make_routed, routed_lm
 from tests.search_toys import make_data
 
 BLOCKS = 6
@@ -48,6 +48,24 @@ def test_sweep_from_skip_to_the_base_model(checkpoint, data, tmp_path, run, caps
     assert "keeps the base accuracy with the fewest layers" in capsys.readouterr().out
     path = figures.draw_sweep(output, tmp_path / "sweep.png")
     assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_answers_do_not_depend_on_the_generation_config(checkpoint, data, monkeypatch):
+    lm = routed_lm(checkpoint, 8)
+    questions = load_questions("dart-1", "train", data) + load_questions("dart-2", "train", data)
+    prompts = [render_prompt(question) for question in questions]
+    generate, answers = lm.generate_until, []
+
+    def watched(requests, disable_tqdm):
+        answers.append(generate(requests, disable_tqdm))
+        return answers[-1]
+
+    monkeypatch.setattr(lm, "generate_until", watched)
+    for penalty in (1.0, 1.5):
+        lm.model.generation_config.repetition_penalty = penalty
+        sweep.run_at(lm, questions, prompts, False, -0.5)
+    assert len(answers[0]) == 8
+    assert answers[0] == answers[1]
 
 
 def test_the_chosen_knob_keeps_base_accuracy_with_the_fewest_layers():

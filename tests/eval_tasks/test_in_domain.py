@@ -4,8 +4,11 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from drllm.errors import UserError
+from drllm.rollout import Prompt, Request, RolloutEngine
 from drllm.tasks import load_questions, render_prompt, response_limit
-from tests.eval_toys import EVAL_TASKS
+from tests import search_toys
+from tests.eval_toys import EVAL_TASKS, evaluate, make_base, make_tasks, responses, routed_lm, stock_lm
+from train_models.paths import default_path
 
 ALL = {"drllm_arc_easy", "drllm_arc_challenge", *(f"drllm_dart_{level}" for level in range(1, 6))}
 
@@ -60,8 +63,25 @@ def test_tasks_ask_the_questions_of_the_search(folder):
 
 def test_generation_arguments_of_the_command_line_win(folder):
     task = _load(["drllm_dart_1"], data_dir=str(folder))["tasks"]["drllm_dart_1"]
-    task.set_config("generation_kwargs", {"max_gen_toks": 99}, update=True)
-    assert _requests(task)[0].args[1]["max_gen_toks"] == 99
+    wanted = {"max_gen_toks": 99, "repetition_penalty": 1.3}
+    task.set_config("generation_kwargs", wanted, update=True)
+    assert _requests(task)[0].args[1].items() > wanted.items()
+
+
+def test_answers_are_those_of_the_search_whatever_the_generation_config_says(tmp_path, stock_model):
+    base, data = make_base(tmp_path / "base", stock_model), make_tasks(tmp_path / "data", count=12)
+    config = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(config | {"repetition_penalty": 1.5}))  # Qwen2.5's: 1.05
+    model, tokenizer = search_toys.load(base)
+    assert model.generation_config.repetition_penalty == 1.5
+    prompts = [Prompt.of(question, tokenizer, chat=False) for question in load_questions("dart-1", "test", data)]
+    rollouts = RolloutEngine(model, tokenizer, 12).respond(
+        [Request(prompt, default_path(6), to_the_end=True) for prompt in prompts]
+    )
+    expected = [rollout.response for rollout in rollouts]
+    for lm in (stock_lm(base, 12), routed_lm(base, 12)):
+        found = responses(evaluate(lm, data, ["drllm_dart_1"]))["drllm_dart_1"]
+        assert [text for [[text]] in found] == expected
 
 
 def test_responses_are_graded_as_in_the_search(folder):

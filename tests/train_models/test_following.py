@@ -218,6 +218,30 @@ def test_hidden_states_on_request(stock_model, stock_checkpoint):
         ours(input_ids, output_attentions=True)
 
 
+def test_hidden_states_by_configuration(stock_model, stock_checkpoint):
+    ours = load_path_model(stock_checkpoint("llama"), dtype=torch.float32)
+    input_ids = prompts(2)
+    expected = stock_model("llama")(input_ids, output_hidden_states=True).hidden_states
+    assert ours(input_ids).hidden_states is None
+    ours.config.output_hidden_states = True
+    assert torch.equal(torch.stack(ours(input_ids).hidden_states), torch.stack(expected))
+    assert ours(input_ids, output_hidden_states=False).hidden_states is None
+
+
+def test_the_loss_is_that_of_the_stock_model(stock_model, stock_checkpoint):
+    stock, ours = stock_model("llama"), load_path_model(stock_checkpoint("llama"), dtype=torch.float32)
+    input_ids, losses = prompts(2), []
+    for arguments in (
+        {},
+        {"num_items_in_batch": torch.tensor(100)},  # accumulated steps: a sum over all of them is divided once
+        {"shift_labels": prompts(2, seed=1)},  # sequences that are split over devices
+    ):
+        expected = stock(input_ids, labels=input_ids, **arguments).loss
+        torch.testing.assert_close(ours(input_ids, labels=input_ids, **arguments).loss, expected)
+        losses.append(expected.item())
+    assert len(set(losses)) == 3
+
+
 def test_contradictions_are_named(stock_checkpoint):
     model = load_path_model(stock_checkpoint("llama"), dtype=torch.float32)
     input_ids, cache = prompts(2), PathCache()
@@ -243,6 +267,21 @@ def test_sliding_window_layers_follow_paths(stock_model, stock_checkpoint):
         layer_indices = [path_to_layer_indices(path), path_to_layer_indices((1, 1, 0, 2, 0, 2))]
         cached = greedy(ours, input_ids, layer_indices=layer_indices)
         assert torch.equal(cached, greedy(ours, input_ids, layer_indices=layer_indices, use_cache=False))
+
+
+def test_assisted_decoding_with_a_cache_of_ones_own(stock_checkpoint):
+    changes = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
+    model = load_path_model(stock_checkpoint("qwen2", **changes), dtype=torch.float32)
+    for seed, path in enumerate(NAMED_PATHS.values()):
+        input_ids, layer_indices = prompts(1, 6, seed).repeat(1, 2), path_to_layer_indices(path)
+        expected = greedy(model, input_ids, layer_indices=layer_indices)
+        for cache in (PathCache(), PathCache(model.config), None):
+            assistance = {"prompt_lookup_num_tokens": 2, "past_key_values": cache}
+            assert torch.equal(greedy(model, input_ids, layer_indices=layer_indices, **assistance), expected)
+
+
+def test_the_older_name_of_dtype(stock_checkpoint):
+    assert load_path_model(stock_checkpoint("llama"), torch_dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_an_unsupported_family_is_named(tmp_path):

@@ -122,6 +122,33 @@ def test_routers_read_the_prompt_and_not_the_completion(routed):
         model(prompt, prompt_length=torch.tensor([9]))
 
 
+@pytest.mark.parametrize("kind", ["prompt lookup", "assistant"])
+def test_routers_do_not_read_the_candidates_of_assisted_decoding(kind, routed, stock_model):
+    model = routed()
+    if kind == "assistant":
+        assistant = stock_model("llama", {"num_hidden_layers": 2})
+        assistant.generation_config.assistant_confidence_threshold = 0.0  # always some candidates
+        assistance = {"assistant_model": assistant}
+    else:
+        assistance = {"prompt_lookup_num_tokens": 3}
+    paths = set()
+    for seed in range(6):
+        input_ids = prompts(1, 7, seed).repeat(1, 2)  # so that looking up finds something
+        mask = torch.ones_like(input_ids)
+        mask[:, : seed // 3] = 0
+        arguments = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+        expected = model.generate(input_ids, **arguments)
+        decided = model.model._last_schedule.paths()
+        assert torch.equal(model.generate(input_ids, **arguments, **assistance), expected)
+        assert model.model._last_schedule.paths() == decided
+        paths.update(decided)
+    longer = prompts(8, 40)
+    model.generate(longer, attention_mask=torch.ones_like(longer), max_new_tokens=1, do_sample=False)
+    decided = model.model._last_schedule.paths()
+    assert decided == [tuple(path) for path in model(longer).paths.tolist()], "nothing stays behind"
+    assert len(paths) > 3, "the prompts should differ"
+
+
 def test_no_prompt_at_all_means_the_base_model(routed):
     output = routed()(prompts(1, 4), prompt_length=torch.tensor([0]))
     assert output.paths.tolist() == [[1] * NUM_BLOCKS]
@@ -264,6 +291,11 @@ def test_retrofit_keeps_the_base_bit_for_bit(family, stock_checkpoint, stock_mod
     assert not torch.equal(ours[weight], other[weight])
     assert not ours["model.routers.2.layers.0.bias"].any()
     assert model.config.base_model_name == stock_checkpoint(family)
+
+
+def test_retrofit_takes_the_older_name_of_dtype(stock_checkpoint):
+    model = retrofit(stock_checkpoint("llama"), torch_dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_retrofit_refuses_what_does_not_fit(stock_checkpoint, tmp_path):
