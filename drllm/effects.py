@@ -38,6 +38,7 @@ from pathlib import Path as FilePath
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from drllm import tasks
@@ -184,7 +185,7 @@ def _train(routers: nn.Module, loss_of, count: int, epochs: int, learning_rate: 
     optimizer = torch.optim.AdamW(routers.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
     losses = [float("nan")]
-    for _ in range(epochs):
+    for _ in tqdm(range(epochs), desc="training the routers", unit="epoch"):
         losses = []
         for chosen in torch.randperm(count, generator=generator).split(32):
             loss = loss_of(chosen)
