@@ -149,14 +149,18 @@ def _candidate(response: str) -> str | None:
 
 
 def _tidy(latex: str) -> str:
-    """`latex` without what never changes its value: spacing, $ signs, size commands, a final full stop."""
-    tidy = latex.strip().rstrip(".").replace("\\$", "").replace("$", "")
+    """`latex` without what never changes its value: spacing, $ signs, size commands, a final full stop, and the command
+    around an answer in words."""
+    tidy = latex.strip().rstrip(".").replace("\\$", "").replace("$", "").strip()
+    if words := _WORDS.fullmatch(tidy):
+        tidy = words[1].strip()
     tidy = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[!,; ]", "", tidy)
     tidy = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", tidy)
     # Spaces separate only between letters ("\pi r" is not "\pir").
     return re.sub(r"(?<![a-zA-Z])\s+|\s+(?![a-zA-Z])", "", tidy)
 
 
+_WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
 _INTEGER = re.compile(r"[-+]?\d{1,30}")
 
 

@@ -104,6 +104,8 @@ def test_first_closed_box(text, content):
         ("42", "The answer is $42$."),
         ("-7", r"\boxed{ -7 }"),
         (r"\frac12", r"\boxed{0.5}"),
+        (r"\text{June 20}", r"\boxed{June 20}"),
+        ("Monday", r"\boxed{\text{Monday}}"),
         (r"\frac{1}{2}", r"\boxed{\dfrac{1}{2}}"),
         (r"\frac{1}{2}", "1/2"),
         (r"4 \text{ feet}", r"\boxed{4}"),
@@ -126,6 +128,7 @@ def test_right_mathematical_answers(answer, response):
         ("42", r"\boxed{42"),  # cut off
         ("42", ""),
         ("42", r"\boxed{}"),
+        (r"\text{even}", r"\boxed{\text{odd}}"),
         ("2", "The problem asks for 2 things"),
         (r"\frac{1}{2}", r"\boxed{\frac{1}{3}}"),
         ("5", r"\boxed{__import__('os').system('true')}"),
