@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_models import load_path_model
 from drllm import labels, provenance, tasks
 from drllm.errors import UserError, main_guard
-from drllm.processes import process_state
+from drllm.processes import from_main, process_state
 from drllm.rollout import Prompt, RolloutEngine, SearchPool
 from drllm.search import DEFAULT_POLICY, POLICIES, SearchSettings
 from drllm.tasks import wants_chat_template
@@ -241,9 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
     progress = labels.Progress(folder, state.process_index, selection)
     progress.update()
     # What the main process knows counts: on a network disk another may not see all records yet.
-    finished = [set(selection.records)]
-    if state.num_processes > 1:
-        broadcast_object_list(finished)
+    finished = from_main(state, lambda: set(selection.records))
     progress.open()
 
     engine = RolloutEngine(model, tokenizer, args.batch_size)
@@ -253,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     display = Display(progress, pool, state)
     pool.after_round = display.after_round
-    remaining = selection.remaining(state.process_index, state.num_processes, finished[0])
+    remaining = selection.remaining(state.process_index, state.num_processes, finished)
     try:
         with display.bar:
             for searched in pool.search(prompts_of(remaining, model, tokenizer, chat)):

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,11 +43,11 @@ from transformers import PreTrainedModel
 from drllm import tasks
 from drllm.ablations import MINIATURE_DATA, routed_paths
 from drllm.errors import main_guard
-from drllm.processes import process_state
+from drllm.processes import Made, from_main, process_state
 from drllm.provenance import commit, dtype_name, fingerprint, parse_dtype, versions
-from drllm.rewards import NUM_ACTIONS, Answered, EffectRound, Made, RoundStore, measure
+from drllm.rewards import NUM_ACTIONS, Answered, EffectRound, RoundStore, measure
 from drllm.rollout import Prompt
-from drllm.router_checkpoint import load_routed, load_tokenizer, save_routers
+from drllm.router_checkpoint import load_routed, load_tokenizer, save_checkpoint
 from drllm.router_modules import StackedRouters
 from train_models.paths import EXECUTE, SKIP, Path, default_path, is_allowed
 
@@ -249,7 +248,7 @@ class PathsOfGroups:
         return measure(self.routed, self.questions, paths, self.batch_size, store=self.store, title=title, **arguments)
 
     def _from_main(self, make: Callable[[], Made]) -> Made:
-        return make() if self.store is None else self.store.from_main(make)
+        return make() if self.store is None else from_main(self.store.state, make)
 
     def _train(self, routers: StackedRouters, train: Callable[[], float]) -> None:
         """On the main process; then all have the routers, and their models, too."""
@@ -306,9 +305,6 @@ def main(argv: list[str] | None = None) -> None:
         raise KeyboardInterrupt(f"what was measured is in {measured}; the same command continues") from None
     if state.is_main_process:
         routed.cpu()
-        routed.save_pretrained(arguments.output_dir)
-        tokenizer.save_pretrained(arguments.output_dir)
-        save_routers(routed, arguments.output_dir / "routers")
         # As after a search: eval.sh reads here whether prompts have the chat template.
         manifest = {
             "model": arguments.model,
@@ -321,8 +317,7 @@ def main(argv: list[str] | None = None) -> None:
             "versions": versions(),
             "commit": commit(),
         }
-        for folder in (arguments.output_dir, arguments.output_dir / "routers"):
-            (folder / "labels_manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        save_checkpoint(routed, tokenizer, arguments.output_dir, manifest)
         print(f"wrote {arguments.output_dir}; {measured} holds what was measured, for other prices and seeds")
     state.wait_for_everyone()
     state.destroy_process_group()

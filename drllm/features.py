@@ -187,7 +187,7 @@ def compute_features(
         store_dir.mkdir(parents=True, exist_ok=True)
         manifest = store_dir / "features.json"
         if not manifest.exists():
-            _write_text(manifest, json.dumps({"key": key, "shape": ["examples", *shape]}, indent=2) + "\n")
+            write_text(manifest, json.dumps({"key": key, "shape": ["examples", *shape]}, indent=2) + "\n")
     state.wait_for_everyone()
 
     missing = [
@@ -358,7 +358,17 @@ def _open_shard(store_dir, shard, shards, digest, rows, shape, dtype) -> tuple[t
     return windows, num_valid
 
 
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file is there and was written to its end."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text)
     os.replace(partial, path)

@@ -1,9 +1,14 @@
 """The processes that share the work."""
 
 import datetime
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+Made = TypeVar("Made")
 
 
 def process_state(patience: datetime.timedelta) -> PartialState:
@@ -14,3 +19,9 @@ def process_state(patience: datetime.timedelta) -> PartialState:
     """
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     return PartialState(cpu=on_cpu, timeout=patience)
+
+
+def from_main(state: PartialState, make: Callable[[], Made]) -> Made:
+    """What `make` returns on the main process, on every process."""
+    made = [make() if state.is_main_process else None]
+    return made[0] if state.num_processes == 1 else broadcast_object_list(made)[0]

@@ -10,16 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -27,14 +25,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drllm import tasks
 from drllm.errors import UserError
+from drllm.features import is_whole
+from drllm.processes import from_main
 from drllm.rollout import Prompt
 from train_models.paths import EXECUTE, SKIP, Path, path_to_layer_indices
 
 NUM_ACTIONS = 3
 MARGIN_SCALE = 0.3  # nats of margin a unit of the sigmoid's argument
 PART_QUESTIONS = 512  # of a file of the store: what a kill may lose
-
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,6 @@ class RoundStore:
     model_fingerprint: str
     state: PartialState
 
-    def from_main(self, make: Callable[[], Made]) -> Made:
-        """What `make` returns on the main process, on every process: all must agree on what they measure."""
-        made = [make() if self.state.is_main_process else None]
-        return made[0] if self.state.num_processes == 1 else broadcast_object_list(made)[0]
-
     def open(self, key: dict, count: int) -> tuple[list[FilePath], list[int]]:
         """(the files of parts 0 to `count` - 1 of the round `key`, the numbers of those that are missing)."""
         text = json.dumps({"model_fingerprint": self.model_fingerprint, **key})
@@ -96,7 +89,7 @@ class RoundStore:
         files = [folder / f"{number:05d}-of-{count:05d}.safetensors" for number in range(count)]
         with self._disk_errors():
             folder.mkdir(parents=True, exist_ok=True)
-        missing = [number for number, file in enumerate(files) if not _is_whole(file)]
+        missing = [number for number, file in enumerate(files) if not is_whole(file)]
         self.state.wait_for_everyone()  # all look before anyone writes, and so share out the same parts
         return files, missing
 
@@ -115,14 +108,6 @@ class RoundStore:
             raise UserError(f"{self.folder} cannot be written to ({error}); make room or name another folder") from None
 
 
-def _is_whole(file: FilePath) -> bool:
-    try:
-        with safe_open(file, framework="pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
-
-
 @torch.inference_mode()
 def measure(
     routed: PreTrainedModel,
@@ -139,7 +124,7 @@ def measure(
     Costs a pass along each path and, for each block and other action, one from that block on. With a store the main
     process's `paths` count, and parts that it holds are not measured again.
     """
-    paths = list(paths) if store is None else store.from_main(lambda: list(paths))
+    paths = list(paths) if store is None else from_main(store.state, lambda: list(paths))
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt.input_ids))
     parts = [order[start : start + PART_QUESTIONS] for start in range(0, len(order), PART_QUESTIONS)]
     config = routed.config

@@ -30,6 +30,19 @@ WEIGHTS, CONFIG, CARD, LABELS = "routers.safetensors", "router_config.json", "RE
 ROUTER_FIELDS = ("num_windows", "router_width", "router_depth", "router_input")
 
 
+def save_checkpoint(routed, tokenizer, directory: Path, manifest: dict | list, training: dict | None = None) -> None:
+    """Write a full checkpoint, with its routers alone in the subfolder `routers`.
+
+    Args:
+        manifest: what the labels belong to; eval.sh reads there whether prompts have the chat template.
+        training: see `save_routers`.
+    """
+    routed.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    for folder in (directory, save_routers(routed, directory / "routers", training)):
+        (folder / LABELS).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
 def save_routers(routed, directory: str | Path, training: dict | None = None) -> Path:
     """Write the routers of a routed model, without its base.
 

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -38,12 +37,12 @@ from transformers import (
 from transformers.utils import logging
 
 from drllm.errors import UserError
-from drllm.features import Example, FeatureStore, compute_features, duration, pad_ids
+from drllm.features import Example, FeatureStore, compute_features, duration, is_whole, pad_ids, write_text
 from drllm.losses import class_counts, effective_number_weights, routing_loss
 from drllm.metrics import routing_metrics
 from drllm.processes import process_state
 from drllm.provenance import commit, dtype_name, fingerprint, parse_dtype, versions
-from drllm.router_checkpoint import load_config, load_routed, load_tokenizer, save_routers
+from drllm.router_checkpoint import load_config, load_routed, load_tokenizer, save_checkpoint
 from drllm.router_modules import FullModelRouters, StackedRouters, init_final_biases
 from drllm.training_data import TrainingLabels, load_labels, make_examples, split_by_question
 
@@ -574,9 +573,7 @@ def _resumable(config: RouterTrainingConfig, identity: dict, trainer_dir: Path, 
         if last is None:
             (config.checkpoint / "training.json").unlink(missing_ok=True)
         trainer_dir.mkdir(parents=True, exist_ok=True)
-        partial = trainer_dir / "run.json.partial"
-        partial.write_text(json.dumps(identity, indent=2) + "\n")
-        os.replace(partial, trainer_dir / "run.json")
+        write_text(trainer_dir / "run.json", json.dumps(identity, indent=2) + "\n")
         if last is not None:
             say(f"training: resuming {config.checkpoint} from step {_step_of(last)}")
     state.wait_for_everyone()
@@ -598,12 +595,7 @@ def is_complete_checkpoint(directory: Path, processes: int = 1) -> bool:
     archives = [directory / "optimizer.pt", directory / "scheduler.pt", *states]
     if len(states) != processes or not all(zipfile.is_zipfile(path) for path in archives):
         return False
-    try:
-        with safe_open(directory / "model.safetensors", framework="pt"):
-            pass
-    except (OSError, SafetensorError):
-        return False
-    return _read_json(directory / "trainer_state.json") is not None
+    return is_whole(directory / "model.safetensors") and _read_json(directory / "trainer_state.json") is not None
 
 
 def _say_data(say, examples, train, held_out, counts) -> None:
@@ -618,12 +610,6 @@ def _say_data(say, examples, train, held_out, counts) -> None:
 
 
 def _export(routed, tokenizer, directory: Path, labels: TrainingLabels, record: dict) -> None:
-    routed.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    save_routers(routed, directory / "routers", record)
     manifests = labels.manifests[0] if len(labels.manifests) == 1 else labels.manifests
-    for folder in (directory, directory / "routers"):
-        (folder / "labels_manifest.json").write_text(json.dumps(manifests, indent=2) + "\n")
-    partial = directory / "training.json.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, directory / "training.json")
+    save_checkpoint(routed, tokenizer, directory, manifests, record)
+    write_text(directory / "training.json", json.dumps(record, indent=2) + "\n")

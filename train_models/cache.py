@@ -165,11 +165,6 @@ class PathCache(DynamicCache):
         """The path of each row, or None before the first forward pass."""
         return None if self.schedule is None else self.schedule.paths()
 
-    @property
-    def block_applications(self) -> list[int]:
-        """Block applications of each row, summed over the forward passes since the cache was empty."""
-        return [sum(path) * self.forward_passes for path in self.paths or []]
-
     def slot(self, block: int, visit: int) -> _Slot:
         """What the attention of `block` gets as its cache on its (`visit` + 1)-th visit."""
         return self._slots[block][visit]

@@ -79,9 +79,8 @@ def test_static_routing_is_paired_with_the_stock_model(run):
 
 @pytest.mark.slow
 def test_compiled_decoding_is_timed(run):
-    row = run("--skip", "2", "--batch_sizes", "1", "--measure", "path,compiled,compiled_whole,stock_compiled")[0][
-        "rows"
-    ][0]
+    measured = "path,compiled,compiled_whole,stock_compiled"
+    row = run("--skip", "2", "--batch_sizes", "1", "--measure", measured)[0]["rows"][0]
     assert row["compiled_token_ratio"] > 0
     assert row["compiled_whole_token_ratio"] > 0
     assert row["stock_compiled_token_ratio"] > 0
