@@ -24,12 +24,16 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_models import load_path_model
-from drllm import labels, provenance, tasks
+from drllm import labels, provenance
 from drllm.errors import UserError, main_guard
 from drllm.processes import from_main, process_state
-from drllm.rollout import Prompt, RolloutEngine, SearchPool
-from drllm.search import DEFAULT_POLICY, POLICIES, SearchSettings
-from drllm.tasks import wants_chat_template
+from drllm.questions.prompts import Prompt, wants_chat_template
+from drllm.questions.sets import GROUPS, SETS, Question, expand_sets, load_questions
+from drllm.rollouts.engine import RolloutEngine
+from drllm.search.pool import SearchPool
+from drllm.search.progress import Progress, begin, finish, to_row
+from drllm.search.selection import Selection, digest_of, seeded_order
+from drllm.search.tree import DEFAULT_POLICY, POLICIES, SearchSettings
 
 MINIATURE = Path(__file__).resolve().parent / "miniature"
 SAMPLES_ELSEWHERE = 1000  # of sets for which the paper names no number
@@ -45,7 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default=None, help="folder or Hub name of a Llama, Qwen2 or Qwen3 model; default: the miniature")
     add("--revision", default=None, help="of the model on the Hub")
-    add("--dataset", default="arc,dart", help="sets and groups, by comma: " + ", ".join(tasks.GROUPS | tasks.SETS))
+    add("--dataset", default="arc,dart", help="sets and groups, by comma: " + ", ".join(GROUPS | SETS))
     add("--data_dir", default=None, help="folder with local files of the Hub's schema; default: the Hub")
     add("--output_dir", default="data/", help="folder of the labels")
     add("--num_simulations", type=int, default=paper.num_simulations, help="of the tree search, a question")
@@ -82,7 +86,7 @@ def load(name: str, revision: str | None, dtype: torch.dtype, device: torch.devi
 
 def samples_of(setting: str, sets: list[str]) -> dict[str, int]:
     """How many labels to keep of each set."""
-    samples = {name: tasks.SETS[name].samples or SAMPLES_ELSEWHERE for name in sets}
+    samples = {name: SETS[name].samples or SAMPLES_ELSEWHERE for name in sets}
     if setting == "paper":
         return samples
     try:
@@ -99,7 +103,7 @@ def samples_of(setting: str, sets: list[str]) -> dict[str, int]:
 
 
 def prompts_of(
-    questions: Iterator[tasks.Question], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: bool
+    questions: Iterator[Question], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: bool
 ) -> Iterator[Prompt]:
     """The prompts of `questions`, without those that the model's context cannot hold, which are said once."""
     context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
@@ -117,7 +121,7 @@ def prompts_of(
 class Display:
     """The progress line: questions done, simulations a second, wrong-to-right and layers saved so far, time left."""
 
-    def __init__(self, progress: labels.Progress, pool: SearchPool, state: PartialState) -> None:
+    def __init__(self, progress: Progress, pool: SearchPool, state: PartialState) -> None:
         self.progress, self.pool = progress, pool
         self.num_processes = state.num_processes
         self.started = self.updated = time.monotonic()
@@ -189,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("limit", "batch_size", "concurrency"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    sets = tasks.expand_sets(args.dataset)
+    sets = expand_sets(args.dataset)
     samples = samples_of(args.samples, sets)
     folder = Path(args.output_dir)
     name = args.model or str(MINIATURE / "model")
@@ -202,8 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
     model, tokenizer = load(name, args.revision, dtype, state.device)
     chat = wants_chat_template(args.chat_template, name, tokenizer)
     with state.main_process_first():  # so that a download happens once a machine
-        questions = {set_name: tasks.load_questions(set_name, "train", data_dir) for set_name in sets}
-    orders = {set_name: labels.seeded_order(found, args.seed)[: args.limit] for set_name, found in questions.items()}
+        questions = {set_name: load_questions(set_name, "train", data_dir) for set_name in sets}
+    orders = {set_name: seeded_order(found, args.seed)[: args.limit] for set_name, found in questions.items()}
 
     manifest = {
         "format": labels.FORMAT,
@@ -226,18 +230,18 @@ def main(arguments: list[str] | None = None) -> None:
             "wrong_to_right_share": args.wrong_to_right_share,
             "limit": args.limit,
         },
-        "questions": {set_name: labels.digest_of(found) for set_name, found in orders.items()},
+        "questions": {set_name: digest_of(found) for set_name, found in orders.items()},
         "data_dir": None if data_dir is None else str(data_dir),
         "versions": provenance.versions(),
         "commit": provenance.commit(),
     }
     if state.is_main_process:
-        labels.begin(folder, manifest)
+        begin(folder, manifest)
     state.wait_for_everyone()
     if not (folder / "manifest.json").exists():
         raise UserError(f"{folder} is not shared by all machines: choose an --output_dir on a shared file system")
-    selection = labels.Selection(orders, samples, args.wrong_to_right_share)
-    progress = labels.Progress(folder, state.process_index, selection)
+    selection = Selection(orders, samples, args.wrong_to_right_share)
+    progress = Progress(folder, state.process_index, selection)
     progress.update()
     # What the main process knows counts: on a network disk another may not see all records yet.
     finished = from_main(state, lambda: set(selection.records))
@@ -254,13 +258,13 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with display.bar:
             for searched in pool.search(prompts_of(remaining, model, tokenizer, chat)):
-                progress.append(labels.to_row(searched))
+                progress.append(to_row(searched))
             progress.close()
             state.wait_for_everyone()
             progress.update()
             display.show()
         if state.is_main_process:
-            print_table2(labels.finish(folder, progress), folder)
+            print_table2(finish(folder, progress), folder)
         state.wait_for_everyone()
         state.destroy_process_group()
     except KeyboardInterrupt:

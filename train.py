@@ -14,8 +14,8 @@ from dataclasses import fields
 from accelerate import PartialState
 
 from drllm.errors import main_guard
-from drllm.losses import LOSSES
-from drllm.router_training import RouterTrainingConfig, quiet_libraries, train_routers
+from drllm.training.losses import LOSSES
+from drllm.training.trainer import RouterTrainingConfig, quiet_libraries, train_routers
 
 
 def parser() -> argparse.ArgumentParser:

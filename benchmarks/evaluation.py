@@ -32,8 +32,9 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from drllm import provenance  # noqa: E402
 from drllm.errors import main_guard  # noqa: E402
-from drllm.lm_eval_model import RoutedLM  # noqa: E402
-from drllm.tasks import load_questions, render_prompt  # noqa: E402
+from drllm.evaluation.lm_eval_model import RoutedLM  # noqa: E402
+from drllm.questions.prompts import render_prompt  # noqa: E402
+from drllm.questions.sets import load_questions  # noqa: E402
 
 
 def make_requests(data_dir: str, count: int, words: int) -> list[Instance]:

@@ -31,11 +31,14 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.shapes import SHAPES  # noqa: E402
 from data_models import load_path_model, path_model_class  # noqa: E402
-from drllm import provenance, tasks  # noqa: E402
+from drllm import provenance  # noqa: E402
 from drllm.errors import UserError, main_guard  # noqa: E402
-from drllm.labels import seeded_order  # noqa: E402
-from drllm.rollout import Prompt, Request, RolloutEngine, SearchedQuestion, SearchPool  # noqa: E402
-from drllm.search import POLICIES, PathSearch, SearchResult, SearchSettings, question_seed  # noqa: E402
+from drllm.questions.prompts import Prompt  # noqa: E402
+from drllm.questions.sets import expand_sets, grade, load_questions  # noqa: E402
+from drllm.rollouts.engine import Request, RolloutEngine  # noqa: E402
+from drllm.search.pool import SearchedQuestion, SearchPool  # noqa: E402
+from drllm.search.selection import seeded_order  # noqa: E402
+from drllm.search.tree import POLICIES, PathSearch, SearchResult, SearchSettings, question_seed  # noqa: E402
 from train_models.paths import path_to_layer_indices  # noqa: E402
 
 
@@ -56,8 +59,8 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, torch.device]:
 
 def load_prompts(args: argparse.Namespace, tokenizer: Any, count: int) -> list[Prompt]:
     """`count` training questions, as evenly from the sets as they allow, in seeded order."""
-    sets = tasks.expand_sets(args.dataset)
-    orders = [seeded_order(tasks.load_questions(name, "train", args.data_dir), args.seed) for name in sets]
+    sets = expand_sets(args.dataset)
+    orders = [seeded_order(load_questions(name, "train", args.data_dir), args.seed) for name in sets]
     in_turn = (question for turn in itertools.zip_longest(*orders) for question in turn if question is not None)
     return [Prompt.of(question, tokenizer, chat=False) for question in itertools.islice(in_turn, count)]
 
@@ -106,7 +109,7 @@ def search_published(model: Any, tokenizer: Any, prompts: Iterable[Prompt], sett
                 pad_token_id=tokenizer.pad_token_id,
             )
             responses[path] = tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)
-            search.tell(float(tasks.grade(prompt.question, responses[path])))
+            search.tell(float(grade(prompt.question, responses[path])))
         results[prompt.question.id] = search.result(), responses
     return results, sum(result.simulations for result, _ in results.values())
 

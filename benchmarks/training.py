@@ -26,7 +26,7 @@ import torch
 
 from drllm.errors import main_guard
 from drllm.provenance import commit, versions
-from drllm.router_training import RouterTrainingConfig, quiet_libraries, train_routers
+from drllm.training.trainer import RouterTrainingConfig, quiet_libraries, train_routers
 
 METRICS = ("macro_f1", "f1_skip", "f1_execute", "f1_repeat", "avg_layers", "routers_loss")
 

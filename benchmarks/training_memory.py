@@ -31,11 +31,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from drllm import features, labels
+from drllm import labels
+from drllm.checkpoints import load_tokenizer
 from drllm.errors import UserError, main_guard
 from drllm.provenance import commit, fingerprint, versions
-from drllm.router_checkpoint import load_tokenizer
-from drllm.training_data import load_labels, make_examples
+from drllm.training import features
+from drllm.training.data import load_labels, make_examples
 
 ROOT = Path(__file__).resolve().parent.parent
 GB = 1e9

@@ -1,1 +1,1 @@
-"""What the scripts of this repository share: tasks, search, labels, features, training, evaluation."""
+"""What the three steps share, one folder per step."""

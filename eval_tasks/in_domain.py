@@ -18,7 +18,9 @@ from lm_eval.api.task import ConfigurableTask
 # `lm_eval --include_path eval_tasks` may run from any folder, and the repository is not installed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from drllm.tasks import Question, grade, load_questions, render_prompt, response_limit
+from drllm.questions.grading import grade
+from drllm.questions.prompts import render_prompt, response_limit
+from drllm.questions.sets import Question, load_questions
 
 _FIELDS = ("set", "id", "text", "choices", "labels", "answer", "context")
 

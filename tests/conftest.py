@@ -1,5 +1,7 @@
 """Small random models of every supported family, in the shape of the real ones (grouped queries, biases, q/k norms)."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import (
@@ -10,6 +12,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from tests.training_toys import make_base, make_labels
 
 STOCK = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -67,3 +71,27 @@ def stock_model(stock_checkpoint):
         return STOCK[family][1].from_pretrained(folder, dtype=torch.float32, **arguments).eval()
 
     return load
+
+
+@pytest.fixture(scope="session")
+def base_maker():
+    """`make_base`."""
+    return make_base
+
+
+@pytest.fixture(scope="session")
+def labels_maker():
+    """`make_labels`."""
+    return make_labels
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """A Llama of five blocks."""
+    return make_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_labels(tmp_path_factory, tiny_base) -> Path:
+    """24 labelled questions of two sets for `tiny_base`."""
+    return make_labels(tmp_path_factory.mktemp("labels") / "data", tiny_base)

@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
-from drllm.lm_eval_model import RoutedLM
+from drllm.evaluation.lm_eval_model import RoutedLM
 from tests.search_toys import LETTERS, WORDS, make_model
 from train_models import retrofit
 

@@ -6,11 +6,15 @@ import random
 
 import pytest
 
-from drllm import labels
+from drllm import files, labels
 from drllm.errors import UserError
-from drllm.rollout import Prompt, SearchedQuestion
-from drllm.search import SearchResult
-from drllm.tasks import Question
+from drllm.questions.prompts import Prompt
+from drllm.questions.sets import Question
+from drllm.search import progress as progress_module
+from drllm.search.pool import SearchedQuestion
+from drllm.search.progress import Progress, begin, finish, to_row
+from drllm.search.selection import Record, Selection, digest_of, seeded_order
+from drllm.search.tree import SearchResult
 
 SETS = ("arc_easy", "dart-1")
 NUM_BLOCKS = 4
@@ -35,9 +39,9 @@ def searched(asked: Question, kind: str | None = None) -> SearchedQuestion:
     return SearchedQuestion(Prompt(asked, f"Q: {asked.text}", (1, 2), 2), result, "a", None if best is None else "b")
 
 
-def new_selection(samples: int = 6, count: int = 60, seed: int = 0) -> labels.Selection:
-    orders = {name: labels.seeded_order([question(name, n) for n in range(count)], seed) for name in SETS}
-    return labels.Selection(orders, dict.fromkeys(SETS, samples), 0.5)
+def new_selection(samples: int = 6, count: int = 60, seed: int = 0) -> Selection:
+    orders = {name: seeded_order([question(name, n) for n in range(count)], seed) for name in SETS}
+    return Selection(orders, dict.fromkeys(SETS, samples), 0.5)
 
 
 def manifest(**changes) -> dict:
@@ -47,13 +51,13 @@ def manifest(**changes) -> dict:
 
 def run(folder, selection, order, rank=0, stop=None):
     """Searches `order` as a process would; the kind of a question is a fixed function of its id."""
-    progress = labels.Progress(folder, rank, selection)
+    progress = Progress(folder, rank, selection)
     progress.update()
     progress.open()
     for number, asked in enumerate(order):
         if number == stop:
             break
-        progress.append(labels.to_row(searched(asked)))
+        progress.append(to_row(searched(asked)))
         progress.update()
     progress.close()
     return progress
@@ -62,34 +66,34 @@ def run(folder, selection, order, rank=0, stop=None):
 @pytest.fixture
 def finished(tmp_path):
     """A folder of finished labels."""
-    labels.begin(tmp_path, manifest())
+    begin(tmp_path, manifest())
     selection = new_selection()
-    labels.finish(tmp_path, run(tmp_path, selection, selection.remaining()))
+    finish(tmp_path, run(tmp_path, selection, selection.remaining()))
     return tmp_path
 
 
 def test_the_order_is_seeded_and_independent_of_the_source():
     asked = [question("arc_easy", number) for number in range(30)]
-    order = labels.seeded_order(asked, 0)
-    assert order == labels.seeded_order(asked[::-1], 0)
-    assert order != labels.seeded_order(asked, 1)
+    order = seeded_order(asked, 0)
+    assert order == seeded_order(asked[::-1], 0)
+    assert order != seeded_order(asked, 1)
     assert sorted(order, key=lambda one: one.id) == asked
 
 
 def test_digests_notice_other_questions_and_other_answers():
     asked = [question("arc_easy", number) for number in range(3)]
     changed = [*asked[:2], Question("arc_easy", asked[2].id, "x", (), (), "other")]
-    assert labels.digest_of(asked) == labels.digest_of(asked[::-1])
-    assert len({labels.digest_of(some) for some in (asked, asked[:2], changed)}) == 3
+    assert digest_of(asked) == digest_of(asked[::-1])
+    assert len({digest_of(some) for some in (asked, asked[:2], changed)}) == 3
 
 
 def test_the_selection_is_the_first_of_each_kind_in_the_seeded_order(finished):
     rows = labels.read_labels(finished).rows
     for name in SETS:
-        order = labels.seeded_order([question(name, number) for number in range(60)], 0)
+        order = seeded_order([question(name, number) for number in range(60)], 0)
         expected = set()
         for kind in (labels.WRONG_TO_RIGHT, labels.SHORTER):
-            of_kind = [asked.id for asked in order if labels.to_row(searched(asked))["kind"] == kind]
+            of_kind = [asked.id for asked in order if to_row(searched(asked))["kind"] == kind]
             assert len(of_kind) > 3
             expected |= set(of_kind[:3])
         assert {row["question_id"] for row in rows if row["set"] == name} == expected
@@ -101,10 +105,10 @@ def test_the_selection_does_not_depend_on_processes_arrival_or_stops(tmp_path, f
     """Two processes that run by turns, are stopped, continue as three, and see each other's results late."""
     choose = random.Random(seed)
     folder = tmp_path / "other"
-    labels.begin(folder, manifest())
+    begin(folder, manifest())
     for num_processes in (2, 3):
         selections = [new_selection() for _ in range(num_processes)]
-        progresses = [labels.Progress(folder, rank, selection) for rank, selection in enumerate(selections)]
+        progresses = [Progress(folder, rank, selection) for rank, selection in enumerate(selections)]
         for progress in progresses:
             progress.update()
         orders = [selection.remaining(rank, num_processes) for rank, selection in enumerate(selections)]
@@ -124,14 +128,14 @@ def test_the_selection_does_not_depend_on_processes_arrival_or_stops(tmp_path, f
             # What is not wanted is searched no further than the default path, as in data_generation.py.
             wanted = selections[rank].is_wanted(asked, kind)
             row = searched(asked) if wanted else searched(asked, "right" if base_correct else "wrong")
-            progresses[rank].append(labels.to_row(row))
+            progresses[rank].append(to_row(row))
             if choose.random() < 0.3:
                 progresses[rank].update()
         for progress in progresses:
             progress.close()
     assert not searching
     progresses[0].update()
-    labels.finish(folder, progresses[0])
+    finish(folder, progresses[0])
     assert (folder / "labels.jsonl").read_bytes() == (finished / "labels.jsonl").read_bytes()
     # And it did not search everything to get there.
     assert len(progresses[0].selection.records) < 2 * 60
@@ -142,7 +146,7 @@ def test_the_selection_does_not_depend_on_processes_arrival_or_stops(tmp_path, f
 def test_late_finds_do_not_spare_earlier_questions():
     selection = new_selection(samples=2)
     order = selection.orders["arc_easy"]
-    found = labels.Record("arc_easy", 10, labels.SHORTER, True, 1, 1, 1, "00000.jsonl", 0)
+    found = Record("arc_easy", 10, labels.SHORTER, True, 1, 1, 1, "00000.jsonl", 0)
     selection.add(order[10].id, found)
     assert selection.is_wanted(order[9], labels.SHORTER)
     assert not selection.is_wanted(order[11], labels.SHORTER)
@@ -156,8 +160,8 @@ def test_late_finds_do_not_spare_earlier_questions():
 
 def test_a_kind_that_runs_out_is_not_made_up_for(tmp_path):
     selection = new_selection(samples=1000)
-    labels.begin(tmp_path, manifest())
-    table = labels.finish(tmp_path, run(tmp_path, selection, selection.remaining()))
+    begin(tmp_path, manifest())
+    table = finish(tmp_path, run(tmp_path, selection, selection.remaining()))
     kinds = [row["kind"] for row in labels.read_labels(tmp_path).rows]
     assert [row["visited"] for row in table] == [60, 60]
     assert sum(row["sampled"] for row in table) == len(kinds) < 120
@@ -175,12 +179,12 @@ def test_table_2_counts_what_was_done(finished):
 
 def test_progress_outlives_the_process_and_a_half_written_line_is_repaired(tmp_path):
     selection = new_selection()
-    labels.begin(tmp_path, manifest())
+    begin(tmp_path, manifest())
     progress = run(tmp_path, selection, selection.remaining(), stop=5)
     whole = progress.path.read_bytes()
     for cut in (1, 20, len(whole.splitlines(keepends=True)[-1])):
         progress.path.write_bytes(whole[:-cut])
-        again = labels.Progress(tmp_path, 0, new_selection())
+        again = Progress(tmp_path, 0, new_selection())
         again.update()
         assert len(again.selection.records) == 4
         again.open()
@@ -190,55 +194,55 @@ def test_progress_outlives_the_process_and_a_half_written_line_is_repaired(tmp_p
 
 def test_lines_appear_at_once_for_other_processes(tmp_path):
     selection, other = new_selection(), new_selection()
-    labels.begin(tmp_path, manifest())
-    writing, reading = labels.Progress(tmp_path, 0, selection), labels.Progress(tmp_path, 1, other)
+    begin(tmp_path, manifest())
+    writing, reading = Progress(tmp_path, 0, selection), Progress(tmp_path, 1, other)
     writing.open()
     for number, asked in enumerate(list(selection.remaining())[:3], start=1):
-        writing.append(labels.to_row(searched(asked)))
+        writing.append(to_row(searched(asked)))
         reading.update()
         assert len(other.records) == number
-        assert reading.read(other.records[asked.id]) == labels.to_row(searched(asked))
+        assert reading.read(other.records[asked.id]) == to_row(searched(asked))
 
 
 def test_a_spoiled_line_is_named(tmp_path):
     selection = new_selection()
-    labels.begin(tmp_path, manifest())
+    begin(tmp_path, manifest())
     progress = run(tmp_path, selection, selection.remaining(), stop=3)
     lines = progress.path.read_bytes().splitlines(keepends=True)
     for spoiled in (b"\x00\x00\n", b'{"set": "arc_easy"}\n', b"[]\n", lines[1].replace(b"-0", b"-9")):
         progress.path.write_bytes(lines[0] + spoiled + lines[2])
         with pytest.raises(UserError, match=r"00000\.jsonl:2: not a finished question of this run; delete the line"):
-            labels.Progress(tmp_path, 0, new_selection()).update()
+            Progress(tmp_path, 0, new_selection()).update()
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
-    labels.begin(tmp_path, manifest())
-    first = labels.Progress(tmp_path, 0, new_selection())
+    begin(tmp_path, manifest())
+    first = Progress(tmp_path, 0, new_selection())
     first.open()
     with pytest.raises(UserError, match="being written by another run"):
-        labels.Progress(tmp_path, 0, new_selection()).open()
+        Progress(tmp_path, 0, new_selection()).open()
     first.close()
-    labels.Progress(tmp_path, 0, new_selection()).open()
+    Progress(tmp_path, 0, new_selection()).open()
 
 
 def test_a_file_system_without_locks_is_written_to_with_a_warning(tmp_path, monkeypatch, capsys):
-    labels.begin(tmp_path, manifest())
+    begin(tmp_path, manifest())
 
     def no_locks(file, operation):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(labels.fcntl, "flock", no_locks)
+    monkeypatch.setattr(progress_module.fcntl, "flock", no_locks)
     selection = new_selection()
     run(tmp_path, selection, selection.remaining(), stop=2)
     assert "00000.jsonl: no locks here, so start no second run" in capsys.readouterr().err
-    again = labels.Progress(tmp_path, 0, new_selection())
+    again = Progress(tmp_path, 0, new_selection())
     again.update()
     assert len(again.selection.records) == 2
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     selection = new_selection()
-    labels.begin(tmp_path, manifest())
+    begin(tmp_path, manifest())
     progress = run(tmp_path, selection, selection.remaining(), stop=2)
     before = progress.path.read_bytes()
     progress.open()
@@ -260,17 +264,17 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
     progress._file = FullDisk(progress._file)
     with pytest.raises(UserError, match=r"no room left to write .*2 finished questions are safe: make room and repeat"):
-        progress.append(labels.to_row(searched(next(selection.remaining()))))
+        progress.append(to_row(searched(next(selection.remaining()))))
     progress._file.close()
     assert progress.path.read_bytes() == before
-    monkeypatch.setattr(labels.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(errno.EDQUOT, "Disk quota")))
+    monkeypatch.setattr(files.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(errno.EDQUOT, "Disk quota")))
     with pytest.raises(UserError, match=r"no room left to write .*labels\.jsonl"):
-        labels.finish(tmp_path, progress)
+        finish(tmp_path, progress)
     assert not (tmp_path / "labels.jsonl").exists()
 
 
 def test_another_run_is_refused_with_the_difference_named(finished):
-    labels.begin(finished, manifest(commit="other", versions={"torch": "9"}))
+    begin(finished, manifest(commit="other", versions={"torch": "9"}))
     for changes, message in (
         ({"arguments": {"c": 2.5}}, r"arguments\.c was 1\.8 and is now 2\.5"),
         ({"arguments": {"samples": {"arc_easy": 7}}}, r"arguments\.samples\.arc_easy was 6 and is now 7"),
@@ -278,22 +282,22 @@ def test_another_run_is_refused_with_the_difference_named(finished):
         ({"dtype": "bfloat16"}, r'dtype was null and is now "bfloat16"'),
     ):
         with pytest.raises(UserError, match=rf"holds labels of another run: {message}; repeat .*--output_dir"):
-            labels.begin(finished, manifest(**changes))
+            begin(finished, manifest(**changes))
 
 
 def test_a_folder_with_progress_but_no_manifest_is_refused(tmp_path):
     (tmp_path / "progress").mkdir()
     with pytest.raises(UserError, match="has progress files but no manifest"):
-        labels.begin(tmp_path, manifest())
+        begin(tmp_path, manifest())
 
 
 def test_finishing_again_gives_the_same_file(finished):
     before = (finished / "labels.jsonl").read_bytes()
     selection = new_selection()
-    progress = labels.Progress(finished, 0, selection)
+    progress = Progress(finished, 0, selection)
     progress.update()
     assert list(selection.remaining()) == []
-    labels.finish(finished, progress)
+    finish(finished, progress)
     assert (finished / "labels.jsonl").read_bytes() == before
 
 
@@ -302,7 +306,7 @@ def test_labels_are_read_back(finished):
     assert found.manifest["labels"] == len(found.rows) == 12
     for row in found.rows:
         assert set(row) == set(labels.COLUMNS)
-        assert labels.to_row(searched(question(row["set"], int(row["question_id"][-3:])))) == row
+        assert to_row(searched(question(row["set"], int(row["question_id"][-3:])))) == row
 
 
 def spoil(folder, number, change):

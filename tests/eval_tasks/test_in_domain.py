@@ -4,8 +4,9 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from drllm.errors import UserError
-from drllm.rollout import Prompt, Request, RolloutEngine
-from drllm.tasks import load_questions, render_prompt, response_limit
+from drllm.questions.prompts import Prompt, render_prompt, response_limit
+from drllm.questions.sets import load_questions
+from drllm.rollouts.engine import Request, RolloutEngine
 from tests import search_toys
 from tests.eval_toys import EVAL_TASKS, evaluate, make_base, make_tasks, responses, routed_lm, stock_lm
 from train_models.paths import default_path

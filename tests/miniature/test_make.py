@@ -8,7 +8,9 @@ import statistics
 
 import pytest
 
-from drllm import tasks
+from drllm.questions.grading import grade
+from drllm.questions.prompts import render_prompt
+from drllm.questions.sets import load_questions
 from miniature import make
 
 DATA = make.HERE / "data"
@@ -196,10 +198,10 @@ def test_labels_are_balanced(drawn):
 def test_prompts_are_those_of_the_search():
     for s in ("arc_easy", "arc_challenge", "dart-1", "dart-5"):
         ours = make.questions(s, "test", 5, seed=0)
-        theirs = tasks.load_questions(s, "test", DATA, limit=5)
+        theirs = load_questions(s, "test", DATA, limit=5)
         for mine, other in zip(ours, theirs, strict=True):
-            assert tasks.render_prompt(other) == mine.prompt
-            assert tasks.grade(other, mine.response)
+            assert render_prompt(other) == mine.prompt
+            assert grade(other, mine.response)
 
 
 def test_a_smaller_number_is_a_prefix():

@@ -1,0 +1,1 @@
+"""Labels from groups of similar questions, a rival of the published labels."""

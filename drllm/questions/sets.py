@@ -1,0 +1,311 @@
+"""The question sets of the paper: how they are read, asked and graded.
+
+One definition serves the search (labels), the lm-eval tasks of `eval_tasks/` and the tables, so that a label
+means the same question, prompt and grader as the number that is reported.
+
+Questions come from the Hugging Face Hub, or from a folder of local files with the rows of the Hub's schema,
+named `{stem}_{split}.jsonl` (or `.json`, `.parquet`), e.g. `arc_easy_train.jsonl`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drllm.errors import UserError
+
+UNANSWERABLE = "unanswerable"  # the answer to a SQuAD v2 question that its passage does not answer
+
+# --------------------------------------------------------------------------------------------------------
+# Questions and sets
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a set.
+
+    `choices` and `labels` run in parallel for multiple choice ("A", "B", ... or "1", "2", ...); for spans
+    (SQuAD) `choices` are all accepted answers; for DART both are empty. `answer` is a label, a LaTeX
+    expression or a span. `id` is a hash of the set and the normalised content.
+    """
+
+    set: str
+    id: str
+    text: str
+    choices: tuple[str, ...]
+    labels: tuple[str, ...]
+    answer: str
+    context: str = ""
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """Where a set comes from and how it is asked.
+
+    `splits` maps "train" and "test" to the split names of the source; `samples` is the number of training
+    examples of Table 2 (None where the paper gives none); `max_new_tokens` holds the response limits of base
+    and of instruct (chat-templated) models. `parse` turns a row into the fields of `Question`, or into None
+    for a row that belongs to another set, and raises ValueError for a row that cannot be used.
+    """
+
+    name: str
+    hub_path: str
+    hub_config: str | None
+    splits: dict[str, str]
+    stem: str
+    kind: str  # "choice", "math" or "span"
+    parse: Callable[[dict[str, Any]], dict[str, Any] | None]
+    max_new_tokens: tuple[int, int]
+    samples: int | None
+
+
+def _text(row: dict[str, Any], column: str) -> str:
+    if column not in row:
+        raise ValueError(f"no column '{column}' (columns: {', '.join(row) or 'none'})")
+    value = row[column]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"column '{column}' holds {value!r}, expected text")
+    return value.strip()
+
+
+def _parse_choice(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of ai2_arc or commonsense_qa: question, choices {text, label}, answerKey."""
+    text, answer, choices = _text(row, "question"), _text(row, "answerKey"), row.get("choices")
+    if not isinstance(choices, dict) or not {"text", "label"} <= choices.keys():
+        raise ValueError("column 'choices' must hold {'text': [...], 'label': [...]}")
+    texts = tuple(str(choice).strip() for choice in choices["text"])
+    labels = tuple(str(label).strip() for label in choices["label"])
+    if len(texts) != len(labels) or len(texts) < 2 or len(set(labels)) != len(labels):
+        raise ValueError(f"{len(texts)} choices with labels {list(labels)}: each needs a label of its own")
+    if answer not in labels:
+        raise ValueError(f"answerKey {answer!r} is none of the labels {list(labels)}")
+    return {"text": text, "choices": texts, "labels": labels, "answer": answer}
+
+
+def _parse_dart(level: int) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
+    """Rows of dart-math-pool-math of one difficulty: query, gt_ans, query_metadata.level."""
+
+    def parse(row: dict[str, Any]) -> dict[str, Any] | None:
+        metadata = row.get("query_metadata")
+        if not isinstance(metadata, dict) or "level" not in metadata:
+            raise ValueError("column 'query_metadata' must hold {'level': 1..5, ...}")
+        given = metadata["level"]
+        if given is None or given == "Level ?":  # MATH has queries without a level: they are in no set
+            return None
+        try:
+            row_level = int(str(given).removeprefix("Level "))
+        except ValueError:
+            row_level = 0
+        if not 1 <= row_level <= 5:
+            raise ValueError(f"query_metadata.level is {given!r}, expected 1 to 5")
+        if row_level != level:
+            return None
+        text, answer = _text(row, "query"), row.get("gt_ans", "")
+        if answer == "" and "gt_ans" in row:  # a few solutions of MATH end without a boxed answer
+            return None
+        if isinstance(answer, int | float) and not isinstance(answer, bool):
+            row = {**row, "gt_ans": str(answer)}
+        return {"text": text, "choices": (), "labels": (), "answer": _text(row, "gt_ans")}
+
+    return parse
+
+
+def _parse_squad(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of squad_v2: context, question, answers {text, answer_start}; no answer means unanswerable."""
+    answers = row.get("answers")
+    if not isinstance(answers, dict) or "text" not in answers:
+        raise ValueError("column 'answers' must hold {'text': [...], ...}")
+    spans = tuple(dict.fromkeys(str(span).strip() for span in answers["text"])) or (UNANSWERABLE,)
+    question, context = _text(row, "question"), _text(row, "context")
+    return {"text": question, "context": context, "choices": spans, "labels": (), "answer": spans[0]}
+
+
+_TRAIN_TEST = {"train": "train", "test": "test"}
+_TRAIN_VALIDATION = {"train": "train", "test": "validation"}  # their test splits carry no answers
+_DART_SAMPLES = {1: 200, 2: 400, 3: 600, 4: 800, 5: 1000}
+
+
+def _arc(name: str, hub_config: str, samples: int) -> TaskSpec:
+    source = ("allenai/ai2_arc", hub_config, _TRAIN_TEST, name)
+    return TaskSpec(name, *source, "choice", _parse_choice, (2, 10), samples)
+
+
+def _dart(level: int) -> TaskSpec:
+    source = ("hkust-nlp/dart-math-pool-math", None, _TRAIN_TEST, "dart_math")
+    return TaskSpec(f"dart-{level}", *source, "math", _parse_dart(level), (15, 15), _DART_SAMPLES[level])
+
+
+def _commonsense() -> TaskSpec:
+    source = ("tau/commonsense_qa", None, _TRAIN_VALIDATION, "commonsense_qa")
+    return TaskSpec("commonsense", *source, "choice", _parse_choice, (2, 10), None)
+
+
+def _squadv2() -> TaskSpec:
+    source = ("rajpurkar/squad_v2", None, _TRAIN_VALIDATION, "squad_v2")
+    return TaskSpec("squadv2", *source, "span", _parse_squad, (15, 15), None)
+
+
+SETS: dict[str, TaskSpec] = {
+    spec.name: spec
+    for spec in (
+        _arc("arc_easy", "ARC-Easy", 400),
+        _arc("arc_challenge", "ARC-Challenge", 600),
+        *(_dart(level) for level in range(1, 6)),
+        _commonsense(),
+        _squadv2(),
+    )
+}
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "arc": ("arc_easy", "arc_challenge"),
+    "dart": ("dart-1", "dart-2", "dart-3", "dart-4", "dart-5"),
+}
+
+
+def expand_sets(names: str) -> list[str]:
+    """Set names of a comma-separated list of sets and groups, in order, each once.
+
+    >>> expand_sets("arc,dart-1")
+    ['arc_easy', 'arc_challenge', 'dart-1']
+    """
+    sets: list[str] = []
+    for name in (part.strip() for part in names.split(",")):
+        if name in GROUPS:
+            sets.extend(GROUPS[name])
+        elif name in SETS:
+            sets.append(name)
+        else:
+            raise UserError(
+                f"unknown question set '{name}'; there are the groups {', '.join(GROUPS)} "
+                f"and the sets {', '.join(SETS)}"
+            )
+    return list(dict.fromkeys(sets))
+
+
+# --------------------------------------------------------------------------------------------------------
+# Reading
+
+# The DART pool has one split. Of its questions, those whose hash falls below this share are the test set, so
+# that train and test never share a question.
+_HELD_OUT_SHARE = 0.1
+
+
+def load_questions(
+    set_name: str, split: str = "train", data_dir: Path | str | None = None, limit: int | None = None
+) -> list[Question]:
+    """The distinct questions of a set, in the order of their source, at most `limit`.
+
+    `split` is "train" or "test". Without `data_dir` the rows come from the Hub. A question that occurs again
+    (the DART pool repeats each query many times) is kept once. Raises UserError for an unknown set or split,
+    a missing file or column, and rows that cannot be used, naming the file and line.
+    """
+    if set_name not in SETS:
+        expand_sets(set_name)  # raises for what does not exist
+        raise UserError(f"'{set_name}' is a group; load one of its sets: {', '.join(GROUPS[set_name])}")
+    spec = SETS[set_name]
+    if split not in spec.splits:
+        raise UserError(f"unknown split '{split}' of {set_name}; there are train and test")
+    rows = _hub_rows(spec, split) if data_dir is None else _local_rows(spec, Path(data_dir), spec.splits[split])
+    questions: dict[str, Question] = {}
+    for place, row in rows:
+        try:
+            if not isinstance(row, dict):
+                raise ValueError("expected an object with the columns of the data set")
+            fields = spec.parse(row)
+        except ValueError as error:
+            raise UserError(f"{place}: {error}") from None
+        if fields is None:
+            continue
+        question = Question(set=spec.name, id=_question_id(spec, fields), **fields)
+        if data_dir is None and spec.stem == "dart_math" and _is_held_out(question.id) != (split == "test"):
+            continue
+        questions.setdefault(question.id, question)
+        if limit is not None and len(questions) >= limit:
+            break
+    if not questions:
+        source = spec.hub_path if data_dir is None else f"{data_dir}/{spec.stem}_{spec.splits[split]}"
+        raise UserError(f"{source} has no question of the set '{set_name}'")
+    return list(questions.values())
+
+
+def _question_id(spec: TaskSpec, fields: dict[str, Any]) -> str:
+    """A hash of what is asked: white space is normalised, the answer plays no part."""
+    options = () if spec.kind == "span" else fields["choices"]
+    parts = [spec.name, fields.get("context", ""), fields["text"], *options]
+    content = "\x1f".join(" ".join(part.split()) for part in parts)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _is_held_out(question_id: str) -> bool:
+    return int(question_id[:8], 16) < _HELD_OUT_SHARE * 2**32
+
+
+def _hub_rows(spec: TaskSpec, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets
+
+    source_split = "train" if spec.stem == "dart_math" else spec.splits[split]
+    name = f"{spec.hub_path} ({spec.hub_config or 'default'}, {source_split})"
+    try:
+        dataset = datasets.load_dataset(spec.hub_path, spec.hub_config, split=source_split)
+    except Exception as error:
+        raise UserError(
+            f"could not load {name} from the Hugging Face Hub ({type(error).__name__}: {str(error)[:200]}); "
+            "check the connection, or pass --data_dir with local files of the same schema"
+        ) from error
+    if spec.stem == "dart_math":
+        # Responses make up nearly all of the pool's bytes and are not needed.
+        wanted = ("query", "gt_ans", "query_metadata")
+        dataset = dataset.select_columns([column for column in wanted if column in dataset.column_names])
+    for number, row in enumerate(dataset):
+        yield f"{name}, row {number}", row
+
+
+def _local_rows(spec: TaskSpec, folder: Path, split: str) -> Iterable[tuple[str, Any]]:
+    if not folder.is_dir():
+        raise UserError(f"data folder {folder} does not exist")
+    stem = f"{spec.stem}_{split}"
+    for suffix, read in ((".jsonl", _read_jsonl), (".json", _read_json), (".parquet", _read_parquet)):
+        path = folder / (stem + suffix)
+        if path.is_file():
+            return read(path)
+    raise UserError(f"data folder {folder} has no {stem}.jsonl (nor .json, .parquet) with rows of {spec.hub_path}")
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                yield place, json.loads(line)
+            except ValueError as error:  # includes text that is not UTF-8
+                raise UserError(f"{place}: not valid JSON ({error}); is the file cut off?") from None
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); for one object a line name it .jsonl") from None
+    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
+        rows = rows["data"]
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a list of rows; for one object a line name it .jsonl")
+    for number, row in enumerate(rows):
+        yield f"{path}, row {number}", row
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except Exception as error:
+        raise UserError(f"{path}: not a readable parquet file ({type(error).__name__}: {error})") from None
+    for number, row in enumerate(table.to_pylist()):
+        yield f"{path}, row {number}", row

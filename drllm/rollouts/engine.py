@@ -1,0 +1,327 @@
+"""Batched rollouts: what a model answers along a path, for many questions and paths at once.
+
+The published search ran one rollout at a time, batch 1. Here hundreds of searches run side by side; each asks for one
+reward at a time (`drllm.search`), the requests are gathered into batches of (question, path), and each block runs once
+over all rows that use it. Two shortcuts, which change answers by rounding at most, pay for themselves
+(`benchmarks/search.py`):
+
+* A row leaves the batch as soon as its reward is settled: at EOS, or when no continuation changes the grade.
+* Below its first edited block a path is the default path. The hidden states and the keys and values of the default
+  path, computed once a question, are kept, and each later rollout starts at its first edited block.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from drllm.errors import UserError
+from drllm.questions.grading import can_still_be_right, grade
+from drllm.questions.math_answers import first_box
+from drllm.questions.prompts import Prompt
+from drllm.questions.sets import SETS, Question
+from train_models.cache import PathCache, RowSchedule
+from train_models.paths import EXECUTE, Path, default_path, path_to_layer_indices
+
+COMPACT_SHARE = 0.25  # ended rows are dropped from the cache once they are this share of it: dropping copies the rest
+
+
+@dataclass(frozen=True)
+class Request:
+    """One rollout: the response to `prompt` along `path`. `to_the_end`: also after the reward is settled."""
+
+    prompt: Prompt
+    path: Path
+    to_the_end: bool = False
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A greedy response, without special tokens, and its reward."""
+
+    response: str
+    is_right: bool
+
+
+@dataclass
+class _DefaultStates:
+    """The default path over a prompt of T tokens: block inputs [L, T, d], keys and values [L, H, T, d_h]."""
+
+    inputs: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass
+class _Row:
+    """One request while its batch runs."""
+
+    request: Request
+    place: int  # of the request in the caller's list
+    tokens: list[int] = field(default_factory=list)
+
+
+class RolloutEngine:
+    """Runs requests of any number in batches of at most `batch_size` rows, greedily, and grades them.
+
+    Args:
+        model: follows `layer_indices` (`data_models.load_path_model`), on its device.
+        tokenizer: the model's.
+        batch_size: rows a batch; halved, with one line on stderr, when a batch runs out of memory.
+        reuse_default_states: start rollouts at their first edited block. Costs L T (d + 2 d_kv) values a question
+            that is being searched; `forget` gives them back.
+
+    Attributes:
+        rollouts, block_tokens: rollouts done, and block applications times tokens that they took.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        reuse_default_states: bool = True,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.num_blocks = model.config.num_hidden_layers
+        self.end_ids = _end_ids(model, tokenizer)
+        # A sliding layer's cache forgets the start of long prompts, so its keys cannot be put together from parts.
+        sliding = any(layer.is_sliding for layer in PathCache(model.config).layers)
+        self.reuse_default_states = reuse_default_states and not sliding
+        self.rollouts = 0
+        self.block_tokens = 0
+        self._default_states: dict[str, _DefaultStates] = {}
+        # What is known of the responses of the questions being searched, by question id and tokens: there are few.
+        self._settled: dict[str, dict[tuple[int, ...], bool]] = {}
+        self._graded: dict[str, dict[tuple[int, ...], Rollout]] = {}
+
+    def respond(self, requests: Sequence[Request]) -> list[Rollout]:
+        """One rollout a request, in the order of `requests`, which may hold any mixture of questions and paths."""
+        rollouts: list[Rollout | None] = [None] * len(requests)
+        rows = [_Row(request, place) for place, request in enumerate(requests)]
+        default = default_path(self.num_blocks)
+        for kind in (True, False):  # default paths by themselves: they run everything, and their states are kept
+            waiting = [row for row in rows if (row.request.path == default) == kind]
+            waiting.sort(key=lambda row: len(row.request.prompt.input_ids))  # neighbours need little padding
+            while waiting:
+                # Batches of one size, so that the last one is not a small remainder.
+                batches = -(-len(waiting) // self.batch_size)
+                batch = waiting[: -(-len(waiting) // batches)]
+                try:
+                    self._run(batch)
+                except Exception as error:
+                    if not _is_out_of_memory(error):
+                        raise
+                    self._halve(batch)
+                    continue
+                for row in batch:
+                    rollouts[row.place] = self._grade(row.request.prompt.question, tuple(row.tokens))
+                waiting = waiting[len(batch) :]
+        return rollouts
+
+    def forget(self, question: Question) -> None:
+        """Gives back the memory that `question` holds; call it when its search is over."""
+        self._default_states.pop(question.id, None)
+        self._settled.pop(question.id, None)
+        self._graded.pop(question.id, None)
+
+    @torch.inference_mode()
+    def _run(self, batch: list[_Row]) -> None:
+        """Greedy decoding of one batch; fills `tokens` of each row."""
+        for row in batch:
+            row.tokens = []
+        active = list(batch)
+        widths = [len(row.request.prompt.input_ids) for row in active]
+        width, device = max(widths), self.model.device
+        mask = torch.zeros(len(active), width, dtype=torch.long)
+        for place, length in enumerate(widths):
+            mask[place, width - length :] = 1
+        mask = mask.to(device)
+        is_padded = min(widths) < width
+        logits, cache = self._prefill(active, mask, is_padded)
+        while True:
+            next_ids = logits.argmax(-1).tolist()
+            ended = []
+            for place, (row, token) in enumerate(zip(active, next_ids, strict=True)):
+                if not self._has_ended(row):
+                    row.tokens.append(token)
+                if self._has_ended(row):
+                    ended.append(place)
+            if len(ended) == len(active):
+                break
+            if len(ended) >= COMPACT_SHARE * len(active):
+                kept = torch.tensor(sorted(set(range(len(active))) - set(ended)), device=device)
+                cache.batch_select_indices(kept)
+                mask = mask[kept]
+                active = [active[place] for place in kept.tolist()]
+            mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+            self.block_tokens += sum(sum(row.request.path) for row in active)
+            logits = self.model(
+                input_ids=torch.tensor([[row.tokens[-1]] for row in active], device=device),
+                attention_mask=mask if is_padded else None,
+                position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+        self.rollouts += len(batch)
+
+    def _prefill(self, rows: list[_Row], mask: torch.Tensor, is_padded: bool) -> tuple[torch.Tensor, PathCache]:
+        """Next-token logits [B, V] and the filled cache. Each row starts at its first edited block where it can."""
+        paths = [row.request.path for row in rows]
+        prompts = [row.request.prompt for row in rows]
+        width = mask.shape[1]
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        for place, prompt in enumerate(prompts):
+            ids[place, width - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
+        embeddings = self.model.get_input_embeddings()(ids.to(mask.device))
+        states = [self._default_states.get(prompt.question.id) for prompt in prompts]
+        starts = [0 if known is None else _first_edit(path) for known, path in zip(states, paths, strict=True)]
+        for place, (known, start) in enumerate(zip(states, starts, strict=True)):
+            if start:
+                embeddings[place, width - known.inputs.shape[1] :] = known.inputs[start]
+        keep_states = self.reuse_default_states and all(path == default_path(self.num_blocks) for path in paths)
+        cache = PathCache()
+        output = self.model(
+            inputs_embeds=embeddings,
+            attention_mask=mask if is_padded else None,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            # Blocks below the start are skipped here: their output is what `embeddings` holds.
+            layer_indices=[
+                path_to_layer_indices((0,) * start + path[start:]) for start, path in zip(starts, paths, strict=True)
+            ],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            output_hidden_states=keep_states,
+        )
+        for path, start, prompt in zip(paths, starts, prompts, strict=True):
+            self.block_tokens += (sum(path) - start) * len(prompt.input_ids)
+        if keep_states:
+            self._keep(prompts, output.hidden_states, cache)
+        if any(starts):
+            _add_default_states(cache, paths, starts, states, width)
+        return output.logits[:, -1], cache
+
+    def _keep(self, prompts: list[Prompt], hidden_states: Sequence[torch.Tensor], cache: PathCache) -> None:
+        """Remembers the default path's states of each prompt, unpadded."""
+        first_visits = cache.layers[: self.num_blocks]
+        for place, prompt in enumerate(prompts):
+            length = len(prompt.input_ids)
+            self._default_states[prompt.question.id] = _DefaultStates(
+                torch.stack([states[place, -length:] for states in hidden_states[: self.num_blocks]]),
+                torch.stack([layer.keys[place, :, -length:] for layer in first_visits]),
+                torch.stack([layer.values[place, :, -length:] for layer in first_visits]),
+            )
+
+    def _has_ended(self, row: _Row) -> bool:
+        if row.tokens and row.tokens[-1] in self.end_ids:
+            return True
+        if len(row.tokens) >= row.request.prompt.max_new_tokens:
+            return True
+        if not row.tokens or row.request.to_the_end:
+            return False
+        return self._is_settled(row.request.prompt.question, tuple(row.tokens))
+
+    def _is_settled(self, question: Question, tokens: tuple[int, ...]) -> bool:
+        """Whether the reward of a response that begins with `tokens` is known, whatever follows."""
+        known = self._settled.setdefault(question.id, {})
+        if tokens not in known:
+            response = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            # The first closed box decides, so what follows a right one is of no interest either.
+            is_boxed = SETS[question.set].kind == "math" and first_box(response) is not None
+            known[tokens] = is_boxed or not can_still_be_right(question, response)
+        return known[tokens]
+
+    def _grade(self, question: Question, tokens: tuple[int, ...]) -> Rollout:
+        known = self._graded.setdefault(question.id, {})
+        if tokens not in known:
+            response = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            known[tokens] = Rollout(response, grade(question, response))
+        return known[tokens]
+
+    def _halve(self, batch: list[_Row]) -> None:
+        """Makes room after a batch ran out of memory, or gives up on one that cannot be smaller."""
+        held_states = bool(self._default_states)
+        self._default_states.clear()  # only a shortcut: rollouts start at block 0 again
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(batch) == 1 and held_states:
+            return  # once more, without them
+        if len(batch) == 1:
+            length = len(batch[0].request.prompt.input_ids)
+            raise UserError(
+                f"one prompt of {length} tokens runs out of memory; free some, use a smaller dtype or a larger device"
+            )
+        self.batch_size = len(batch) // 2
+        print(f"out of memory at {len(batch)} rows a batch: going on with {self.batch_size}", file=sys.stderr)
+
+
+def _add_default_states(
+    cache: PathCache,
+    paths: list[Path],
+    starts: list[int],
+    states: list[_DefaultStates | None],
+    width: int,
+) -> None:
+    """Completes a cache whose row r ran the blocks from `starts[r]` on with the default path's keys and values.
+
+    Left-padded positions are zero; the attention mask hides them.
+    """
+    highest = max(starts)
+    some = next(known for known, start in zip(states, starts, strict=True) if start)
+    parts = []
+    for name in ("keys", "values"):
+        stored = getattr(some, name)
+        whole = stored.new_zeros(highest, len(paths), stored.shape[1], width, stored.shape[3])
+        for row, (known, start) in enumerate(zip(states, starts, strict=True)):
+            if start:
+                whole[:start, row, :, width - known.inputs.shape[1] :] = getattr(known, name)[:start]
+        parts.append(whole)
+    device = some.keys.device
+    for block in range(highest):
+        computed = [row for row, path in enumerate(paths) if starts[row] <= block and path[block]]
+        visiting = [row for row, path in enumerate(paths) if path[block]]
+        layer = cache.layers[block]
+        keys, values = parts[0][block], parts[1][block]
+        if computed:
+            where = torch.tensor(computed, device=device)
+            keys.index_copy_(0, where, layer.keys)
+            values.index_copy_(0, where, layer.values)
+        if len(visiting) < len(paths):
+            where = torch.tensor(visiting, device=device)
+            keys, values = keys[where], values[where]
+        if computed:
+            layer.keys, layer.values = keys, values
+        elif visiting:
+            layer.update(keys, values)  # the first use of an empty layer
+    cache.schedule = RowSchedule.of(paths, len(paths[0]), device)
+
+
+def _first_edit(path: Path) -> int:
+    """The first block that does not run exactly once; 0 for the default path, which is computed whole."""
+    return next((block for block, visits in enumerate(path) if visits != EXECUTE), 0)
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens at which `generate` stops: those of the generation config, else the tokenizer's."""
+    configured = model.generation_config.eos_token_id
+    if configured is None:
+        configured = tokenizer.eos_token_id
+    return set(configured if isinstance(configured, list) else [configured]) - {None}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # torch on a CPU, CUDA outside of torch's allocator, cuBLAS
+    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -1,0 +1,60 @@
+"""Metrics of router training, from predicted and labelled paths.
+
+Every routing decision (one router, one question) is one sample of a three-class problem: skip, execute,
+repeat.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from drllm.training.losses import NUM_CLASSES, class_counts
+
+CLASS_NAMES = ("skip", "execute", "repeat")
+
+
+def confusion_matrix(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Counts of (label, prediction) pairs: int64 [3, 3], rows are labels. Shapes of the two must agree."""
+    if predicted.shape != labels.shape:
+        raise ValueError(f"predictions {tuple(predicted.shape)} and labels {tuple(labels.shape)} differ in shape")
+    pairs = labels.reshape(-1).long() * NUM_CLASSES + predicted.reshape(-1).long()
+    return torch.bincount(pairs, minlength=NUM_CLASSES**2).view(NUM_CLASSES, NUM_CLASSES)
+
+
+def routing_metrics(predicted: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Compare predicted paths with labelled ones.
+
+    A class that occurs neither among labels nor among predictions has no F1: it is left out of `macro_f1` (as
+    scikit-learn does) and reported as 0. An accuracy of a class without labels is reported as 0 as well; the
+    `count_*` entries say how many labels stand behind each number.
+
+    Args:
+        predicted: [N, L] paths the routers chose, values 0/1/2.
+        labels: [N, L] labelled paths.
+
+    Returns:
+        macro_f1; f1_skip, f1_execute, f1_repeat; acc (all decisions), acc_skip, acc_repeat (share of the
+        labels of that class that were predicted so, i.e. recall); avg_layers (block applications of a
+        prefill along the predicted path, mean over questions) and avg_layers_labels (along the labelled
+        path); count_skip, count_execute, count_repeat.
+
+    Raises:
+        ValueError: shapes differ, or there is no question.
+    """
+    if predicted.numel() == 0:
+        raise ValueError("cannot compute routing metrics of no question")
+    matrix = confusion_matrix(predicted, labels).double()
+    hits, support, chosen = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    f1 = 2 * hits / (support + chosen).clamp_min(1)
+    recall = hits / support.clamp_min(1)
+    occurs = (support + chosen) > 0
+    metrics = {"macro_f1": f1[occurs].mean().item()}
+    metrics |= {f"f1_{name}": f1[c].item() for c, name in enumerate(CLASS_NAMES)}
+    metrics["acc"] = (hits.sum() / matrix.sum()).item()
+    metrics["acc_skip"] = recall[0].item()
+    metrics["acc_repeat"] = recall[2].item()
+    metrics["avg_layers"] = predicted.long().sum(-1).double().mean().item()
+    metrics["avg_layers_labels"] = labels.long().sum(-1).double().mean().item()
+    counts = class_counts(labels)
+    metrics |= {f"count_{name}": counts[c].item() for c, name in enumerate(CLASS_NAMES)}
+    return metrics

@@ -1,0 +1,1 @@
+"""Programs that compare: ablations, control knob, methods, backbones, and the prompt inspector."""

@@ -1,0 +1,201 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from drllm import evaluate
+from drllm.evaluation import comparison, tables
+from tests.eval_toys import make_base, make_routed, make_tasks
+
+ROOT = Path(__file__).parents[3]
+BLOCKS = 6
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, stock_model):
+    return make_base(tmp_path_factory.mktemp("base"), stock_model)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, base):
+    return make_routed(base, tmp_path_factory.mktemp("routed"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_tasks(tmp_path_factory.mktemp("data"), count=2)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Runs lm-eval in this process rather than in a fresh one; the list of what was launched."""
+    launched = []
+
+    def launch(command, log):
+        assert command[:3] == [sys.executable, "-m", "drllm.evaluate"]
+        launched.append(command)
+        monkeypatch.setattr(sys, "argv", ["drllm.evaluate", *command[3:]])
+        log.write_text("")
+        return evaluate.main()
+
+    monkeypatch.setattr(comparison, "_launch", launch)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # runs pip, seconds each time
+    # its handlers would outlive the streams that pytest captures
+    monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)
+    return launched
+
+
+@pytest.fixture
+def eval_sh(monkeypatch):
+    def run(*arguments) -> int:
+        monkeypatch.setattr(sys, "argv", ["eval.sh", *map(str, arguments)])
+        return comparison.main()
+
+    return run
+
+
+def test_both_runs_a_table_and_figures_and_again_nothing(checkpoint, data, tmp_path, launches, eval_sh, capsys):
+    arguments = [checkpoint, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu", "--batch_size", 4]
+    arguments += ["--path", "011111"]
+    assert eval_sh(*arguments) == 0
+    assert len(launches) == 3
+    printed = capsys.readouterr().out
+    table = (tmp_path / "table.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert [row.split("|")[1].strip() for row in rows[:7]] == [
+        "", "-" * 20, "base", "+ router", "difference", "static path 011111", "difference",
+    ]  # fmt: skip
+    assert rows[2] in printed
+    assert "./eval.sh" in table
+    base_run, router = tables.load_runs(tmp_path)[:2]
+    tasks = tables.in_domain_columns(base_run)["Total"]
+    assert len(tasks) == 7
+    assert base_run.layers(tasks).count == 14
+    for task in tasks:
+        assert all(query["blocks"] == BLOCKS * query["passes"] for query in base_run.queries[task].values())
+    difference = tables.layers_difference(base_run, router, tasks)
+    assert difference.mean == pytest.approx(router.layers(tasks).mean - base_run.layers(tasks).mean)
+    for name in ("accuracy_layers", "decisions_by_task", "decisions"):
+        assert f"figures/{name}.png" in printed
+        assert (tmp_path / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list(tmp_path.glob("*/answers.db*"))
+
+    assert eval_sh(*arguments) == 0
+    assert len(launches) == 3
+    assert "router: complete, kept" in capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text() == table
+
+    assert eval_sh(*arguments, "--limit", 2) == 2
+    assert "holds a run that differs in: limit" in capsys.readouterr().err
+    assert eval_sh(*arguments[:-2], "--limit", 2, "--overwrite", "--tasks", "drllm_arc") == 0
+    assert "Only the first 2 questions" in (tmp_path / "table.md").read_text()
+
+
+def test_a_stopped_evaluation_continues(base, checkpoint, data, tmp_path, launches, eval_sh, monkeypatch, capsys):
+    arguments = [checkpoint, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu", "--base", base]
+    arguments += ["--tasks", "drllm_arc_easy"]
+    launch = comparison._launch
+
+    def stops_at_the_router(command, log):
+        if str(checkpoint) in " ".join(command):
+            log.write_text("Traceback ...\nerror: out of memory\n")
+            return 2
+        return launch(command, log)
+
+    monkeypatch.setattr(comparison, "_launch", stops_at_the_router)
+    assert eval_sh(*arguments) == 2
+    assert "lm-eval ended with status 2: out of memory" in capsys.readouterr().err
+    monkeypatch.setattr(comparison, "_launch", launch)
+    assert eval_sh(*arguments) == 0
+    assert "base: complete, kept" in capsys.readouterr().out
+    assert len(launches) == 2
+
+
+def test_several_checkpoints_share_the_base_run(base, checkpoint, data, tmp_path, launches, eval_sh, capsys):
+    other = make_routed(base, tmp_path / "seed1", seed=1)
+    arguments = ["--data_dir", data, "--output_dir", tmp_path / "out", "--device", "cpu", "--tasks", "drllm_arc"]
+    assert eval_sh(checkpoint, other, *arguments) == 0
+    assert len(launches) == 3
+    assert f"pretrained={other}," in " ".join(launches[2])
+    runs = tables.load_runs(tmp_path / "out")
+    assert [run.name for run in runs] == ["base", "router", "router-2"]
+    accuracies = [100 * run.accuracy(["drllm_arc_easy", "drllm_arc_challenge"]).mean for run in runs[1:]]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| + router, 2 seeds")]
+    assert float(line.split("|")[2].split("±")[0]) == pytest.approx(sum(accuracies) / 2, abs=0.01)
+
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"base_model_fingerprint": "another"}))
+    assert eval_sh(checkpoint, other, *arguments) == 2
+    assert "have different base models" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_generated_code_runs_only_when_asked_for(checkpoint, tmp_path, eval_sh, monkeypatch, allowed):
+    launched = []
+
+    def launch(command, log):
+        launched.append(("--confirm_run_unsafe_code" in command, os.environ.get("HF_ALLOW_CODE_EVAL")))
+        log.write_text("error: stopped here\n")
+        return 1
+
+    monkeypatch.setattr(comparison, "_launch", launch)
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")  # put back afterwards
+    arguments = [checkpoint, "--tasks", "humaneval", "--output_dir", tmp_path]
+    assert eval_sh(*arguments, *(["--unsafe_code"] if allowed else [])) == 2
+    assert launched == [(True, "1") if allowed else (False, "0")]
+
+
+def test_chat_template_follows_the_labels(checkpoint, tmp_path):
+    assert not comparison.uses_chat_template("auto", checkpoint)
+    for manifest in ({"chat_template": True}, [{"chat_template": True}, {"chat_template": True}]):
+        (tmp_path / "labels_manifest.json").write_text(json.dumps(manifest))
+        assert comparison.uses_chat_template("auto", tmp_path)
+    assert not comparison.uses_chat_template("off", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{nowhere}"], "is no checkpoint: it has no config.json"),
+        (["{base}"], "is a plain llama checkpoint without routers"),
+        (["{checkpoint}", "--data_dir", "{nowhere}"], "nowhere does not exist"),
+        (["{checkpoint}", "--labels", "{nowhere}"], "--labels"),
+        (["{checkpoint}", "--data_dir", "{base}", "--device", "cpu"], "has no arc_easy_test.jsonl"),
+        (
+            ["{checkpoint}", "--data_dir", "{data}", "--path", "0110", "--device", "cpu"],
+            "--path 0110 must have one digit",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(base, checkpoint, data, tmp_path, launches, eval_sh, capfd, arguments, message):
+    places = {"base": base, "checkpoint": checkpoint, "data": data, "nowhere": tmp_path / "nowhere"}
+    arguments = [argument.format(**places) for argument in arguments]
+    # in this process the errors of a run go to stderr rather than to its log
+    assert eval_sh(*arguments, "--output_dir", tmp_path / "out", "--tasks", "drllm_arc_easy") == 2
+    assert message in capfd.readouterr().err
+
+
+def test_the_script_finds_its_python_and_reports_errors(tmp_path):
+    script = [str(ROOT / "eval.sh"), str(tmp_path / "nowhere")]
+    done = subprocess.run(
+        script, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHON": sys.executable}
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    done = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"PYTHON": "no-such-python"})
+    assert done.returncode == 2
+    assert done.stderr == "error: no no-such-python here; set PYTHON to your interpreter\n"
+
+
+@pytest.mark.slow
+def test_the_script_from_any_folder(checkpoint, data, tmp_path):
+    command = f"{ROOT / 'eval.sh'} {checkpoint} --data_dir {data} --output_dir out --tasks drllm_arc_easy --device cpu"
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command.split(), capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "| base " in done.stdout
+    assert (tmp_path / "out" / "table.tex").is_file()

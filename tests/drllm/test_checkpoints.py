@@ -1,0 +1,205 @@
+"""Small checkpoints: routers alone, joined with the right base and with no other."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from drllm.checkpoints import extract, join_routers, main, save_routers
+from drllm.errors import UserError
+from drllm.evaluation.comparison import uses_chat_template
+from drllm.provenance import fingerprint
+from drllm.training.trainer import RouterTrainingConfig, train_routers
+from train_models import RouterBlock, retrofit
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_labels, tmp_path_factory) -> Path:
+    """A full checkpoint of train.py, with its small one in routers/."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    config = RouterTrainingConfig(
+        data=(str(tiny_labels),), output_dir=str(folder), num_epochs=1, num_windows=4, router_width=16
+    )
+    train_routers(config)
+    return config.checkpoint
+
+
+def logits_of(model) -> torch.Tensor:
+    return model(torch.tensor([[5, 6, 7, 8, 9, 10]]), output_router_logits=True).router_logits
+
+
+def test_joined_equals_the_full_checkpoint(checkpoint, tiny_base):
+    full = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+    joined = join_routers(checkpoint / "routers")  # the base is the one the small checkpoint names
+    weights = joined.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in full.state_dict().items())
+    assert torch.equal(logits_of(joined), logits_of(full))
+    for name in ("num_windows", "trained_num_windows", "router_width", "base_model_name", "base_model_fingerprint"):
+        assert getattr(joined.config, name) == getattr(full.config, name)
+    assert joined.config.num_windows == 4
+    assert joined.config.base_model_name == str(tiny_base)
+
+
+def test_join_command_writes_what_train_writes(checkpoint, tiny_base, tmp_path, capsys):
+    output = tmp_path / "joined"
+    assert main(["join", str(checkpoint / "routers"), "--base", str(tiny_base), "--output_dir", str(output)]) == 0
+    assert f"wrote {output}" in capsys.readouterr().out
+    ours, theirs = load_file(output / "model.safetensors"), load_file(checkpoint / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
+    assert (output / "tokenizer.json").exists()
+    assert json.loads((output / "config.json").read_text()) == json.loads((checkpoint / "config.json").read_text())
+
+
+def test_extract_command_makes_the_small_checkpoint_again(checkpoint, tmp_path):
+    assert main(["extract", str(checkpoint), "--output_dir", str(tmp_path)]) == 0
+    for name in ("router_config.json", "README.md"):
+        assert (tmp_path / name).read_text() == (checkpoint / "routers" / name).read_text()
+    ours, theirs = (load_file(folder / "routers.safetensors") for folder in (tmp_path, checkpoint / "routers"))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_chat_template_of_the_labels_outlives_extract_and_join(checkpoint, tmp_path):
+    """eval.sh asks the checkpoint that it is given."""
+    full, small, joined = (tmp_path / name for name in ("full", "small", "joined"))
+    shutil.copytree(checkpoint, full)
+    for chat in (True, False):
+        manifest = json.loads((checkpoint / "labels_manifest.json").read_text()) | {"chat_template": chat}
+        (full / "labels_manifest.json").write_text(json.dumps(manifest))
+        assert main(["extract", str(full), "--output_dir", str(small)]) == 0
+        assert main(["join", str(small), "--output_dir", str(joined)]) == 0
+        for folder in (full, joined):
+            assert json.loads((folder / "labels_manifest.json").read_text()) == manifest
+            assert uses_chat_template("auto", folder) == chat
+
+
+def test_only_routers_are_in_it(checkpoint):
+    weights = load_file(checkpoint / "routers" / "routers.safetensors")
+    assert sorted(weights) == sorted(
+        f"{layer}.layers.{k}.{kind}" for layer in range(5) for k in (0, 2) for kind in ("weight", "bias")
+    )
+
+
+def test_size_of_the_papers_routers():
+    # Llama-3.2-3B: 28 blocks of width 3072, in bf16.
+    router = RouterBlock(3072).to(torch.bfloat16)
+    size = 28 * sum(p.numel() * p.element_size() for p in router.parameters())
+    assert size == pytest.approx(22e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 6}, "its num_hidden_layers is 6, the routers need 5"),
+        ({"hidden": 16}, "its hidden_size is 16, the routers need 32"),
+        ({"seed": 1}, r"its weights have the fingerprint \w+, the routers were trained on \w+"),
+    ],
+)
+def test_a_wrong_base_is_refused(changes, message, checkpoint, base_maker, tmp_path, capsys):
+    wrong = base_maker(tmp_path / "wrong", **changes)
+    with pytest.raises(UserError, match=message):
+        join_routers(checkpoint / "routers", base=str(wrong))
+    command = ["join", str(checkpoint / "routers"), "--base", str(wrong), "--output_dir", str(tmp_path / "joined")]
+    assert main(command) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {wrong} is not the base of the routers in")
+    assert not (tmp_path / "joined").exists()
+
+
+def test_a_base_with_one_changed_weight_is_refused(checkpoint, tiny_base, tmp_path):
+    copy = tmp_path / "copy"
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    with torch.no_grad():
+        model.model.layers[2].self_attn.q_proj.weight[0, 0] += 1
+    model.save_pretrained(copy)
+    with pytest.raises(UserError, match="is not the base"):
+        join_routers(checkpoint / "routers", base=str(copy))
+
+
+@pytest.mark.parametrize("name", ["routers.safetensors", "router_config.json"])
+@pytest.mark.parametrize("how", ["missing", "cut off"])
+def test_a_damaged_small_checkpoint(name, how, checkpoint, tmp_path):
+    small = tmp_path / "small"
+    shutil.copytree(checkpoint / "routers", small)
+    if how == "missing":
+        (small / name).unlink()
+    else:
+        (small / name).write_bytes((small / name).read_bytes()[:-20])
+    with pytest.raises(UserError, match=f"{name}"):
+        join_routers(small)
+
+
+def test_routers_of_another_shape_than_the_config_says(checkpoint, tmp_path):
+    small = tmp_path / "small"
+    shutil.copytree(checkpoint / "routers", small)
+    description = json.loads((small / "router_config.json").read_text())
+    description["routers"]["router_width"] = 8
+    (small / "router_config.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="does not fit"):
+        join_routers(small)
+
+
+def test_what_is_no_checkpoint(tiny_base, tmp_path):
+    with pytest.raises(UserError, match=r"it has no router_config.json"):
+        join_routers(tiny_base)
+    with pytest.raises(UserError, match="plain model without routers"):
+        extract(str(tiny_base), str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"it has no config.json"):
+        extract(str(tmp_path), str(tmp_path / "out"))
+
+
+def test_a_base_that_is_not_there(checkpoint, tmp_path):
+    with pytest.raises(UserError, match=r"cannot load the model .*nowhere"):
+        join_routers(checkpoint / "routers", base=str(tmp_path / "nowhere"))
+
+
+def test_the_model_card_is_filled_in(checkpoint, tiny_base):
+    card = (checkpoint / "routers" / "README.md").read_text()
+    record = json.loads((checkpoint / "training.json").read_text())
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert f"| base model | `{tiny_base}` |" in card
+    assert f"`{record['base_model']['fingerprint']}`" in card
+    assert f"| macro_f1 | {record['metrics']['macro_f1']:.4g} |" in card
+    assert "5, of 2 linear layers, width 16, 4 windows" in card
+    for placeholder in ("None", "TODO", "{", "More Information"):
+        assert placeholder not in card
+
+
+def test_the_card_names_a_hub_base(tiny_base, tmp_path):
+    routed = retrofit(str(tiny_base), dtype=torch.bfloat16)
+    routed.config.base_model_name, routed.config.base_model_revision = "example-org/example-3b", "abc123"
+    save_routers(routed, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model: example-org/example-3b\nbase_model_relation: adapter" in card
+    assert "`example-org/example-3b` at revision `abc123`" in card
+    description = json.loads((tmp_path / "router_config.json").read_text())
+    assert description["base_model_revision"] == "abc123"
+    assert description["base_model_fingerprint"] == fingerprint(routed)
+    assert description["dtype"] == "bfloat16"
+
+
+def test_push_uploads_the_routers_and_what_describes_them(checkpoint, monkeypatch, capsys):
+    calls = []
+
+    class Api:
+        def create_repo(self, repo_id, private, exist_ok):
+            calls.append(("create", repo_id, private))
+
+        def upload_folder(self, folder_path, repo_id, allow_patterns):
+            calls.append(("upload", folder_path, sorted(allow_patterns)))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert main(["push", str(checkpoint / "routers"), "--repo_id", "someone/routers", "--private"]) == 0
+    assert calls == [
+        ("create", "someone/routers", True),
+        (
+            "upload",
+            str(checkpoint / "routers"),
+            ["README.md", "labels_manifest.json", "router_config.json", "routers.safetensors"],
+        ),
+    ]
+    assert "https://huggingface.co/someone/routers" in capsys.readouterr().out

@@ -1,0 +1,119 @@
+"""Ablations: settings that exist, runs that continue, results that are those of the checkpoints."""
+
+import dataclasses
+import json
+
+import pytest
+
+from drllm.checkpoints import join_routers, load_tokenizer
+from drllm.rollouts.engine import RolloutEngine
+from drllm.training.trainer import RouterTrainingConfig
+from experiments import ablations
+from experiments.ablations import ABLATIONS, load_test_questions, main, routed_paths, summarise
+from train_models import retrofit
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """A folder with eight test questions of ARC's schema."""
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    rows = [
+        {
+            "id": f"t{i}",
+            "question": " ".join(f"w{(3 * i + k) % 60}" for k in range(i + 1)),
+            "choices": {"text": ["w1", "w2"], "label": ["A", "B"]},
+            "answerKey": "AB"[i % 2],
+        }
+        for i in range(8)
+    ]
+    (folder / "arc_easy_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def command(tiny_labels, questions, tmp_path):
+    """`main` with arguments that suit the tiny model; returns its exit status."""
+
+    def run(name: str, *arguments: str) -> int:
+        folders = ["--data", str(tiny_labels), "--data_dir", str(questions), "--work_dir", str(tmp_path / "work")]
+        training = ["--num_epochs", "1", "--warmup_steps", "1", "--test_sets", "arc_easy"]
+        return main([name, *folders, *training, "--output", str(tmp_path / "results"), *arguments])
+
+    return run
+
+
+def test_every_setting_is_one_of_train():
+    fields = {field.name for field in dataclasses.fields(RouterTrainingConfig)}
+    for name, panels in ABLATIONS.items():
+        for settings in panels.values():
+            assert len({label for label, _ in settings}) == len(settings), name
+            for _, changes in settings:
+                assert changes.keys() <= fields
+    # The published setting takes part in each, so that the others are compared with it.
+    default = RouterTrainingConfig()
+    for name, panels in ABLATIONS.items():
+        for settings in panels.values():
+            assert any(all(getattr(default, k) == v for k, v in changes.items()) for _, changes in settings), name
+
+
+def test_an_ablation_from_labels_to_figure(command, tmp_path, capsys):
+    assert command("bias_init", "--seeds", "0,1") == 0
+    out = capsys.readouterr().out
+    result = json.loads((tmp_path / "results" / "bias_init.json").read_text())
+    assert (tmp_path / "results" / "bias_init.png").stat().st_size > 10_000
+    assert [(run["setting"], run["seed"]) for run in result["runs"]] == [
+        ("zero", 0),
+        ("zero", 1),
+        ("frequency", 0),
+        ("frequency", 1),
+    ]
+    assert result["test_questions"] == 8
+    assert result["seeds"] == [0, 1]
+    assert result["command"].startswith("python -m drllm.ablations bias_init --data")
+    assert "base model: accuracy" in out
+    # Stopped or repeated, it trains nothing again.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("model.safetensors")}
+    assert command("bias_init", "--seeds", "0,1") == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    again = json.loads((tmp_path / "results" / "bias_init.json").read_text())
+    assert again["runs"] == result["runs"]
+
+    # What is written is what the checkpoint does.
+    checkpoint = next((tmp_path / "work" / "checkpoints").glob("bias_init=frequency-seed=1"))
+    routed = join_routers(checkpoint / "routers")
+    engine = RolloutEngine(routed, load_tokenizer(str(checkpoint)), 4, reuse_default_states=False)
+    test = load_test_questions(engine, ["arc_easy"], tmp_path / "questions", False, None)
+    paths = routed_paths(routed, test.prompts, batch_size=3)
+    assert result["runs"][3]["layers"] == pytest.approx(sum(map(sum, paths)) / 8)
+    for prompt, path in zip(test.prompts, paths, strict=True):
+        assert routed_paths(routed, [prompt]) == [path]
+
+
+def test_a_static_model_answers_as_its_base(tiny_base, questions):
+    routed = retrofit(str(tiny_base))
+    routed.model.is_static_routing = True
+    engine = RolloutEngine(routed, load_tokenizer(str(tiny_base)), 4, reuse_default_states=False)
+    test = load_test_questions(engine, ["arc_easy"], questions, False, None)
+    result = ablations.evaluate(routed, engine, test)
+    assert result["accuracy"] == result["base_accuracy"]
+    assert result["layers"] == result["base_layers"] == 5
+    assert (result["wrong_to_right"], result["right_to_wrong"], result["distinct_paths"]) == (0, 0, 1)
+
+
+def test_summary_by_hand():
+    runs = [
+        {"panel": "p", "setting": "a", "seed": 0, "accuracy": 0.5, "distinct_paths": 3},
+        {"panel": "p", "setting": "b", "seed": 0, "accuracy": 0.1, "distinct_paths": 1},
+        {"panel": "p", "setting": "a", "seed": 1, "accuracy": 0.7, "distinct_paths": 5},
+    ]
+    a, b = summarise(runs)
+    assert (a["setting"], a["seeds"]) == ("a", 2)
+    assert a["accuracy"] == pytest.approx({"mean": 0.6, "std": 0.02**0.5})
+    assert a["distinct_paths"]["mean"] == 4
+    assert b["accuracy"] == {"mean": 0.1, "std": 0.0}
+
+
+def test_bad_seeds(command, capsys):
+    assert command("figure7", "--seeds", "0,one") == 2
+    assert "--seeds 0,one: expected whole numbers" in capsys.readouterr().err

@@ -1,0 +1,149 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import paper_backbones
+
+ROOT = Path(__file__).parents[2]
+MINIATURE = ROOT / "miniature" / "model"
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def _steps(*arguments):
+    args = paper_backbones.parse_arguments([str(argument) for argument in arguments])
+    (backbone,) = paper_backbones.find_backbones(args.model)
+    return backbone, {step.name: step for step in paper_backbones.plan(backbone, args)}
+
+
+def test_the_papers_six_models_are_known_by_short_and_by_hub_name():
+    found = paper_backbones.find_backbones("all")
+    assert [backbone.model for backbone in found] == [
+        "meta-llama/Llama-3.2-3B-Instruct",
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "meta-llama/Llama-3.2-3B",
+        "meta-llama/Llama-3.1-8B",
+        "Qwen/Qwen2.5-3B-Instruct",
+        "Qwen/Qwen2.5-7B-Instruct",
+    ]
+    assert paper_backbones.find_backbones("Qwen/Qwen2.5-7B-Instruct,llama-3.2-3b") == [found[5], found[2]]
+    # the paper's 11.0 M for L=28, d=3072 and 16.8 M for L=32, d=4096
+    assert [round(backbone.router_parameters / 1e6, 1) for backbone in found[:2]] == [11.0, 16.8]
+
+
+def test_dry_run_prints_every_command_with_its_cost(capsys):
+    assert paper_backbones.main(["--model", "llama-3.2-3b-instruct", "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    commands = [line for line in printed.splitlines() if line and not line.startswith("#")]
+    assert len(commands) == len(paper_backbones.STEPS)
+    assert "--num_processes 8 ./data_generation.py --model meta-llama/Llama-3.2-3B-Instruct" in commands[0]
+    assert commands[1].startswith("python ./train.py --data runs/backbones/llama-3.2-3b-instruct/labels ")
+    assert "--tasks drllm_arc,drllm_dart" in commands[2]
+    assert "--tasks mmlu,gsm8k,truthfulqa_mc1," in commands[3]
+    # 32 answers of 32768 tokens fit no GPU
+    assert "--tasks aime24 --output_dir" in commands[4]
+    assert "--batch_size 4 " in commands[4]
+    assert "humaneval" not in printed
+    assert printed.count("A100 hours") == len(paper_backbones.STEPS) + 1
+    assert "961,000 inferences on 24,329 questions for 4,000 labels" in " ".join(printed.split("\n# "))
+    assert not (ROOT / "runs" / "backbones").exists()
+    assert paper_backbones.main(["--model", "llama-3.2-3b", "--unsafe_code"]) == 0
+    printed = capsys.readouterr().out
+    assert "hellaswag,humaneval --" in printed
+    assert printed.count("--unsafe_code") == 1
+
+
+def test_estimates_follow_from_sizes_and_assumptions():
+    backbone, steps = _steps("--model", "llama-3.2-3b", "--pass_ms", 0, "--mfu", 0.5, "--gpus", 1)
+    # search: prompts are bound by products, decoding by reading the weights
+    batches = 961e3 / 128
+    prompts = batches * 2 * 3.21e9 * 128 * 130 / 156e12
+    decoding = batches * 13 * 2 * 3.21e9 / 1.0e12
+    assert steps["labels"].gpu_hours == pytest.approx((prompts + decoding + 120) / 3600, rel=1e-3)
+    features, weights = 4000 * 28 * 8 * 3072 * 2, 2 * 3.21e9
+    assert steps["train"].disk == pytest.approx(features + weights + 4 * backbone.router_parameters)
+    _, slow = _steps("--model", "llama-3.2-3b", "--pass_ms", 0, "--mfu", 0.25, "--gpus", 1)
+    assert slow["table4"].gpu_hours > 1.9 * steps["table4"].gpu_hours - 240 / 3600
+    _, few = _steps("--model", "llama-3.2-3b", "--samples", 2, "--limit", 5)
+    assert few["labels"].gpu_hours < steps["labels"].gpu_hours
+    assert few["train"].disk == pytest.approx(features * 14 / 4000 + weights, rel=0.02)
+
+
+def test_a_folder_is_a_backbone_too():
+    backbone, steps = _steps("--model", MINIATURE, "--data_dir", "miniature/data", "--gpus", 0, "--limit", 4)
+    assert (backbone.name, backbone.blocks, backbone.hidden_size) == ("model", 10, 128)
+    assert 1.5e6 < backbone.parameters < 3e6
+    assert steps["labels"].command[:3] == ["python", "./data_generation.py", "--model"]
+    assert "--limit 4" in " ".join(steps["in_domain"].command)
+    assert "--device cpu" in " ".join(steps["in_domain"].command)
+
+
+def test_the_first_failing_step_ends_the_run_with_one_sentence(tmp_path, capfd):
+    arguments = ["--model", str(MINIATURE), "--gpus", "0", "--output_dir", str(tmp_path), "--steps", "train,tables"]
+    assert paper_backbones.main([*arguments, "--run"]) == 2  # there are no labels
+    captured = capfd.readouterr()
+    assert captured.err.splitlines()[-1] == (
+        "error: model: step train ended with exit status 2; the same command continues there"
+    )
+    assert "step 2 of 2" not in captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "gpt-2"], "--model gpt-2 is neither a folder with a model nor one of llama-3.2-3b-instruct"),
+        (["--model", "all", "--steps", "train,fly"], "--steps fly: there are labels, train"),
+        (["--model", "all", "--mfu", "0"], "--mfu must lie in (0, 1]"),
+        (["--model", "llama-3.2-3b", "--gpus", "99", "--run"], "GPUs: pass --gpus"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(arguments, message, capsys):
+    assert paper_backbones.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_slurm_script_runs_one_backbone_a_task(tmp_path, capsys):
+    assert paper_backbones.main(["--slurm", "--model", "all", "--gpus", "4", "--num_epochs", "7"]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-5\n" in script
+    assert "#SBATCH --gpus-per-node=a100:4\n" in script
+    (tmp_path / "array.sbatch").write_text(script)
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "5"}
+    script = ["bash", str(tmp_path / "array.sbatch")]
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == "-m drllm.backbones --model Qwen/Qwen2.5-7B-Instruct --run --gpus 4 --num_epochs 7\n"
+
+
+@pytest.mark.slow
+def test_the_whole_pipeline_on_the_miniature_and_again_nothing(tmp_path):
+    command = [sys.executable, "-m", "drllm.backbones", "--model", str(MINIATURE), "--data_dir", "miniature/data"]
+    command += ["--samples", "1", "--limit", "4", "--num_simulations", "10", "--num_epochs", "1"]
+    command += ["--gpus", "0", "--run"]
+    command += ["--steps", "labels,train,in_domain,tables", "--output_dir", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "model"
+    assert (folder / "labels" / "manifest.json").is_file()
+    queries = (folder / "results" / "in_domain" / "router" / "queries.jsonl").read_text().splitlines()
+    assert len(queries) == 7 * 4
+    table = (folder / "tables" / "table3.md").read_text()
+    assert any("results/in_domain" in line and "not run" not in line for line in table.splitlines())
+    record = (folder / "results" / "in_domain" / "router" / "run.json").read_text()
+    again = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "is trained already" in again.stdout
+    assert "router: complete, kept" in again.stdout
+    assert (folder / "results" / "in_domain" / "router" / "run.json").read_text() == record
+    assert json.loads(record)["run"]["limit"] == 4

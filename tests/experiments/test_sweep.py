@@ -1,0 +1,97 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from drllm.evaluation import figures
+from drllm.questions.prompts import render_prompt
+from drllm.questions.sets import load_questions
+from experiments import sweep
+from tests.eval_toys import make_base, make_routed, routed_lm
+from tests.search_toys import make_data
+
+BLOCKS = 6
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, stock_model):
+    base = make_base(tmp_path_factory.mktemp("base"), stock_model)
+    return make_routed(base, tmp_path_factory.mktemp("routed"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"), count=4)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    def run(*arguments) -> int:
+        monkeypatch.setattr("sys.argv", ["sweep", *map(str, arguments), "--device", "cpu"])
+        return sweep.main()
+
+    return run
+
+
+def test_sweep_from_skip_to_the_base_model(checkpoint, data, tmp_path, run, capsys):
+    output = tmp_path / "deep" / "sweep.json"
+    arguments = ["--data_dir", data, "--dataset", "arc_easy,dart-1", "--output", output, "--knobs=-0.8,-0.5,0.5"]
+    assert run(checkpoint, *arguments, "--dtype", "float32", "--batch_size", 8) == 0
+    found = json.loads(output.read_text())
+    assert found["questions"] == 8
+    skipping, routed, executing = found["points"]
+    assert executing["blocks_per_pass"] == BLOCKS == found["base"]["blocks_per_pass"]
+    assert executing["accuracy"] == found["base"]["accuracy"]
+    assert executing["blocks_per_query"] == found["base"]["blocks_per_query"]
+    assert skipping["blocks_per_pass"] < routed["blocks_per_pass"]
+    histogram = found["probabilities"]
+    for action in ("skip", "execute", "repeat"):
+        assert sum(histogram[action]) == 8 * BLOCKS
+    assert "keeps the base accuracy with the fewest layers" in capsys.readouterr().out
+    path = figures.draw_sweep(output, tmp_path / "sweep.png")
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_answers_do_not_depend_on_the_generation_config(checkpoint, data, monkeypatch):
+    lm = routed_lm(checkpoint, 8)
+    questions = load_questions("dart-1", "train", data) + load_questions("dart-2", "train", data)
+    prompts = [render_prompt(question) for question in questions]
+    generate, answers = lm.generate_until, []
+
+    def watched(requests, disable_tqdm):
+        answers.append(generate(requests, disable_tqdm))
+        return answers[-1]
+
+    monkeypatch.setattr(lm, "generate_until", watched)
+    for penalty in (1.0, 1.5):
+        lm.model.generation_config.repetition_penalty = penalty
+        sweep.run_at(lm, questions, prompts, False, -0.5)
+    assert len(answers[0]) == 8
+    assert answers[0] == answers[1]
+
+
+def test_the_chosen_knob_keeps_base_accuracy_with_the_fewest_layers():
+    base = {"routing_control": 0.5, "accuracy": 0.5, "blocks_per_query": 10}
+
+    def point(knob, accuracy, blocks):
+        return {"routing_control": knob, "accuracy": accuracy, "blocks_per_query": blocks}
+
+    points = [point(-0.9, 0.1, 2), point(-0.5, 0.5, 8), point(-0.4, 0.6, 8), point(0.0, 0.7, 9)]
+    assert sweep.choose(points, base)["routing_control"] == -0.4
+    assert sweep.choose(points[:1], base) is base
+
+
+def test_labelled_questions_are_left_out(data, monkeypatch):
+    questions = load_questions("arc_easy", "train", data)
+    labels = SimpleNamespace(rows=[{"set": "arc_easy", "question_id": questions[0].id}])
+    monkeypatch.setattr(sweep, "read_labels", lambda folder: labels)
+    left = sweep.validation_questions(["arc_easy"], data, data, None)
+    assert [question.id for question in left] == [question.id for question in questions[1:]]
+    assert len(sweep.validation_questions(["arc_easy"], data, None, 2)) == 2
+
+
+def test_bad_input_is_one_sentence(checkpoint, data, tmp_path, run, capsys):
+    assert run(checkpoint, "--data_dir", data, "--output", tmp_path / "x.json", "--knobs=-0.5,zero") == 2
+    assert "must be numbers" in capsys.readouterr().err
+    assert run(checkpoint, "--data_dir", data, "--output", tmp_path / "x.json", "--knobs=-3") == 2
+    assert "each p lies in [-1, 1]" in capsys.readouterr().err
