@@ -155,7 +155,7 @@ class PathCache(DynamicCache):
                 "past_key_values already holds tokens, but no path was decided for them; pass an empty cache and the "
                 "whole prompt"
             )
-        max_cache_len = cache.get_max_length() if type(cache) is StaticCache else None
+        max_cache_len = cache.layers[0].max_cache_len if type(cache) is StaticCache else None
         cache.__class__ = cls
         cache._start(config, max_cache_len)
         return cache
@@ -196,11 +196,18 @@ class PathCache(DynamicCache):
         self._start(self._config, self._max_cache_len)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last -`tokens_to_remove` tokens (a negative number, as in transformers) from every row."""
+        """Removes the last -`tokens_to_remove` tokens (a negative number, as in transformers) from every row.
+
+        A positive number is the number of tokens to keep, as it is for transformers before 5.14.
+        """
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(tokens_to_remove - self.tokens_seen, 0)
+        if tokens_to_remove == 0 and not self._records_past:
+            return  # before 5.14, 0 would be the number of tokens to keep
         for layer in self.layers:
             if layer.is_initialized:
                 layer.crop(tokens_to_remove)
-        self.tokens_seen -= abs(tokens_to_remove)
+        self.tokens_seen += tokens_to_remove
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows `indices` [new batch], in that order, with their paths; rows may repeat."""

@@ -1,8 +1,19 @@
-"""Llama with a router a block."""
+"""Llama with one router per block.
 
+It imports every file that it needs, also those that it needs only through another: before 5.17, transformers looks for
+their imports before it has copied them.
+"""
+
+from ._releases import check_release  # noqa: F401
+
+# isort: split
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
+from .cache import PathCache  # noqa: F401
+from .following import FollowsPaths  # noqa: F401
+from .paths import Path  # noqa: F401
 from .routed import RoutedCausalLM, RoutedConfigFields, RoutedModel
+from .routing import RouterBlock  # noqa: F401
 
 
 class RoutedLlamaConfig(RoutedConfigFields, LlamaConfig):

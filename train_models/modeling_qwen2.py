@@ -1,8 +1,19 @@
-"""Qwen2 with a router a block."""
+"""Qwen2 with one router per block.
 
+It imports every file that it needs, also those that it needs only through another: before 5.17, transformers looks for
+their imports before it has copied them.
+"""
+
+from ._releases import check_release  # noqa: F401
+
+# isort: split
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
+from .cache import PathCache  # noqa: F401
+from .following import FollowsPaths  # noqa: F401
+from .paths import Path  # noqa: F401
 from .routed import RoutedCausalLM, RoutedConfigFields, RoutedModel
+from .routing import RouterBlock  # noqa: F401
 
 
 class RoutedQwen2Config(RoutedConfigFields, Qwen2Config):

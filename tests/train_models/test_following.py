@@ -143,6 +143,8 @@ def test_rows_can_leave_join_and_change_places(model):
     cache.batch_select_indices(torch.tensor([4, 0, 2]))
     assert cache.paths == [paths[4], paths[0], paths[2]]
     cache.crop(-1)
+    cache.crop(0)
+    cache.crop(4)  # as older releases of transformers call it: keep so many
     cache.batch_repeat_interleave(2)
     rows = [4, 4, 0, 0, 2, 2]
     assert cache.get_seq_length() == 4
