@@ -27,7 +27,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.comparison import IN_DOMAIN
-from drllm.evaluation.tables import PAPER_FILE, benchmarks
+from drllm.evaluation.runs import benchmarks
+from drllm.evaluation.tables import PAPER_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATIONS = {"in_domain": 3, "table4": 4, "aime24": 4, "table5": 5}  # step -> table of the paper

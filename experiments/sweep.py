@@ -20,7 +20,7 @@ from drllm import provenance
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.comparison import uses_chat_template
 from drllm.evaluation.lm_eval_model import LayerCounts, RoutedLM
-from drllm.evaluation.tables import Estimate
+from drllm.evaluation.runs import Estimate
 from drllm.labels import read_labels
 from drllm.questions.grading import grade
 from drllm.questions.prompts import apply_template, render_prompt, response_limit

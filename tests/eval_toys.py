@@ -166,3 +166,28 @@ def responses(results: dict) -> dict[str, list]:
         task: [sample["resps"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
         for task, samples in results["samples"].items()
     }
+
+
+def make_run(folder, name, correct, blocks, paths=("1111",), base_model=None):
+    """A run of eval.sh on disk: `correct` and `blocks` are task -> values by document."""
+    run = folder / name
+    (run / "samples").mkdir(parents=True)
+    queries = []
+    for task, values in correct.items():
+        samples = [{"doc_id": n, "filter": "none", "acc": value} for n, value in enumerate(values)]
+        (run / "samples" / f"{task}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        queries += [
+            {"task": task, "doc_id": n, "blocks": count, "passes": 1, "paths": list(paths)}
+            for n, count in enumerate(blocks[task])
+        ]
+    (run / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
+    results = {
+        task: {"acc,none": sum(values) / len(values), "acc_stderr,none": 0.25} for task, values in correct.items()
+    }
+    samples = {task: {"effective": len(values)} for task, values in correct.items()}
+    routing = {"num_blocks": 4, "num_windows": 8, "routing_control": -0.5, "base_model_name": base_model}
+    config = {"routing": routing, "model_dtype": "torch.float32", "model_fingerprint": "f"}
+    (run / "results.json").write_text(json.dumps({"results": results, "config": config, "n-samples": samples}))
+    (run / "run.json").write_text(json.dumps({"run": {"limit": None, "tasks": ",".join(correct)}}))
+    (folder / "command.txt").write_text("./eval.sh checkpoint\n")
+    return run

@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from drllm.errors import UserError, main_guard
-from drllm.evaluation.tables import Run, _order, in_domain_columns, load_runs
+from drllm.evaluation.runs import Run, in_domain_columns, load_runs, task_order
 
 ACTIONS = ("skip", "execute", "repeat")
 STYLE = {"skip": ("white", "///"), "execute": ("0.75", ""), "repeat": ("0.25", "")}
@@ -37,7 +37,7 @@ def _save(figure, path: Path) -> Path:
 def draw_accuracy(runs: list[Run], path: Path) -> Path:
     """Figure 1: accuracy against layers, an arrow from base to router for each group of tasks."""
     base = runs[0]
-    columns = in_domain_columns(base) or {task: [task] for task in sorted(base.tasks, key=_order)}
+    columns = in_domain_columns(base) or {task: [task] for task in sorted(base.tasks, key=task_order)}
     figure, axes = plt.subplots(1, len(columns), figsize=(3.2 * len(columns), 3), squeeze=False)
     markers = ["o", "s", "^", "v", "D", "P"]
     for axis, (name, tasks) in zip(axes[0], columns.items(), strict=True):
@@ -69,7 +69,7 @@ def draw_accuracy(runs: list[Run], path: Path) -> Path:
 
 def _shares(run: Run) -> tuple[list[str], np.ndarray]:
     """(tasks, share [tasks, L, 3] of skip, execute and repeat) from the counted paths."""
-    tasks = sorted(run.tasks, key=_order)
+    tasks = sorted(run.tasks, key=task_order)
     shares = []
     for task in tasks:
         found = run.results["config"]["block_applications"][task]["share_per_block"]

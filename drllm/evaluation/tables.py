@@ -9,188 +9,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from drllm.errors import UserError, main_guard
-from drllm.questions.sets import GROUPS, SETS
+from drllm.evaluation.runs import (
+    ROUTER,
+    Estimate,
+    Run,
+    accuracy_difference,
+    benchmarks,
+    in_domain_columns,
+    layers_difference,
+    load_runs,
+    rows_of,
+    task_order,
+)
+from drllm.questions.sets import GROUPS
 
-BASE, ROUTER = "base", "router"
-BENCHMARKS_FILE = Path(__file__).resolve().parents[2] / "eval_tasks" / "benchmarks.json"
 PAPER_FILE = Path(__file__).with_name("paper.json")
-# For tasks that are no benchmark of the paper: the metric that stands for them, first match.
-METRICS = ("acc_norm,none", "acc,none", "exact_match,strict-match", "exact_match,none", "f1,none")
-
-
-def task_name(set_name: str) -> str:
-    """lm-eval's name of an in-domain set: "drllm_dart_1" for "dart-1"."""
-    return "drllm_" + set_name.replace("-", "_")
-
-
-def benchmarks() -> list[dict[str, Any]]:
-    """The paper's benchmarks: paper, tables, task, metric, shots, max_new_tokens."""
-    return json.loads(BENCHMARKS_FILE.read_text())["benchmarks"]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its standard error over `count` queries (None for one query)."""
-
-    mean: float
-    stderr: float | None
-    count: int
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Estimate | None:
-        """Mean and standard error of `values`, None when there are none."""
-        values = list(values)
-        if not values:
-            return None
-        mean = sum(values) / len(values)
-        if len(values) == 1:
-            return cls(mean, None, 1)
-        variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-        return cls(mean, math.sqrt(variance / len(values)), len(values))
-
-    @classmethod
-    def pooled(cls, parts: Iterable[Estimate | None]) -> Estimate | None:
-        """Of all queries together, from the estimates of their `parts`: the same as `of` from all values."""
-        parts = [part for part in parts if part is not None]
-        count = sum(part.count for part in parts)
-        if not parts or len(parts) == 1:
-            return parts[0] if parts else None
-        mean = sum(part.count * part.mean for part in parts) / count
-        squares = sum(
-            part.count * ((part.count - 1) * (part.stderr or 0.0) ** 2 + (part.mean - mean) ** 2) for part in parts
-        )
-        return cls(mean, math.sqrt(squares / (count - 1) / count), count)
-
-    @classmethod
-    def over_checkpoints(cls, estimates: Sequence[Estimate | None]) -> Estimate | None:
-        """The mean over checkpoints that were asked the same questions.
-
-        Its standard error over questions is at most the mean of theirs, which is what is given.
-        """
-        if not estimates or None in estimates:
-            return None
-        errors = [estimate.stderr for estimate in estimates]
-        stderr = None if None in errors else statistics.mean(errors)
-        return cls(statistics.mean(estimate.mean for estimate in estimates), stderr, estimates[0].count)
-
-
-class Run:
-    """One lm-eval run of `drllm.comparison`.
-
-    Attributes:
-        name: "base", "router", "router-2", ... (of further checkpoints) or "path-...".
-        results: lm-eval's results JSON.
-        correct: task -> document -> primary metric, for tasks that log one number a document.
-        queries: task -> document -> {"blocks", "passes", "paths"}.
-        tasks: all that layers were counted for.
-
-    Results that are checked in come without their files by question; then both are empty, and means and standard errors
-    are put together from those of the tasks.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.name = folder.name
-        try:
-            self.results: dict[str, Any] = json.loads((folder / "results.json").read_text())
-            self.record: dict[str, Any] = json.loads((folder / "run.json").read_text())
-            log = folder / "queries.jsonl"
-            rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} is no complete run of eval.sh ({error}); run eval.sh again") from None
-        self.queries: dict[str, dict[int, dict[str, Any]]] = {}
-        for row in rows:
-            self.queries.setdefault(row["task"], {})[row["doc_id"]] = row
-        self._counted: dict[str, Any] = self.results["config"].get("block_applications", {})
-        self.tasks = set(self.queries) or set(self._counted)
-        self.correct: dict[str, dict[int, float]] = {}
-        for path in sorted((folder / "samples").glob("*.jsonl")):
-            self.correct[path.stem] = self._read_samples(path)
-
-    def _read_samples(self, path: Path) -> dict[int, float]:
-        metric = self.metric(path.stem)
-        if metric is None:
-            return {}
-        name, _, chosen_filter = metric.partition(",")
-        correct = {}
-        for line in path.read_text().splitlines():
-            sample = json.loads(line)
-            if sample.get("filter", "none") == chosen_filter and isinstance(sample.get(name), int | float):
-                correct[sample["doc_id"]] = float(sample[name])
-        return correct
-
-    def metric(self, task: str) -> str | None:
-        """The key of the task's primary metric, e.g. "acc,none"."""
-        found = self.results["results"].get(task, {})
-        known = [benchmark["metric"] for benchmark in benchmarks() if benchmark["task"] == task]
-        return next((metric for metric in (*known, *METRICS) if metric in found), None)
-
-    def leaves(self, task: str) -> list[str]:
-        """The tasks that were run under the name `task`: itself, or those below a group."""
-        children = self.results.get("group_subtasks", {}).get(task, [])
-        return [leaf for child in children for leaf in self.leaves(child)] or [task]
-
-    def score(self, task: str) -> Estimate | None:
-        """The primary metric of a task or group as lm-eval reports it, None when it was not run."""
-        metric = self.metric(task)
-        if metric is None:
-            return None
-        found, (name, _, chosen_filter) = self.results["results"][task], metric.partition(",")
-        stderr = found.get(f"{name}_stderr,{chosen_filter}")
-        count = sum(self.results["n-samples"][leaf]["effective"] for leaf in self.leaves(task))
-        return Estimate(found[metric], stderr if isinstance(stderr, float) else None, count)
-
-    def accuracy(self, tasks: Sequence[str]) -> Estimate | None:
-        """Over all questions of `tasks` alike."""
-        if not self.correct:
-            return Estimate.pooled(self.score(task) for task in tasks)
-        return Estimate.of(value for task in tasks for value in self.correct.get(task, {}).values())
-
-    def layers(self, tasks: Sequence[str]) -> Estimate | None:
-        """Block applications a query ("num layers"), over all queries of `tasks` alike."""
-        if not self.queries:
-            found = [self._counted[task] for task in tasks if task in self._counted]
-            return Estimate.pooled(
-                Estimate(part["blocks_per_query"], part["blocks_per_query_stderr"], part["queries"]) for part in found
-            )
-        return Estimate.of(query["blocks"] for task in tasks for query in self.queries.get(task, {}).values())
-
-    def share(self, tasks: Sequence[str], action: int) -> float:
-        """Share of blocks skipped (0), executed (1) or repeated (2), over the queries of `tasks`."""
-        paths = [path for task in tasks for query in self.queries.get(task, {}).values() for path in query["paths"]]
-        return sum(path.count(str(action)) for path in paths) / max(sum(map(len, paths)), 1)
-
-
-def _paired(first: dict[str, dict[int, float]], second: dict[str, dict[int, float]], tasks: Sequence[str]):
-    """Estimate of second - first over the documents that both have: the pairing takes out their difficulty."""
-    return Estimate.of(
-        second[task][document] - value
-        for task in tasks
-        for document, value in first.get(task, {}).items()
-        if document in second.get(task, {})
-    )
-
-
-def accuracy_difference(base: Run, other: Run, tasks: Sequence[str]) -> Estimate | None:
-    """Of `other` over `base`, paired by question."""
-    return _paired(base.correct, other.correct, tasks)
-
-
-def layers_difference(base: Run, other: Run, tasks: Sequence[str]) -> Estimate | None:
-    """Of `other` over `base`, paired by query."""
-    blocks = [
-        {task: {document: query["blocks"] for document, query in found.items()} for task, found in run.queries.items()}
-        for run in (base, other)
-    ]
-    return _paired(*blocks, tasks)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -241,18 +82,6 @@ def latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # The comparison of eval.sh
 
 
-def in_domain_columns(run: Run) -> dict[str, list[str]]:
-    """Column name -> tasks: ARC, DART and Total, as far as they were run."""
-    columns = {}
-    for group, sets in GROUPS.items():
-        tasks = [task_name(name) for name in sets if task_name(name) in run.tasks]
-        if tasks:
-            columns[group.upper()] = tasks
-    if len(columns) > 1:
-        columns["Total"] = [task for tasks in columns.values() for task in tasks]
-    return columns
-
-
 def table3(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """(header, rows) in the form of Table 3: accuracy and num layers of base, + router and their difference."""
     base = runs[0]
@@ -301,7 +130,7 @@ def detail(base: Run, router: Run) -> tuple[list[str], list[list[str]]]:
     header = ["task", "questions", "base score (%)", "router score (%)", "difference", "fixed", "broken"]
     header += ["base layers", "router layers", "difference", "skipped (%)", "repeated (%)"]
     rows = []
-    for name, tasks in sorted(_rows_of(base).items(), key=lambda item: _order(item[0])):
+    for name, tasks in sorted(rows_of(base).items(), key=lambda item: task_order(item[0])):
         pairs = [
             (before, router.correct[task][document])
             for task in tasks
@@ -325,34 +154,6 @@ def detail(base: Run, router: Run) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return header, rows
-
-
-def _rows_of(run: Run) -> dict[str, list[str]]:
-    """Row name -> tasks: the in-domain sets one by one, other tasks and groups as they were asked for."""
-    in_domain = {task_name(name) for name in SETS}
-    rows = {}
-    for name in run.record["run"]["tasks"].split(","):
-        leaves = [leaf for leaf in run.leaves(name) if leaf in run.queries]
-        if in_domain.issuperset(leaves):
-            rows |= {leaf: [leaf] for leaf in leaves}
-        else:
-            rows[name] = leaves
-    return rows
-
-
-def _order(task: str) -> tuple[int, str]:
-    in_domain = [task_name(name) for sets in GROUPS.values() for name in sets]
-    return (in_domain.index(task) if task in in_domain else len(in_domain), task)
-
-
-def load_runs(folder: Path) -> list[Run]:
-    """The complete runs below `folder`: base, router, those of further checkpoints, then static paths."""
-    further = sorted((path.name for path in folder.glob(f"{ROUTER}-*")), key=lambda name: (len(name), name))
-    names = [BASE, ROUTER, *further, *sorted(path.name for path in folder.glob("path-*"))]
-    runs = [Run(folder / name) for name in names if (folder / name / "run.json").is_file()]
-    if [run.name for run in runs[:2]] != [BASE, ROUTER]:
-        raise UserError(f"{folder} has no complete runs base and router; run eval.sh")
-    return runs
 
 
 def write_comparison(folder: Path) -> str:

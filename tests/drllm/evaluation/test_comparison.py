@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from drllm import evaluate
-from drllm.evaluation import comparison, tables
+from drllm.evaluation import comparison
+from drllm.evaluation.runs import in_domain_columns, layers_difference, load_runs
 from tests.eval_toys import make_base, make_routed, make_tasks
 
 ROOT = Path(__file__).parents[3]
@@ -70,13 +71,13 @@ def test_both_runs_a_table_and_figures_and_again_nothing(checkpoint, data, tmp_p
     ]  # fmt: skip
     assert rows[2] in printed
     assert "./eval.sh" in table
-    base_run, router = tables.load_runs(tmp_path)[:2]
-    tasks = tables.in_domain_columns(base_run)["Total"]
+    base_run, router = load_runs(tmp_path)[:2]
+    tasks = in_domain_columns(base_run)["Total"]
     assert len(tasks) == 7
     assert base_run.layers(tasks).count == 14
     for task in tasks:
         assert all(query["blocks"] == BLOCKS * query["passes"] for query in base_run.queries[task].values())
-    difference = tables.layers_difference(base_run, router, tasks)
+    difference = layers_difference(base_run, router, tasks)
     assert difference.mean == pytest.approx(router.layers(tasks).mean - base_run.layers(tasks).mean)
     for name in ("accuracy_layers", "decisions_by_task", "decisions"):
         assert f"figures/{name}.png" in printed
@@ -120,9 +121,9 @@ def test_several_checkpoints_share_the_base_run(base, checkpoint, data, tmp_path
     assert eval_sh(checkpoint, other, *arguments) == 0
     assert len(launches) == 3
     assert f"pretrained={other}," in " ".join(launches[2])
-    runs = tables.load_runs(tmp_path / "out")
-    assert [run.name for run in runs] == ["base", "router", "router-2"]
-    accuracies = [100 * run.accuracy(["drllm_arc_easy", "drllm_arc_challenge"]).mean for run in runs[1:]]
+    loaded = load_runs(tmp_path / "out")
+    assert [run.name for run in loaded] == ["base", "router", "router-2"]
+    accuracies = [100 * run.accuracy(["drllm_arc_easy", "drllm_arc_challenge"]).mean for run in loaded[1:]]
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| + router, 2 seeds")]
     assert float(line.split("|")[2].split("±")[0]) == pytest.approx(sum(accuracies) / 2, abs=0.01)
 

@@ -4,33 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from drllm.errors import UserError
 from drllm.evaluation import tables
-
-
-def make_run(folder, name, correct, blocks, paths=("1111",), base_model=None):
-    """A run of eval.sh on disk: `correct` and `blocks` are task -> values by document."""
-    run = folder / name
-    (run / "samples").mkdir(parents=True)
-    queries = []
-    for task, values in correct.items():
-        samples = [{"doc_id": n, "filter": "none", "acc": value} for n, value in enumerate(values)]
-        (run / "samples" / f"{task}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-        queries += [
-            {"task": task, "doc_id": n, "blocks": count, "passes": 1, "paths": list(paths)}
-            for n, count in enumerate(blocks[task])
-        ]
-    (run / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
-    results = {
-        task: {"acc,none": sum(values) / len(values), "acc_stderr,none": 0.25} for task, values in correct.items()
-    }
-    samples = {task: {"effective": len(values)} for task, values in correct.items()}
-    routing = {"num_blocks": 4, "num_windows": 8, "routing_control": -0.5, "base_model_name": base_model}
-    config = {"routing": routing, "model_dtype": "torch.float32", "model_fingerprint": "f"}
-    (run / "results.json").write_text(json.dumps({"results": results, "config": config, "n-samples": samples}))
-    (run / "run.json").write_text(json.dumps({"run": {"limit": None, "tasks": ",".join(correct)}}))
-    (folder / "command.txt").write_text("./eval.sh checkpoint\n")
-    return run
+from drllm.evaluation.runs import in_domain_columns, load_runs
+from tests.eval_toys import make_run
 
 
 @pytest.fixture
@@ -52,8 +28,8 @@ def folder(tmp_path):
 
 
 def test_numbers_are_those_computed_by_hand(folder):
-    base, router = tables.load_runs(folder)
-    assert tables.in_domain_columns(base) == {
+    base, router = load_runs(folder)
+    assert in_domain_columns(base) == {
         "ARC": ["drllm_arc_easy"],
         "DART": ["drllm_dart_2"],
         "Total": ["drllm_arc_easy", "drllm_dart_2"],
@@ -80,7 +56,7 @@ def test_numbers_are_those_computed_by_hand(folder):
 
 
 def test_detail_counts_what_changed_hands(folder):
-    header, (arc, dart) = tables.detail(*tables.load_runs(folder))
+    header, (arc, dart) = tables.detail(*load_runs(folder))
     assert arc[header.index("fixed")] == "1"
     assert arc[header.index("broken")] == "1"
     assert dart[header.index("fixed")] == "1"
@@ -99,15 +75,6 @@ def test_markdown_and_latex_have_the_same_cells(folder):
     assert "_easy" not in tex.replace("\\_easy", "")
 
 
-def test_incomplete_results_are_refused(folder, tmp_path):
-    (folder / "router" / "queries.jsonl").write_text('{"task": "cut')
-    with pytest.raises(UserError, match=r"no complete run of eval\.sh"):
-        tables.load_runs(folder)
-    (folder / "router" / "run.json").unlink()
-    with pytest.raises(UserError, match="no complete runs base and router"):
-        tables.load_runs(folder)
-
-
 def _mmlu(folder, name, anatomy, virology):
     """A run of a group of two tasks of different size."""
     correct = {"mmlu_anatomy": anatomy, "mmlu_virology": virology}
@@ -123,7 +90,7 @@ def _mmlu(folder, name, anatomy, virology):
 def test_a_group_of_tasks_is_one_row(tmp_path):
     _mmlu(tmp_path, "base", [1, 0], [0])
     _mmlu(tmp_path, "router", [1, 1], [0])
-    header, rows = tables.detail(*tables.load_runs(tmp_path))
+    header, rows = tables.detail(*load_runs(tmp_path))
     assert len(rows) == 1
     assert rows[0][:4] == ["mmlu", "3", "33.33 ± 10.00", "66.67 ± 10.00"]
     assert rows[0][4] == "+33.33 ± 33.33"
@@ -214,30 +181,6 @@ def test_results_of_one_model_are_put_together(results, tmp_path):
     _cells(out / "table2.md", "LLaMA-3B-Base", "arc_easy")  # one row
 
 
-def test_results_without_files_by_question_give_the_same_numbers(folder):
-    """What is checked in is results.json and run.json alone."""
-    whole = tables.load_runs(folder)
-    tasks = ["drllm_arc_easy", "drllm_dart_2"]
-    for run in whole:
-        results = json.loads((folder / run.name / "results.json").read_text())
-        for task in tasks:
-            accuracy, layers = run.accuracy([task]), run.layers([task])
-            results["results"][task] = {"acc,none": accuracy.mean, "acc_stderr,none": accuracy.stderr}
-            counted = results["config"].setdefault("block_applications", {})
-            counted[task] = {"blocks_per_query": layers.mean, "blocks_per_query_stderr": layers.stderr}
-            counted[task]["queries"] = layers.count
-        (folder / run.name / "results.json").write_text(json.dumps(results))
-        (folder / run.name / "queries.jsonl").unlink()
-        for samples in (folder / run.name / "samples").iterdir():
-            samples.unlink()
-    for before, after in zip(whole, tables.load_runs(folder), strict=True):
-        assert tables.in_domain_columns(after) == tables.in_domain_columns(before)
-        for measure in (tables.Run.accuracy, tables.Run.layers):
-            found, expected = measure(after, tasks), measure(before, tasks)
-            assert (found.mean, found.count) == (pytest.approx(expected.mean), 6)
-            assert found.stderr == pytest.approx(expected.stderr)
-
-
 def test_the_results_that_are_checked_in_make_tables(tmp_path):
     results = Path(__file__).parents[3] / "results"
     assert tables.main([str(results), "--output", str(tmp_path)]) == 0
@@ -255,9 +198,9 @@ def test_several_checkpoints_give_mean_and_spread(folder):
         {"drllm_arc_easy": [1, 1, 1, 1], "drllm_dart_2": [1, 1]},
         {"drllm_arc_easy": [4, 4, 4, 4], "drllm_dart_2": [8, 8]},
     )
-    runs = tables.load_runs(folder)
-    assert [run.name for run in runs] == ["base", "router", "router-2"]
-    _, (base, router, difference) = tables.table3_over_seeds(runs[0], runs[1:])
+    loaded = load_runs(folder)
+    assert [run.name for run in loaded] == ["base", "router", "router-2"]
+    _, (base, router, difference) = tables.table3_over_seeds(loaded[0], loaded[1:])
     assert base[1] == "75.00"
     assert router[0] == "+ router, 2 seeds"
     # ARC: 75 and 100, layers 8 and 4; of base 75 and 8
