@@ -19,6 +19,7 @@ import threading
 from pathlib import Path
 
 _BOX = re.compile(r"\\boxed\s*\{")
+_SOLUTION_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[^\s{}$.,\\]+))")  # MATH also has "\boxed 5"
 # What is longer or nested deeper than any gold answer of MATH (159 characters, depth 5) is compared as a
 # string only: the grammar needs time that grows fast with depth.
 _MAX_LENGTH = 300
@@ -35,9 +36,26 @@ def first_box(text: str) -> str | None:
     '\\frac{1}{2}'
     """
     opening = _BOX.search(text)
-    if opening is None:
+    return None if opening is None else _closed(text, opening.end())
+
+
+def last_box(text: str) -> str | None:
+    r"""Content of the last \boxed{...} or \fbox{...} of `text`: the answer of a worked solution of MATH.
+
+    >>> last_box(r"so $x=\boxed{3}$ or rather $x=\boxed{\text{odd}}$.")
+    '\\text{odd}'
+    """
+    openings = list(_SOLUTION_BOX.finditer(text))
+    if not openings:
         return None
-    depth, position = 1, opening.end()
+    if openings[-1]["bare"] is not None:
+        return openings[-1]["bare"]
+    return _closed(text, openings[-1].end())
+
+
+def _closed(text: str, start: int) -> str | None:
+    """`text` from `start` to the brace that closes the group which is open there, or None when nothing closes it."""
+    depth, position = 1, start
     while position < len(text):
         character = text[position]
         if character == "\\":
@@ -45,7 +63,7 @@ def first_box(text: str) -> str | None:
             continue
         depth += (character == "{") - (character == "}")
         if depth == 0:
-            return text[opening.end() : position]
+            return text[start:position]
         position += 1
     return None
 

@@ -1,7 +1,7 @@
-"""The question sets of the paper: how they are read, asked and graded.
+"""The question sets of the paper: where they come from, and how their rows are read.
 
 One definition serves the search (labels), the lm-eval tasks of `eval_tasks/` and the tables, so that a label
-means the same question, prompt and grader as the number that is reported.
+refers to the same question, prompt and grader as the reported number.
 
 Questions come from the Hugging Face Hub, or from a folder of local files with the rows of the Hub's schema,
 named `{stem}_{split}.jsonl` (or `.json`, `.parquet`), e.g. `arc_easy_train.jsonl`.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from drllm.errors import UserError
+from drllm.questions.math_answers import last_box
 
 UNANSWERABLE = "unanswerable"  # the answer to a SQuAD v2 question that its passage does not answer
 
@@ -44,12 +45,19 @@ class Question:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """Where a set comes from and how it is asked.
+    """The source of a set and the form of its questions.
 
-    `splits` maps "train" and "test" to the split names of the source; `samples` is the number of training
-    examples of Table 2 (None where the paper gives none); `max_new_tokens` holds the response limits of base
-    and of instruct (chat-templated) models. `parse` turns a row into the fields of `Question`, or into None
-    for a row that belongs to another set, and raises ValueError for a row that cannot be used.
+    Attributes:
+        name: of the set.
+        hub_path, hub_config: the data set on the Hub.
+        splits: maps "train" and "test" to the split names of the source.
+        stem: of the names of local files.
+        kind: "choice", "math" or "span"; decides prompt and grader.
+        parse: turns a row into the fields of `Question`, or into None for a row that belongs to another set; raises
+            ValueError for a row that cannot be used.
+        max_new_tokens: response limits of base models and of instruct (chat-templated) models.
+        samples: number of training examples in Table 2; None where the paper gives none.
+        test_source: (Hub path, configurations) of the test split, where it is another data set.
     """
 
     name: str
@@ -61,6 +69,7 @@ class TaskSpec:
     parse: Callable[[dict[str, Any]], dict[str, Any] | None]
     max_new_tokens: tuple[int, int]
     samples: int | None
+    test_source: tuple[str, tuple[str, ...]] | None = None
 
 
 def _text(row: dict[str, Any], column: str) -> str:
@@ -77,19 +86,23 @@ def _parse_choice(row: dict[str, Any]) -> dict[str, Any]:
     text, answer, choices = _text(row, "question"), _text(row, "answerKey"), row.get("choices")
     if not isinstance(choices, dict) or not {"text", "label"} <= choices.keys():
         raise ValueError("column 'choices' must hold {'text': [...], 'label': [...]}")
+    if not isinstance(choices["text"], list) or not isinstance(choices["label"], list):
+        raise ValueError("column 'choices' must hold {'text': [...], 'label': [...]}")
     texts = tuple(str(choice).strip() for choice in choices["text"])
     labels = tuple(str(label).strip() for label in choices["label"])
     if len(texts) != len(labels) or len(texts) < 2 or len(set(labels)) != len(labels):
-        raise ValueError(f"{len(texts)} choices with labels {list(labels)}: each needs a label of its own")
+        raise ValueError(f"{len(texts)} choices with labels {list(labels)}: every choice needs its own label")
     if answer not in labels:
         raise ValueError(f"answerKey {answer!r} is none of the labels {list(labels)}")
     return {"text": text, "choices": texts, "labels": labels, "answer": answer}
 
 
 def _parse_dart(level: int) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
-    """Rows of dart-math-pool-math of one difficulty: query, gt_ans, query_metadata.level."""
+    """Rows of one difficulty of dart-math-pool-math (query, gt_ans, query_metadata.level) or of MATH itself."""
 
     def parse(row: dict[str, Any]) -> dict[str, Any] | None:
+        if "problem" in row and "query" not in row:
+            row = _pool_row(row)
         metadata = row.get("query_metadata")
         if not isinstance(metadata, dict) or "level" not in metadata:
             raise ValueError("column 'query_metadata' must hold {'level': 1..5, ...}")
@@ -114,10 +127,17 @@ def _parse_dart(level: int) -> Callable[[dict[str, Any]], dict[str, Any] | None]
     return parse
 
 
+def _pool_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of MATH (problem, level, solution) in the schema of the pool; the answer is the solution's last box."""
+    solution = row.get("solution")
+    answer = last_box(solution) if isinstance(solution, str) else None
+    return {"query": row["problem"], "gt_ans": answer or "", "query_metadata": {"level": row.get("level")}}
+
+
 def _parse_squad(row: dict[str, Any]) -> dict[str, Any]:
     """A row of squad_v2: context, question, answers {text, answer_start}; no answer means unanswerable."""
     answers = row.get("answers")
-    if not isinstance(answers, dict) or "text" not in answers:
+    if not isinstance(answers, dict) or not isinstance(answers.get("text"), list):
         raise ValueError("column 'answers' must hold {'text': [...], ...}")
     spans = tuple(dict.fromkeys(str(span).strip() for span in answers["text"])) or (UNANSWERABLE,)
     question, context = _text(row, "question"), _text(row, "context")
@@ -127,6 +147,15 @@ def _parse_squad(row: dict[str, Any]) -> dict[str, Any]:
 _TRAIN_TEST = {"train": "train", "test": "test"}
 _TRAIN_VALIDATION = {"train": "train", "test": "validation"}  # their test splits carry no answers
 _DART_SAMPLES = {1: 200, 2: 400, 3: 600, 4: 800, 5: 1000}
+_MATH_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
 
 
 def _arc(name: str, hub_config: str, samples: int) -> TaskSpec:
@@ -136,7 +165,9 @@ def _arc(name: str, hub_config: str, samples: int) -> TaskSpec:
 
 def _dart(level: int) -> TaskSpec:
     source = ("hkust-nlp/dart-math-pool-math", None, _TRAIN_TEST, "dart_math")
-    return TaskSpec(f"dart-{level}", *source, "math", _parse_dart(level), (15, 15), _DART_SAMPLES[level])
+    # The pool has one split, made from MATH's training problems. All of it trains; MATH's own test problems test.
+    test_source = ("EleutherAI/hendrycks_math", _MATH_SUBJECTS)
+    return TaskSpec(f"dart-{level}", *source, "math", _parse_dart(level), (15, 15), _DART_SAMPLES[level], test_source)
 
 
 def _commonsense() -> TaskSpec:
@@ -189,19 +220,22 @@ def expand_sets(names: str) -> list[str]:
 # --------------------------------------------------------------------------------------------------------
 # Reading
 
-# The DART pool has one split. Of its questions, those whose hash falls below this share are the test set, so
-# that train and test never share a question.
-_HELD_OUT_SHARE = 0.1
-
 
 def load_questions(
     set_name: str, split: str = "train", data_dir: Path | str | None = None, limit: int | None = None
 ) -> list[Question]:
     """The distinct questions of a set, in the order of their source, at most `limit`.
 
-    `split` is "train" or "test". Without `data_dir` the rows come from the Hub. A question that occurs again
-    (the DART pool repeats each query many times) is kept once. Raises UserError for an unknown set or split,
-    a missing file or column, and rows that cannot be used, naming the file and line.
+    Args:
+        set_name: one of `SETS`.
+        split: "train" or "test".
+        data_dir: folder of local files; without it the rows come from the Hub.
+        limit: stop after this number of distinct questions.
+
+    A repeated question (the DART pool repeats each query many times) is kept once.
+
+    Raises:
+        UserError: for an unknown set or split, a missing file or column, and unusable rows, naming file and line.
     """
     if set_name not in SETS:
         expand_sets(set_name)  # raises for what does not exist
@@ -211,57 +245,59 @@ def load_questions(
         raise UserError(f"unknown split '{split}' of {set_name}; there are train and test")
     rows = _hub_rows(spec, split) if data_dir is None else _local_rows(spec, Path(data_dir), spec.splits[split])
     questions: dict[str, Question] = {}
-    for place, row in rows:
+    for location, row in rows:
         try:
             if not isinstance(row, dict):
                 raise ValueError("expected an object with the columns of the data set")
             fields = spec.parse(row)
         except ValueError as error:
-            raise UserError(f"{place}: {error}") from None
+            raise UserError(f"{location}: {error}") from None
         if fields is None:
             continue
         question = Question(set=spec.name, id=_question_id(spec, fields), **fields)
-        if data_dir is None and spec.stem == "dart_math" and _is_held_out(question.id) != (split == "test"):
-            continue
         questions.setdefault(question.id, question)
         if limit is not None and len(questions) >= limit:
             break
     if not questions:
-        source = spec.hub_path if data_dir is None else f"{data_dir}/{spec.stem}_{spec.splits[split]}"
+        source = _hub_source(spec, split)[0] if data_dir is None else f"{data_dir}/{spec.stem}_{spec.splits[split]}"
         raise UserError(f"{source} has no question of the set '{set_name}'")
     return list(questions.values())
 
 
 def _question_id(spec: TaskSpec, fields: dict[str, Any]) -> str:
-    """A hash of what is asked: white space is normalised, the answer plays no part."""
+    """A hash of the question with its choices and context; white space is normalised, the answer is left out."""
     options = () if spec.kind == "span" else fields["choices"]
     parts = [spec.name, fields.get("context", ""), fields["text"], *options]
     content = "\x1f".join(" ".join(part.split()) for part in parts)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _is_held_out(question_id: str) -> bool:
-    return int(question_id[:8], 16) < _HELD_OUT_SHARE * 2**32
+def _hub_source(spec: TaskSpec, split: str) -> tuple[str, tuple[str | None, ...]]:
+    """(Hub path, configurations) of a split."""
+    if split == "test" and spec.test_source is not None:
+        return spec.test_source
+    return spec.hub_path, (spec.hub_config,)
 
 
 def _hub_rows(spec: TaskSpec, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
 
-    source_split = "train" if spec.stem == "dart_math" else spec.splits[split]
-    name = f"{spec.hub_path} ({spec.hub_config or 'default'}, {source_split})"
-    try:
-        dataset = datasets.load_dataset(spec.hub_path, spec.hub_config, split=source_split)
-    except Exception as error:
-        raise UserError(
-            f"could not load {name} from the Hugging Face Hub ({type(error).__name__}: {str(error)[:200]}); "
-            "check the connection, or pass --data_dir with local files of the same schema"
-        ) from error
-    if spec.stem == "dart_math":
-        # Responses make up nearly all of the pool's bytes and are not needed.
-        wanted = ("query", "gt_ans", "query_metadata")
-        dataset = dataset.select_columns([column for column in wanted if column in dataset.column_names])
-    for number, row in enumerate(dataset):
-        yield f"{name}, row {number}", row
+    hub_path, configs = _hub_source(spec, split)
+    for config in configs:
+        name = f"{hub_path} ({config or 'default'}, {spec.splits[split]})"
+        try:
+            dataset = datasets.load_dataset(hub_path, config, split=spec.splits[split])
+        except Exception as error:
+            raise UserError(
+                f"could not load {name} from the Hugging Face Hub ({type(error).__name__}: {str(error)[:200]}); "
+                "check the connection, or pass --data_dir with local files of the same schema"
+            ) from error
+        if spec.stem == "dart_math":
+            # The pool's responses make up nearly all of its bytes and are not needed.
+            columns = ("query", "gt_ans", "query_metadata", "problem", "level", "solution")
+            dataset = dataset.select_columns([column for column in columns if column in dataset.column_names])
+        for number, row in enumerate(dataset):
+            yield f"{name}, row {number}", row
 
 
 def _local_rows(spec: TaskSpec, folder: Path, split: str) -> Iterable[tuple[str, Any]]:
@@ -280,22 +316,23 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            place = f"{path}:{number}"
+            location = f"{path}:{number}"
             try:
-                yield place, json.loads(line)
-            except ValueError as error:  # includes text that is not UTF-8
-                raise UserError(f"{place}: not valid JSON ({error}); is the file cut off?") from None
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:  # ValueError includes text that is not UTF-8
+                raise UserError(f"{location}: not valid JSON ({error}); is the file cut off?") from None
+            yield location, row
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         rows = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); for one object a line name it .jsonl") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); name it .jsonl if it holds one object per line") from None
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
         rows = rows["data"]
     if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a list of rows; for one object a line name it .jsonl")
+        raise UserError(f"{path}: expected a list of rows; name it .jsonl if it holds one object per line")
     for number, row in enumerate(rows):
         yield f"{path}, row {number}", row
 

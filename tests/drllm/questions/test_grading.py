@@ -13,7 +13,7 @@ from drllm.questions.grading import (
     span_can_still_be_right,
     span_f1,
 )
-from drllm.questions.math_answers import SymbolicChecker, first_box, grade_math, math_can_still_be_right
+from drllm.questions.math_answers import SymbolicChecker, first_box, grade_math, last_box, math_can_still_be_right
 
 LETTERS = ("A", "B", "C", "D")
 DIGITS = ("1", "2", "3", "4")
@@ -90,6 +90,20 @@ def test_labels_are_those_of_the_item():
 )
 def test_first_closed_box(text, content):
     assert first_box(text) == content
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (r"so $\boxed{3}$, no, $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+        (r"The answer is $\boxed 5$.", "5"),
+        (r"\fbox{\text{odd}}", r"\text{odd}"),
+        (r"\boxed{3", None),
+        ("3", None),
+    ],
+)
+def test_the_last_box_is_the_answer_of_a_solution(solution, answer):
+    assert last_box(solution) == answer
 
 
 @pytest.mark.parametrize(

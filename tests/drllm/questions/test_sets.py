@@ -118,7 +118,8 @@ def test_json_and_parquet_and_limit(tmp_path):
         ({"question": "q"}, "no column 'answerKey'"),
         (_arc(answer="Z"), "answerKey 'Z' is none of the labels"),
         ({**_arc(), "choices": ["a", "b"]}, "column 'choices' must hold"),
-        ({**_arc(), "choices": {"text": ["a", "b"], "label": ["A"]}}, "each needs a label of its own"),
+        ({**_arc(), "choices": {"text": ["a", "b"], "label": ["A"]}}, "every choice needs its own label"),
+        ({**_arc(), "choices": {"text": None, "label": 3}}, "column 'choices' must hold"),
         ({**_arc(), "question": ""}, "column 'question' holds '', expected text"),
         ([1], "expected an object"),
     ],
@@ -153,6 +154,9 @@ def test_missing_and_cut_off_files(tmp_path):
     (tmp_path / "arc_easy_train.jsonl").write_text(json.dumps(_arc()) + '\n{"question": "cut')
     with pytest.raises(UserError, match=r"arc_easy_train\.jsonl:2: not valid JSON"):
         load_questions("arc_easy", "train", tmp_path)
+    (tmp_path / "arc_easy_train.jsonl").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"arc_easy_train\.jsonl:1: not valid JSON"):
+        load_questions("arc_easy", "train", tmp_path)
     (tmp_path / "dart_math_train.jsonl").write_text("\n")
     with pytest.raises(UserError, match="no question of the set 'dart-1'"):
         load_questions("dart-1", "train", tmp_path)
@@ -169,21 +173,30 @@ def test_unknown_names():
         load_questions("arc_easy", "dev")
 
 
-def test_dart_pool_of_the_hub_is_split_by_question(monkeypatch):
+def test_all_of_the_dart_pool_trains_and_the_test_problems_of_math_test(monkeypatch):
     import datasets
 
-    rows = [_dart(f"question {n % 200}", str(n % 200), 1) for n in range(600)]
+    pool = [{**_dart(f"question {n % 200}", str(n % 200), 1), "resp": "long"} for n in range(600)]
+    solution = r"First $x=\boxed{1}$, then $\boxed{\frac{1}{2}}$."
+    math = {"level": "Level 1", "type": "Algebra", "solution": solution}
+    loaded = []
 
     def fake(path, config, split):
-        assert (path, config, split) == ("hkust-nlp/dart-math-pool-math", None, "train")
-        return datasets.Dataset.from_list([{**row, "resp": "long"} for row in rows])
+        loaded.append((path, config, split))
+        if split == "train":
+            return datasets.Dataset.from_list(pool)
+        rows = [math | {"problem": f"test {config}"}, math | {"problem": "other level", "level": "Level 2"}]
+        return datasets.Dataset.from_list([*rows, math | {"problem": "without a box", "solution": "2"}])
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    train = {question.id for question in load_questions("dart-1", "train")}
-    test = {question.id for question in load_questions("dart-1", "test")}
-    assert not train & test
-    assert len(train | test) == 200
-    assert 5 <= len(test) <= 40
+    train = load_questions("dart-1", "train")
+    assert loaded == [("hkust-nlp/dart-math-pool-math", None, "train")]
+    assert {question.text for question in train} == {f"question {n}" for n in range(200)}
+    test = load_questions("dart-1", "test")
+    assert len(test) == 7
+    assert {call[0] for call in loaded[1:]} == {"EleutherAI/hendrycks_math"}
+    assert test[0].text == "test algebra"
+    assert {question.answer for question in test} == {r"\frac{1}{2}"}
 
 
 def test_hub_failure_names_the_way_out(monkeypatch):
