@@ -19,7 +19,8 @@ from lm_eval.api.instance import Instance
 from drllm import provenance
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.comparison import uses_chat_template
-from drllm.evaluation.lm_eval_model import LayerCounts, RoutedLM
+from drllm.evaluation.layer_counts import LayerCounts
+from drllm.evaluation.lm_eval_model import RoutedLM
 from drllm.evaluation.runs import Estimate
 from drllm.labels import read_labels
 from drllm.questions.grading import grade

@@ -1,16 +1,16 @@
-"""`drllm`, a model type for lm-eval: routed checkpoints, plain ones and fixed paths, with layers counted.
+"""`drllm`, a model type for lm-eval: routed checkpoints, plain checkpoints and static paths, with layers counted.
 
-What it adds to lm-eval's own `hf`, which it subclasses:
+It subclasses lm-eval's own `hf` and adds:
 
 * Routers read the prompt only, in log-likelihood tasks too, so that all options of a question follow one path
   and no result depends on the batch size.
 * The prompt of a question is computed once for all its options.
-* Block applications are counted for each query, and the skip / execute / repeat share for each block and task;
-  both are part of lm-eval's results JSON (`config.block_applications`) and, query by query, of `routing_log`.
-* Answers are cached together with their counts, under a key that holds the weights and the routing settings.
+* Block applications are counted per query, and the skip / execute / repeat shares per block and task. Both are part
+  of lm-eval's results JSON (`config.block_applications`) and, per query, of `routing_log`.
+* Answers are cached together with their counts, under a key that includes the weights and the routing settings.
 
-Importing this module registers the class with lm-eval; `python -m drllm.evaluate` does so and hands over to
-lm-eval's command line.
+Importing this module registers the class with lm-eval; `python -m drllm.evaluate` does so and calls lm-eval's
+command line.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ import copy
 import hashlib
 import json
 import os
-from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import hash_args
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
@@ -35,140 +33,30 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from data_models import path_model_class
 from drllm.errors import UserError
+from drllm.evaluation.layer_counts import LayerCounts, Measurement
+from drllm.evaluation.response_cache import ResponseCache
+from drllm.files import disk_errors, write_whole
 from drllm.provenance import fingerprint
 from drllm.questions.prompts import TEMPLATE_ARGUMENTS
 from train_models import PathCache, routed_classes
-from train_models.paths import EXECUTE, REPEAT, SKIP, path_to_layer_indices
+from train_models.paths import path_to_layer_indices
 
 ROUTED_PREFIX = "drllm_"
 ROUTING_ARGUMENTS = ("num_windows", "routing_control", "is_static_routing")
-# Options of one question are scored together; this bounds the rows of such a batch, per context in it.
+# Options of one question are scored together; the maximum number of rows per context of such a batch.
 OPTIONS_PER_CONTEXT = 8
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """What answering one request took.
-
-    `context` identifies the prompt: its prefill, `prefill_blocks` block applications in one forward pass, is
-    shared by all requests of a query with the same context; None for a prefill of the request's own. `blocks` and
-    `passes` are the request's later forward passes. `path` has one digit (0, 1, 2) a block.
-    """
-
-    context: str | None
-    path: str
-    prefill_blocks: int
-    blocks: int
-    passes: int
-
-
-class LayerCounts:
-    """Block applications by query; a query is one document of one task."""
-
-    def __init__(self) -> None:
-        self._requests: dict[tuple[str, int], dict[tuple[str, int], Measurement]] = defaultdict(dict)
-
-    def add(self, task: str, doc_id: int, index: tuple[str, int], measurement: Measurement) -> None:
-        """Notes the request (kind, number) of a document; one that is run twice counts once."""
-        self._requests[task, doc_id][index] = measurement
-
-    def queries(self) -> Iterator[dict[str, Any]]:
-        """One record a query: task, doc_id, blocks, passes (prefills included) and the distinct paths."""
-        for (task, doc_id), requests in sorted(self._requests.items()):
-            prefills = {request.context or index: request for index, request in requests.items()}
-            yield {
-                "task": task,
-                "doc_id": doc_id,
-                "blocks": sum(request.prefill_blocks for request in prefills.values())
-                + sum(request.blocks for request in requests.values()),
-                "passes": len(prefills) + sum(request.passes for request in requests.values()),
-                "paths": sorted({request.path for request in requests.values()}),
-            }
-
-    def summary(self) -> dict[str, dict[str, Any]]:
-        """By task: queries, blocks and passes a query (mean, standard error), blocks a pass, shares by block."""
-        by_task: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for query in self.queries():
-            by_task[query["task"]].append(query)
-        return {task: _summary(queries) for task, queries in by_task.items()}
-
-
-def _summary(queries: list[dict[str, Any]]) -> dict[str, Any]:
-    blocks = torch.tensor([query["blocks"] for query in queries], dtype=torch.float64)
-    passes = sum(query["passes"] for query in queries)
-    # Each query weighs the same, whatever the number of its contexts.
-    shares = torch.stack(
-        [
-            torch.tensor([[int(visits) for visits in path] for path in query["paths"]])[..., None]
-            .eq(torch.tensor([SKIP, EXECUTE, REPEAT]))
-            .double()
-            .mean(0)
-            for query in queries
-        ]
-    ).mean(0)
-    return {
-        "queries": len(queries),
-        "blocks": int(blocks.sum()),
-        "forward_passes": passes,
-        "blocks_per_query": float(blocks.mean()),
-        "blocks_per_query_stderr": float(blocks.std() / len(blocks) ** 0.5) if len(blocks) > 1 else None,
-        "blocks_per_pass": float(blocks.sum()) / passes,
-        "share": dict(zip(("skip", "execute", "repeat"), shares.mean(0).tolist(), strict=True)),
-        "share_per_block": {
-            name: shares[:, action].tolist() for action, name in enumerate(("skip", "execute", "repeat"))
-        },
-    }
-
-
-def _is_sampled(kind: str, arguments: Sequence[Any]) -> bool:
-    """Whether asking again gives another answer; as `lm_eval.models.utils.normalize_gen_kwargs` reads the arguments."""
-    if kind != "generate_until":
-        return False
-    sampling = arguments[1].get("do_sample")
-    return float(arguments[1].get("temperature") or 0) > 0 if sampling is None else bool(sampling)
-
-
-class _Answers:
-    """Stands in for lm-eval's cache hook: pairs each answer with what it took, and keeps both on disk if asked to."""
-
-    def __init__(self, path: str | None, identity: str) -> None:
-        self._identity = identity
-        self._stored: Any = {}
-        if path is not None:
-            from sqlitedict import SqliteDict
-
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._stored = SqliteDict(path, autocommit=True)
-        self._is_persistent = path is not None
-        self._drawn: dict[str, deque] = defaultdict(deque)  # of sampled requests: each repeat has an answer of its own
-        self.pending: deque[Measurement] = deque()  # of the rows that lm-eval is about to report, in order
-
-    def key(self, kind: str, arguments: Sequence[Any]) -> str:
-        return f"{self._identity}:{hash_args(kind, arguments)}"
-
-    def add_partial(self, kind: str, arguments: Sequence[Any], answer: Any) -> None:
-        """Called by lm-eval with each answer."""
-        if self.pending:
-            found = (answer, self.pending.popleft())
-            if _is_sampled(kind, arguments):
-                self._drawn[self.key(kind, arguments)].append(found)
-            else:
-                self._stored[self.key(kind, arguments)] = found
-
-    def get(self, kind: str, arguments: Sequence[Any]) -> tuple[Any, Any] | None:
-        """The answer and the measurement, or list of them, of what it took, if it is known."""
-        if _is_sampled(kind, arguments):
-            drawn = self._drawn[self.key(kind, arguments)]
-            return drawn.popleft() if drawn else None
-        return self._stored.get(self.key(kind, arguments))
-
-    def put(self, kind: str, arguments: Sequence[Any], answer: Any, measurement: Any) -> None:
-        self._stored[self.key(kind, arguments)] = (answer, measurement)
-
-    def forget(self) -> None:
-        """Drops what was kept for the current requests, unless it is on disk."""
-        if not self._is_persistent:
-            self._stored = {}
+def _padded(sequences: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, mask), both [rows, longest]; padding is token 0, masked."""
+    longest = max(len(sequence) for sequence in sequences)
+    tokens = torch.zeros(len(sequences), longest, dtype=torch.long)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        columns = slice(longest - len(sequence), None) if side == "left" else slice(len(sequence))
+        tokens[row, columns] = torch.tensor(sequence)
+        mask[row, columns] = 1
+    return tokens, mask
 
 
 @register_model("drllm")
@@ -178,9 +66,9 @@ class RoutedLM(HFLM):
     Further `--model_args`:
         pretrained: a routed checkpoint, or a plain Llama, Qwen2 or Qwen3 one (then every block runs once).
         num_windows, routing_control, is_static_routing: override those of a routed checkpoint.
-        path: one path for every query, a digit (0, 1, 2) a block: a static control.
-        routing_log: file for one JSON line a query: task, doc_id, blocks, passes, paths.
-        response_cache: SQLite file of answers and counts; what `--use_cache` becomes under `drllm.evaluate`.
+        path: one static path for all queries, one digit (0, 1, 2) per block.
+        routing_log: file for one JSON line per query: task, doc_id, blocks, passes, paths.
+        response_cache: SQLite file of answers and counts; `drllm.evaluate --use_cache FILE` sets it.
     """
 
     def __init__(
@@ -214,12 +102,12 @@ class RoutedLM(HFLM):
         if self._fixed_path is not None:
             self._layer_indices = path_to_layer_indices([int(visits) for visits in self._fixed_path])
         self._passes: list[torch.Tensor] = []  # paths [rows, L] of each forward pass since the last reset
-        self.model.register_forward_hook(lambda module, inputs, output: self._passes.append(output.paths))
+        self.model.register_forward_hook(self._record_pass)
         self.layer_counts = LayerCounts()
         self._routing_log = routing_log
         if response_cache is not None and self._world_size > 1:
             response_cache = f"{response_cache}_rank{self._rank}"
-        self.cache_hook = self._answers = _Answers(response_cache, self._identity(settings))
+        self.cache_hook = self._cache = ResponseCache(response_cache, self._identity(settings))
 
     # ----------------------------------------------------------------------------------------------------
     # Loading
@@ -236,8 +124,8 @@ class RoutedLM(HFLM):
         meaningless = [name for name, value in self._routing.items() if (name, value) != ("is_static_routing", True)]
         if meaningless:
             raise UserError(
-                f"{pretrained} is a plain {model_type or 'unknown'} checkpoint without routers: leave "
-                f"{', '.join(meaningless)} away, or give a checkpoint of train.py"
+                f"{pretrained} is a plain {model_type or 'unknown'} checkpoint without routers: omit "
+                f"{', '.join(meaningless)}, or pass a checkpoint of train.py"
             )
         self.AUTO_MODEL_CLASS = path_model_class(model_type)
         self._config = AutoConfig.from_pretrained(pretrained, **location)
@@ -247,7 +135,7 @@ class RoutedLM(HFLM):
 
     def _create_tokenizer(self, pretrained: str, tokenizer: Any, **kwargs: Any) -> None:
         if tokenizer is None and self.is_routed:
-            # With the configuration in hand transformers has no reason to ask for the checkpoint's own code.
+            # Given the configuration, transformers does not look for the checkpoint's own code.
             options = {"revision": kwargs.get("revision"), "subfolder": kwargs.get("subfolder") or ""}
             tokenizer = AutoTokenizer.from_pretrained(pretrained, config=self._config, **options)
         super()._create_tokenizer(pretrained, tokenizer, **kwargs)
@@ -265,20 +153,37 @@ class RoutedLM(HFLM):
             )
         return path
 
+    def _record_pass(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        """Records the paths of a forward pass; UserError when the first pass of a batch has non-finite logits."""
+        self._passes.append(output.paths)
+        if len(self._passes) == 1 and not torch.isfinite(output.logits[:, -1]).all():
+            weights = (name for name, weight in self.model.named_parameters() if not torch.isfinite(weight).all())
+            cause = next((f"the weight {name} holds NaN or infinity" for name in weights), None)
+            raise UserError(
+                f"{self.pretrained}: the logits of a batch of {len(output.logits)} prompts are not finite; "
+                + (cause or f"all weights are finite: the dtype {self.model.dtype} may overflow, try bfloat16")
+            )
+
     def _identity(self, settings: dict[str, Any]) -> str:
-        """A hash of everything that an answer depends on, other than the request."""
+        """A hash of everything that an answer depends on, other than the request.
+
+        Raises:
+            UserError: a router weight is not finite. Routers choose by argmax, so the logits would not show it.
+        """
         routers = hashlib.sha256()
         if self.is_routed:
             for name, weight in sorted(self.model.model.routers.state_dict().items()):
+                if not torch.isfinite(weight).all():
+                    raise UserError(f"{self.pretrained}: the weight routers.{name} holds NaN or infinity; train again")
                 routers.update(name.encode() + weight.float().cpu().numpy().tobytes())
         without_effect = ("batch_size", "max_batch_size", "device")
-        known = {key: str(value) for key, value in sorted(settings.items()) if key not in without_effect}
-        known |= {"weights": fingerprint(self.model), "routers": routers.hexdigest(), "dtype": str(self.model.dtype)}
-        known |= {name: str(getattr(self.config, name, None)) for name in (*ROUTING_ARGUMENTS, "router_input")}
-        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+        facts = {key: str(value) for key, value in sorted(settings.items()) if key not in without_effect}
+        facts |= {"weights": fingerprint(self.model), "routers": routers.hexdigest(), "dtype": str(self.model.dtype)}
+        facts |= {name: str(getattr(self.config, name, None)) for name in (*ROUTING_ARGUMENTS, "router_input")}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Refuses lm-eval's own cache, whose keys don't know the model and whose answers don't know their layers."""
+        """Refuses lm-eval's own cache: its keys do not include the model, its entries no layer counts."""
         raise UserError(
             "lm-eval's --use_cache would mix the answers of different checkpoints and lose the layer counts: run "
             "`python -m drllm.evaluate --use_cache FILE ...`, or pass response_cache=FILE in --model_args"
@@ -296,60 +201,56 @@ class RoutedLM(HFLM):
         return self._answer("generate_until", requests, disable_tqdm, super().generate_until)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """As lm-eval's `hf`; the prompt of a window is its one context token, so routers decide by that."""
+        """As lm-eval's `hf`; the prompt of a window is its one context token, which is all that the routers read."""
         answers = []
         world_size, batch_size = self._world_size, self.batch_size_per_gpu
-        if batch_size == "auto":  # found once, by all processes together
+        if batch_size == "auto":  # detected once, by all processes together
             self.batch_size_per_gpu = self._detect_batch_size()
         self._world_size = 1  # no windows to pad: each process answers its own requests, nothing is exchanged
         try:
-            for request in requests:  # one at a time: lm-eval does not say which window belongs to which request
-                found = self._answers.get("loglikelihood_rolling", request.args)
-                if found is None:
-                    self._answers.pending.clear()
+            for request in requests:  # one by one: lm-eval does not tell which window belongs to which request
+                entry = self._cache.get("loglikelihood_rolling", request.args)
+                if entry is None:
+                    self._cache.pending.clear()
                     self._windows: list[Measurement] = []
                     (answer,) = super().loglikelihood_rolling([request], disable_tqdm=True)
-                    found = answer, self._windows
-                    self._answers.put("loglikelihood_rolling", request.args, *found)
-                answers.append(found[0])
-                for number, measurement in enumerate(found[1]):
+                    entry = answer, self._windows
+                    self._cache.put("loglikelihood_rolling", request.args, *entry)
+                answers.append(entry[0])
+                for number, measurement in enumerate(entry[1]):
                     self.layer_counts.add(request.task_name, request.doc_id, ("rolling", number), measurement)
         finally:
             self._world_size, self.batch_size_per_gpu = world_size, batch_size
-        self._answers.forget()
+        self._cache.forget()
         self._share_counts(requests)
         return answers
 
     def _answer(self, kind: str, requests: list[Instance], disable_tqdm: bool, answer) -> list[Any]:
-        """Answers what is not known yet and notes what each request took."""
-        unknown = [request for request in requests if self._answers.get(kind, request.args) is None]
+        """Computes the answers that are not cached and records what every request took."""
+        unknown = [request for request in requests if self._cache.get(kind, request.args) is None]
         if unknown or self.world_size > 1:  # every process takes part in what they do together
             self._current = unknown
             answer(unknown, disable_tqdm=disable_tqdm)
         answers = []
         for request in requests:
-            found, measurement = self._answers.get(kind, request.args)
-            answers.append(found)
-            # squadv2 numbers its generation and its log-likelihood alike
+            response, measurement = self._cache.get(kind, request.args)
+            answers.append(response)
+            # squadv2 gives its generation and its log-likelihood the same number
             self.layer_counts.add(request.task_name, request.doc_id, (kind, request.idx), measurement)
-        self._answers.forget()
+        self._cache.forget()
         self._share_counts(requests)
         return answers
 
     def _share_counts(self, requests: list[Instance]) -> None:
-        """Brings the counts of all processes to the first one, which writes the log."""
+        """Gathers the counts of all processes on the first one, which writes the log."""
         if self.world_size > 1:
-            gathered = self.gather_object(dict(self.layer_counts._requests))
-            for part in gathered or ():
-                for (task, doc_id), measured in part.items():
-                    for index, measurement in measured.items():
-                        self.layer_counts.add(task, doc_id, index, measurement)
+            for part in self.gather_object(self.layer_counts.requests()) or ():
+                self.layer_counts.update(part)
         if self._routing_log is not None and self.rank == 0:
             path = Path(self._routing_log)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text("".join(json.dumps(query) + "\n" for query in self.layer_counts.queries()))
-            partial.replace(path)
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, "".join(json.dumps(query) + "\n" for query in self.layer_counts.queries()))
 
     # ----------------------------------------------------------------------------------------------------
     # Generation
@@ -359,7 +260,7 @@ class RoutedLM(HFLM):
     ) -> torch.Tensor:
         for name in ("num_beams", "num_return_sequences"):
             if generation_kwargs.get(name, 1) != 1:
-                raise UserError(f"layers are counted for one sequence a query: leave {name} away from --gen_kwargs")
+                raise UserError(f"layers are counted for one sequence per query: omit {name} from --gen_kwargs")
         if self._layer_indices is not None:
             generation_kwargs["layer_indices"] = self._layer_indices
         self._passes.clear()
@@ -375,14 +276,14 @@ class RoutedLM(HFLM):
                 blocks=int(visits[1:passes, row].sum()),
                 passes=passes - 1,
             )
-            self._answers.pending.append(measurement)
+            self._cache.pending.append(measurement)
         return tokens
 
     def _passes_needed(self, tokens: list[int], stop: list[str]) -> int:
         """Forward passes until a row has ended by an end token or a stop string; one pass yields one token."""
         end_tokens = self.model.generation_config.eos_token_id
         end_tokens = set(end_tokens if isinstance(end_tokens, list) else [end_tokens])
-        # The same look back as lm-eval's criterion: a stop string may come in another tokenisation.
+        # As lm-eval's stopping criterion: a stop string may be generated in another tokenisation.
         look_back = [(text, len(self.tokenizer.encode(text, add_special_tokens=False)) + 2) for text in stop]
         for number, token in enumerate(tokens, start=1):
             if token in end_tokens:
@@ -424,7 +325,7 @@ class RoutedLM(HFLM):
                         answers[position] = answer
                         text = requests[position][0]
                         if text is not None:
-                            self._answers.put("loglikelihood", text, answer, measurement)
+                            self._cache.put("loglikelihood", text, answer, measurement)
                         else:
                             self._windows.append(measurement)
                         progress.update(1)
@@ -438,7 +339,7 @@ class RoutedLM(HFLM):
             return int(self.batch_size)
         if not contexts and self.world_size == 1:
             return 1
-        # Every process takes part, also one that has nothing to score: the smallest size is agreed on.
+        # All processes take part, also those with nothing to score: the smallest size is used.
         context, longest = (contexts[0], max(groups[contexts[0]], key=len)) if contexts else ((0,), (0,))
         self.batch_sizes = {0: self._detect_batch_size([(None, list(context), list(longest))], 0)}
         return self.batch_sizes[0]
@@ -447,8 +348,8 @@ class RoutedLM(HFLM):
     def _score(
         self, contexts: list[tuple[int, ...]], continuations: list[list[tuple[int, ...]]]
     ) -> list[dict[tuple[int, ...], tuple[tuple[float, bool], Measurement]]]:
-        """For each context: continuation -> ((log-likelihood, is greedy), what it took)."""
-        # One row for each continuation that needs more than the first token's probabilities.
+        """Per context: continuation -> ((log-likelihood, is greedy), what it took)."""
+        # One row per continuation that needs more than the first token's probabilities.
         rows = [
             (number, continuation)
             for number, options in enumerate(continuations)
@@ -456,7 +357,7 @@ class RoutedLM(HFLM):
             if len(continuation) > 1
         ]
         lengths = torch.tensor([len(context) for context in contexts])
-        tokens, mask = self._padded(contexts, side="left")
+        tokens, mask = _padded(contexts, side="left")
         cache = PathCache(self.model.config) if rows else None
         first, paths = self._forward(tokens, mask, cache, logits_to_keep=1)
         paths = paths.tolist()
@@ -469,7 +370,7 @@ class RoutedLM(HFLM):
             options = cache if is_last else copy.deepcopy(cache)
             owner = torch.tensor([number for number, _ in part])
             options.batch_select_indices(owner)
-            inputs, input_mask = self._padded([continuation[:-1] for _, continuation in part], side="right")
+            inputs, input_mask = _padded([continuation[:-1] for _, continuation in part], side="right")
             position_ids = lengths[owner, None] + torch.arange(inputs.shape[1])
             logits, own_paths = self._forward(
                 inputs, torch.cat([mask[owner], input_mask], dim=1), options, position_ids=position_ids
@@ -526,23 +427,11 @@ class RoutedLM(HFLM):
             )
         return output.logits, output.paths
 
-    @staticmethod
-    def _padded(sequences: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(tokens, mask), both [rows, longest]; padding is token 0 and masked."""
-        longest = max(len(sequence) for sequence in sequences)
-        tokens = torch.zeros(len(sequences), longest, dtype=torch.long)
-        mask = torch.zeros(len(sequences), longest, dtype=torch.long)
-        for row, sequence in enumerate(sequences):
-            place = slice(longest - len(sequence), None) if side == "left" else slice(len(sequence))
-            tokens[row, place] = torch.tensor(sequence)
-            mask[row, place] = 1
-        return tokens, mask
-
     # ----------------------------------------------------------------------------------------------------
     # Results
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes into `config` of its results: the model, how it routed, and the layers counted."""
+        """What lm-eval writes to `config` of its results: the model, its routing settings and the layers counted."""
         if os.path.isdir(self.pretrained):
             info = {
                 "model_num_parameters": self.model.num_parameters(),

@@ -342,7 +342,7 @@ def test_routing_log_has_a_line_a_query(routed, folder, tmp_path):
 
 
 def test_bad_arguments_are_refused(base, routed, folder, tmp_path):
-    with pytest.raises(UserError, match="without routers: leave routing_control away"):
+    with pytest.raises(UserError, match="without routers: omit routing_control"):
         routed_lm(base, routing_control=0.0)
     with pytest.raises(UserError, match="one digit 0"):
         routed_lm(base, path=1111111)
@@ -354,6 +354,18 @@ def test_bad_arguments_are_refused(base, routed, folder, tmp_path):
         routed_lm(routed, routing_control=3)
     with pytest.raises(UserError, match="num_beams"):
         evaluate(routed_lm(routed), folder, ["toy_stop"], gen_kwargs="num_beams=2")
+
+
+@pytest.mark.parametrize("weight", ["model.layers.3.mlp.down_proj.weight", "model.routers.2.layers.0.weight"])
+def test_weights_that_are_not_finite_are_named(routed, folder, tmp_path, weight):
+    model = RoutedLlamaForCausalLM.from_pretrained(routed)
+    with torch.no_grad():
+        model.get_parameter(weight).view(-1)[1] = float("nan")
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(routed).save_pretrained(tmp_path)
+    for task in ("toy_choice", "toy_stop"):
+        with pytest.raises(UserError, match=f"{weight.removeprefix('model.routers')} holds NaN"):
+            evaluate(routed_lm(tmp_path, 4), folder, [task])
 
 
 def test_other_windows_than_in_training_are_said_aloud(routed, tmp_path, caplog):
