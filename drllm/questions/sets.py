@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+import re
+import string
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,9 +83,9 @@ def _text(row: dict[str, Any], column: str) -> str:
     return value.strip()
 
 
-def _parse_choice(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of ai2_arc or commonsense_qa: question, choices {text, label}, answerKey."""
-    text, answer, choices = _text(row, "question"), _text(row, "answerKey"), row.get("choices")
+def _parse_choice(row: dict[str, Any], column: str = "question") -> dict[str, Any]:
+    """A row of ai2_arc or commonsense_qa: question (in `column`), choices {text, label}, answerKey."""
+    text, answer, choices = _text(row, column), _text(row, "answerKey"), row.get("choices")
     if not isinstance(choices, dict) or not {"text", "label"} <= choices.keys():
         raise ValueError("column 'choices' must hold {'text': [...], 'label': [...]}")
     if not isinstance(choices["text"], list) or not isinstance(choices["label"], list):
@@ -95,6 +97,57 @@ def _parse_choice(row: dict[str, Any]) -> dict[str, Any]:
     if answer not in labels:
         raise ValueError(f"answerKey {answer!r} is none of the labels {list(labels)}")
     return {"text": text, "choices": texts, "labels": labels, "answer": answer}
+
+
+def _parse_openbookqa(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of openbookqa: question_stem, choices {text, label}, answerKey."""
+    return _parse_choice(row, "question_stem")
+
+
+def _lettered(text: str, choices: Sequence[str], gold: Any, first: int = 0, context: str = "") -> dict[str, Any]:
+    """Fields of a question whose options have no labels of their own; `gold` counts them from `first`."""
+    try:
+        index = int(gold) - first
+    except (TypeError, ValueError):
+        index = -1
+    if not 0 <= index < len(choices):
+        raise ValueError(f"label is {gold!r}, expected {first} to {first + len(choices) - 1}")
+    labels = tuple(string.ascii_uppercase[: len(choices)])
+    return {"text": text, "choices": tuple(choices), "labels": labels, "answer": labels[index], "context": context}
+
+
+def _parse_piqa(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of piqa: goal, sol1, sol2, label 0 or 1."""
+    return _lettered(_text(row, "goal"), [_text(row, "sol1"), _text(row, "sol2")], row.get("label"))
+
+
+def _parse_siqa(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of siqa: context, question, answerA, answerB, answerC, label 1 to 3."""
+    choices = [_text(row, f"answer{letter}") for letter in "ABC"]
+    return _lettered(_text(row, "question"), choices, row.get("label"), first=1, context=_text(row, "context"))
+
+
+def _parse_hellaswag(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of hellaswag: activity_label, ctx_a, ctx_b, endings, label; cleaned as lm-eval does."""
+    endings = row.get("endings")
+    if not isinstance(endings, list) or len(endings) < 2:
+        raise ValueError("column 'endings' must hold a list of texts")
+
+    def clean(text: str) -> str:
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+    context = f"{_text(row, 'ctx_a')} {str(row.get('ctx_b', '')).capitalize()}"
+    return _lettered(
+        clean(f"{_text(row, 'activity_label')}: {context}"), [clean(str(e)) for e in endings], row.get("label")
+    )
+
+
+def _parse_truthfulqa(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of truthful_qa's multiple_choice: question, mc1_targets {choices, labels}; the first choice is right."""
+    targets = row.get("mc1_targets")
+    if not isinstance(targets, dict) or not isinstance(targets.get("choices"), list) or len(targets["choices"]) < 2:
+        raise ValueError("column 'mc1_targets' must hold {'choices': [...], 'labels': [...]}")
+    return _lettered(_text(row, "question"), [str(choice) for choice in targets["choices"]], 0)
 
 
 def _parse_dart(level: int) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
@@ -175,6 +228,13 @@ def _commonsense() -> TaskSpec:
     return TaskSpec("commonsense", *source, "choice", _parse_choice, (2, 10), None)
 
 
+def _cloze(
+    name: str, hub_path: str, hub_config: str | None, splits: dict[str, str], parse: Callable[[dict[str, Any]], Any]
+) -> TaskSpec:
+    """A multiple-choice set that the paper does not train on."""
+    return TaskSpec(name, hub_path, hub_config, splits, name, "choice", parse, (2, 10), None)
+
+
 def _squadv2() -> TaskSpec:
     source = ("rajpurkar/squad_v2", None, _TRAIN_VALIDATION, "squad_v2")
     return TaskSpec("squadv2", *source, "span", _parse_squad, (15, 15), None)
@@ -188,6 +248,21 @@ SETS: dict[str, TaskSpec] = {
         *(_dart(level) for level in range(1, 6)),
         _commonsense(),
         _squadv2(),
+        _cloze("openbookqa", "allenai/openbookqa", "main", _TRAIN_TEST, _parse_openbookqa),
+        _cloze("piqa", "baber/piqa", None, _TRAIN_VALIDATION, _parse_piqa),
+        _cloze("siqa", "lighteval/siqa", None, _TRAIN_VALIDATION, _parse_siqa),
+        _cloze("hellaswag", "Rowan/hellaswag", None, _TRAIN_VALIDATION, _parse_hellaswag),
+        TaskSpec(
+            "truthfulqa_mc1",
+            "truthfulqa/truthful_qa",
+            "multiple_choice",
+            {"test": "validation"},
+            "truthfulqa_mc",
+            "choice",
+            _parse_truthfulqa,
+            (2, 10),
+            None,
+        ),
     )
 }
 
@@ -242,7 +317,7 @@ def load_questions(
         raise UserError(f"'{set_name}' is a group; load one of its sets: {', '.join(GROUPS[set_name])}")
     spec = SETS[set_name]
     if split not in spec.splits:
-        raise UserError(f"unknown split '{split}' of {set_name}; there are train and test")
+        raise UserError(f"{set_name} has no split '{split}'; it has {' and '.join(spec.splits)}")
     rows = _hub_rows(spec, split) if data_dir is None else _local_rows(spec, Path(data_dir), spec.splits[split])
     questions: dict[str, Question] = {}
     for location, row in rows:

@@ -118,7 +118,7 @@ class RolloutEngine:
                 try:
                     self._run(batch)
                 except Exception as error:
-                    if not _is_out_of_memory(error):
+                    if not is_out_of_memory(error):
                         raise
                     self._halve(batch)
                     continue
@@ -319,7 +319,8 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
     return set(configured if isinstance(configured, list) else [configured]) - {None}
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether `error` says that a batch did not fit into memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     # torch on a CPU, CUDA outside of torch's allocator, cuBLAS
