@@ -169,7 +169,7 @@ def test_unknown_names():
             call()
     with pytest.raises(UserError, match="'dart' is a group"):
         load_questions("dart")
-    with pytest.raises(UserError, match="unknown split 'dev'"):
+    with pytest.raises(UserError, match="no split 'dev'"):
         load_questions("arc_easy", "dev")
 
 
