@@ -1,61 +1,274 @@
-"""Small checkpoints: the routers alone, to be sent around and joined with their base model.
+"""Checkpoints: base models, routed checkpoints, and routers on their own.
 
-    python -m drllm.router_checkpoint extract CHECKPOINT --output_dir ROUTERS
-    python -m drllm.router_checkpoint join ROUTERS [--base NAME_OR_PATH] --output_dir CHECKPOINT
-    python -m drllm.router_checkpoint push ROUTERS --repo_id USER/NAME
+A *routed checkpoint* is a full model with routers, as train.py writes it. A *router checkpoint* is a folder with the
+routers alone: routers.safetensors, router_config.json (the routers' shape, and the base model's name, revision, size
+and weight fingerprint) and README.md, the model card. Routers read hidden states, so they only work with the base model
+they were trained on: joining checks layer count, hidden size and fingerprint.
 
-A small checkpoint is a folder of three files: routers.safetensors, router_config.json (the routers' shape, and the
-base model's name, revision, size and weight fingerprint) and README.md, the model card. Routers read hidden states,
-so they are worth nothing with another base: joining checks layer count, hidden size and fingerprint.
+Nothing here runs Python code that a checkpoint carries: routed checkpoints are loaded with the classes of
+`train_models`.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import contextlib
+import math
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from drllm.errors import UserError, main_guard
+from drllm.errors import UserError
+from drllm.files import check_output_folder, disk_errors, read_json, shorten, write_json, write_tensors, write_whole
+from drllm.model_card import missing_field, model_card
 from drllm.provenance import dtype_name, fingerprint, parse_dtype
-from train_models import retrofit
+from train_models import retrofit, routed_classes
 
 FORMAT = 1
 WEIGHTS, CONFIG, CARD, LABELS = "routers.safetensors", "router_config.json", "README.md", "labels_manifest.json"
-ROUTER_FIELDS = ("num_windows", "router_width", "router_depth", "router_input")
+ROUTED_PREFIX = "drllm_"
+ROUTER_FIELDS = {"num_windows": int, "router_width": int, "router_depth": int, "router_input": str}
+DESCRIPTION_FIELDS: dict[str, tuple[type, ...]] = {
+    "format": (int,),
+    "base_model_name": (str, type(None)),
+    "base_model_revision": (str, type(None)),
+    "base_model_fingerprint": (str,),
+    "num_hidden_layers": (int,),
+    "hidden_size": (int,),
+    "dtype": (str,),
+    "parameters": (int,),
+    "routers": (dict,),
+}
+# What transformers raises for a damaged configuration, depending on the field.
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
-def save_checkpoint(routed, tokenizer, directory: Path, manifest: dict | list, training: dict | None = None) -> None:
-    """Write a full checkpoint, with its routers alone in the subfolder `routers`.
+# ----------------------------------------------------------------------------------------------------
+# Loading
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What the config.json of a checkpoint says.
+
+    Attributes:
+        name_or_path: a folder or a name on the Hub.
+        fields: the JSON object.
+        is_routed: whether the checkpoint has routers.
+        family: model type of the base model: "llama", "qwen2", ...
+    """
+
+    name_or_path: str
+    fields: dict[str, Any]
+    is_routed: bool
+    family: str
+
+    def require_routers(self) -> CheckpointInfo:
+        """Itself; raises UserError when the checkpoint has no routers."""
+        if not self.is_routed:
+            raise UserError(
+                f"{self.name_or_path} is a plain {self.family or 'unknown'} checkpoint without routers; pass one that "
+                "train.py wrote"
+            )
+        return self
+
+    def routed_classes(self) -> tuple[type, type]:
+        """(configuration class, model class) of a routed checkpoint; raises UserError when it has no routers."""
+        self.require_routers()
+        try:
+            return routed_classes(self.family)
+        except ValueError as error:
+            raise UserError(f"{self.name_or_path}: {error}") from None
+
+
+def checkpoint_info(name_or_path: str | Path, *, is_local: bool = False, **location: str | None) -> CheckpointInfo:
+    """Reads the config.json of a checkpoint: whether it has routers, and of which family it is.
 
     Args:
-        manifest: what the labels belong to; eval.sh reads there whether prompts have the chat template.
-        training: see `save_routers`.
+        name_or_path: a folder or a name on the Hub.
+        is_local: accept a folder only; nothing is looked up on the Hub.
+        location: `revision` and `subfolder`, as in `from_pretrained`.
+
+    Raises:
+        UserError: no config.json, or a damaged one.
     """
-    routed.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    folder = Path(name_or_path, location.get("subfolder") or "")
+    if is_local or folder.exists():
+        path = folder / "config.json"
+        if not path.is_file():
+            raise UserError(f"{folder} is not a checkpoint: it has no config.json; train.py writes one")
+        fields = read_json(path, "pass an undamaged checkpoint")
+    else:
+        path = f"{name_or_path}/config.json"
+        with _loading(name_or_path, "model"):
+            fields, _ = PretrainedConfig.get_config_dict(str(name_or_path), **location)
+    model_type = fields.get("model_type", "")
+    if not isinstance(model_type, str):
+        raise UserError(f"{path}: 'model_type' is {shorten(model_type)}, expected text")
+    is_routed = model_type.startswith(ROUTED_PREFIX)
+    if is_routed:
+        for name in ROUTER_FIELDS.keys() & fields.keys():
+            _check_field(path, name, fields, (ROUTER_FIELDS[name],), "pass an undamaged checkpoint")
+    return CheckpointInfo(str(name_or_path), fields, is_routed, model_type.removeprefix(ROUTED_PREFIX))
+
+
+def load_routed_checkpoint(
+    name_or_path: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
+) -> PreTrainedModel:
+    """A routed checkpoint in eval mode, loaded with this repository's classes.
+
+    Args:
+        name_or_path: a folder or a name on the Hub.
+        dtype: of the weights; "auto" is that of the checkpoint.
+        device: where the model goes; None: a GPU if there is one.
+
+    Raises:
+        UserError: a missing or damaged checkpoint, one without routers, missing or non-finite weights.
+    """
+    config_class, model_class = checkpoint_info(name_or_path).routed_classes()
+    dtype = dtype if dtype == "auto" else parse_dtype(dtype)
+    with _loading(name_or_path, "checkpoint"):
+        config = config_class.from_pretrained(name_or_path)
+        model, loading = model_class.from_pretrained(
+            name_or_path, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    if incomplete := sorted({*loading["missing_keys"], *map(str, loading["mismatched_keys"])}):
+        raise UserError(
+            f"cannot load the checkpoint {name_or_path}: {len(incomplete)} weights are missing or have another shape, "
+            f"the first is {incomplete[0]}"
+        )
+    check_finite(model, name_or_path)
+    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def check_finite(model: nn.Module, name_or_path: str | Path) -> None:
+    """Raises UserError, with the tensor's name, when a weight or buffer of `model` is NaN or infinite."""
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta or not tensor.is_floating_point():
+            continue
+        if tensor.numel() == 0:
+            continue
+        tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # reductions are not defined for fp8
+        # The extremes rather than isfinite: no mask as large as the model. NaN propagates.
+        if not all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+            raise UserError(
+                f"{name_or_path}: the weight {name} is not finite (NaN or infinity); use another checkpoint"
+            )
+
+
+def load_config(name_or_path: str, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a plain model; UserError when there is none."""
+    with _loading(name_or_path, "model"):
+        return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+
+
+def load_routed(
+    name_or_path: str, dtype: torch.dtype, revision: str | None, router_config: dict, seed: int = 0
+) -> PreTrainedModel:
+    """A plain base model with new routers (`train_models.retrofit`).
+
+    Raises:
+        UserError: a missing or damaged checkpoint, an unsupported family, non-finite weights.
+    """
+    with _loading(name_or_path, "model"):
+        routed = retrofit(name_or_path, dtype=dtype, revision=revision, seed=seed, router_config=router_config)
+    check_finite(routed, name_or_path)
+    return routed
+
+
+def load_tokenizer(name_or_path: str | Path, revision: str | None = None):
+    """The tokenizer of a plain or a routed checkpoint; UserError when there is none."""
+    with _loading(name_or_path, "tokenizer of"):
+        config = None
+        with contextlib.suppress(UserError):  # a folder may hold a tokenizer alone
+            info = checkpoint_info(name_or_path, revision=revision)
+            if info.is_routed:  # without it AutoTokenizer would ask for the checkpoint's code
+                config = info.routed_classes()[0].from_pretrained(name_or_path, revision=revision)
+        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, config=config, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _loading(name_or_path: str | Path, kind: str) -> Iterator[None]:
+    """Turns what transformers raises for a missing or damaged checkpoint into one sentence."""
+    name = str(name_or_path)
+    # Hub names have the form NAME or USER/NAME.
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path and not Path(name).exists():
+        raise UserError(f"cannot load the {kind} {name}: the folder does not exist")
+    try:
+        yield
+    except LOADING_ERRORS as error:
+        raise UserError(f"cannot load the {kind} {name}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    # "Validation error for field 'x':" is followed by the reason.
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
+
+
+# ----------------------------------------------------------------------------------------------------
+# Saving
+
+
+def save_checkpoint(
+    routed: PreTrainedModel, tokenizer, directory: Path, manifest: dict | list, training: dict | None = None
+) -> None:
+    """Write a routed checkpoint, with its routers alone in the subfolder `routers`.
+
+    Args:
+        manifest: of the labels; eval.sh reads there whether prompts have the chat template.
+        training: see `save_routers`.
+
+    Raises:
+        UserError: the checkpoint cannot be written.
+    """
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        routed.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
     for folder in (directory, save_routers(routed, directory / "routers", training)):
-        (folder / LABELS).write_text(json.dumps(manifest, indent=2) + "\n")
+        write_json(folder / LABELS, manifest)
 
 
-def save_routers(routed, directory: str | Path, training: dict | None = None) -> Path:
+def save_routers(routed: PreTrainedModel, directory: str | Path, training: dict | None = None) -> Path:
     """Write the routers of a routed model, without its base.
 
     Args:
         routed: a routed model whose config names the base (base_model_name, ..._revision, ..._fingerprint).
-        directory: made if need be.
+        directory: created if needed.
         training: the training record (training.json of a checkpoint), for the model card.
 
     Returns:
         The folder.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     config = routed.config
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in routed.model.routers.state_dict().items()}
     description = {
@@ -70,28 +283,31 @@ def save_routers(routed, directory: str | Path, training: dict | None = None) ->
         "routers": {name: getattr(config, name) for name in ROUTER_FIELDS}
         | {"num_windows": config.trained_num_windows or config.num_windows},
     }
-    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
-    (directory / CARD).write_text(model_card(description, training))
-    (directory / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
+    write_tensors(directory / WEIGHTS, weights, metadata={"format": "pt"})
+    write_whole(directory / CARD, model_card(description, training))
+    write_json(directory / CONFIG, description)
     return directory
+
+
+# ----------------------------------------------------------------------------------------------------
+# Routers on their own
 
 
 def join_routers(
     routers: str | Path, base: str | None = None, revision: str | None = None, dtype: torch.dtype | None = None
-):
-    """A routed model from a small checkpoint and its base.
+) -> PreTrainedModel:
+    """A routed model from a router checkpoint and its base model.
 
     Args:
-        routers: folder, or Hub name, of a small checkpoint.
-        base: folder or Hub name of the base; default: the one named in the checkpoint, at its revision.
+        routers: folder, or Hub name, of a router checkpoint.
+        base: folder or Hub name of the base; default: the one named in the router checkpoint, at its revision.
         revision: of a base on the Hub.
-        dtype: of the joined model; default: the one the routers were saved in, which is the one they were
-            trained for.
+        dtype: of the joined model; default: that of the routers, which is the one they were trained for.
 
     Raises:
-        UserError: no or damaged small checkpoint; a base with another layer count, hidden size or weights.
+        UserError: a missing or damaged router checkpoint, a base with another layer count, hidden size or weights.
     """
-    directory = _local_folder(str(routers))
+    directory = router_folder(routers)
     description = _read_description(directory)
     if base is None:
         base, revision = description["base_model_name"], revision or description["base_model_revision"]
@@ -100,228 +316,127 @@ def join_routers(
     dtype = dtype or parse_dtype(description["dtype"])
     base_config = load_config(base, revision)
     for name in ("num_hidden_layers", "hidden_size"):
-        if getattr(base_config, name) != description[name]:
+        if getattr(base_config, name, None) != description[name]:
             raise UserError(
-                f"{base} is not the base of the routers in {routers}: its {name} is {getattr(base_config, name)}, the "
-                f"routers need {description[name]}; their base is {description['base_model_name']}"
+                f"{base} is not the base of the routers in {routers}: its {name} is "
+                f"{getattr(base_config, name, None)}, the routers need {description[name]}; their base is "
+                f"{description['base_model_name']}"
             )
-    routed = load_routed(base, dtype, revision, description["routers"])
-    found = fingerprint(routed)
-    if found != description["base_model_fingerprint"]:
+    routed = load_routed(base, dtype, revision, {name: description["routers"][name] for name in ROUTER_FIELDS})
+    base_fingerprint = fingerprint(routed)
+    if base_fingerprint != description["base_model_fingerprint"]:
         raise UserError(
-            f"{base} is not the base of the routers in {routers}: its weights have the fingerprint {found}, the "
-            f"routers were trained on {description['base_model_fingerprint']} ({description['base_model_name']}, "
+            f"{base} is not the base of the routers in {routers}: its weights have the fingerprint {base_fingerprint}, "
+            f"the routers were trained on {description['base_model_fingerprint']} ({description['base_model_name']}, "
             f"revision {description['base_model_revision']})"
         )
     try:
-        weights = load_file(directory / WEIGHTS)
-        routed.model.routers.load_state_dict(weights)
+        routed.model.routers.load_state_dict(load_file(directory / WEIGHTS))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{directory / WEIGHTS} is missing, cut off or does not fit {CONFIG}: {error}") from None
+        raise UserError(
+            f"{directory / WEIGHTS} is missing, cut off or does not fit {CONFIG}: {_one_line(error)}"
+        ) from None
+    check_finite(routed.model.routers, directory / WEIGHTS)
     routed.config.base_model_name = description["base_model_name"] or base
     routed.config.base_model_revision = revision
-    routed.config.base_model_fingerprint = found
+    routed.config.base_model_fingerprint = base_fingerprint
     routed.config.trained_num_windows = description["routers"]["num_windows"]
     return routed
 
 
-def load_config(name_or_path: str, revision: str | None = None):
-    """The base model's configuration; UserError when there is none."""
-    try:
-        return AutoConfig.from_pretrained(name_or_path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model {name_or_path}: {_first_line(error)}") from None
+def join_to_folder(
+    routers: str, output_dir: str | Path, base: str | None = None, revision: str | None = None, dtype: str | None = None
+) -> Path:
+    """`join_routers`, written as a routed checkpoint."""
+    output_dir = Path(output_dir)
+    check_output_folder(output_dir, "--output_dir")
+    routed = join_routers(routers, base, revision, parse_dtype(dtype) if dtype else None)
+    tokenizer = load_tokenizer(base or routed.config.base_model_name, routed.config.base_model_revision)
+    with disk_errors(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        routed.save_pretrained(output_dir)
+        tokenizer.save_pretrained(output_dir)
+        _copy_labels_manifest(router_folder(routers), output_dir)
+    return output_dir
 
 
-def load_routed(name_or_path: str, dtype: torch.dtype, revision: str | None, router_config: dict, seed: int = 0):
-    """`train_models.retrofit` with its refusals as one sentence."""
-    try:
-        return retrofit(name_or_path, dtype=dtype, revision=revision, seed=seed, router_config=router_config)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot load the model {name_or_path}: {_first_line(error)}") from None
-
-
-def load_tokenizer(name_or_path: str, revision: str | None = None):
-    """The base model's tokenizer; UserError when there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the tokenizer of {name_or_path}: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _local_folder(routers: str) -> Path:
-    if Path(routers).is_dir():
-        return Path(routers)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(routers, allow_patterns=[WEIGHTS, CONFIG, LABELS]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{routers} is neither a folder nor a reachable repository on the Hub: {_first_line(error)}"
-        ) from None
-
-
-def _read_description(directory: Path) -> dict:
-    path = directory / CONFIG
-    try:
-        description = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{directory} is no small checkpoint: it has no {CONFIG}") from None
-    except ValueError:
-        raise UserError(f"{path} is cut off or no JSON; make the small checkpoint again") from None
-    if description.get("format") != FORMAT:
-        raise UserError(f"{path} has format {description.get('format')}, this code reads format {FORMAT}")
-    return description
-
-
-def model_card(description: dict, training: dict | None) -> str:
-    """The README.md of a small checkpoint, with a table of its training and metrics when they are known."""
-    base = description["base_model_name"] or "unknown"
-    revision = f" at revision `{description['base_model_revision']}`" if description["base_model_revision"] else ""
-    is_hub_name = not Path(base).exists() and base.count("/") <= 1 and base != "unknown"
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if is_hub_name:
-        front += [f"base_model: {base}", "base_model_relation: adapter"]
-    front += ["tags:", "- dr-llm", "- dynamic-depth", "- layer-routing", "---", ""]
-    shape = description["routers"]
-    lines = [
-        f"# Dr.LLM routers for {Path(base).name}",
-        "",
-        f"Routers of [Dr.LLM](https://arxiv.org/abs/2510.12773) for `{base}`{revision}: one MLP a block that reads the "
-        "prompt and decides to skip, execute or repeat the block. The base model's weights are not changed and not "
-        "included.",
-        "",
-        "| | |",
-        "| --- | --- |",
-        f"| base model | `{base}`{revision} |",
-        f"| base weights (fingerprint) | `{description['base_model_fingerprint']}` |",
-        f"| blocks, hidden size | {description['num_hidden_layers']}, {description['hidden_size']} |",
-        f"| routers | {description['num_hidden_layers']}, of {shape['router_depth']} linear layers, width "
-        f"{shape['router_width']}, {shape['num_windows']} windows, reading {_reads(shape['router_input'])} |",
-        f"| parameters | {description['parameters']:,} in {description['dtype']} |",
-        "",
-    ]
-    if training:
-        lines += _training_section(training)
-    lines += [
-        "## Use",
-        "",
-        "From a checkout of the Dr.LLM reproduction this folder came from:",
-        "",
-        "```python",
-        "from drllm.router_checkpoint import join_routers",
-        "",
-        f'model = join_routers("path/to/this/folder", base="{base}")',
-        "```",
-        "",
-        "or, to write a checkpoint that `AutoModelForCausalLM` and lm-eval load with `trust_remote_code=True`:",
-        "",
-        "```",
-        "python -m drllm.router_checkpoint join path/to/this/folder --output_dir checkpoints/joined",
-        "```",
-        "",
-        "Another base model is refused: routers read the hidden states they were trained on.",
-        "",
-    ]
-    return "\n".join(front + lines)
-
-
-def _reads(router_input: str) -> str:
-    return "the embeddings" if router_input == "embeddings" else "the output of the block before"
-
-
-def _training_section(training: dict) -> list[str]:
-    metrics, config = training["metrics"], training["config"]
-    sets = ", ".join(f"{name} {count}" for name, count in sorted(training["questions_per_set"].items()))
-    held_out = f"{training['held_out_examples']} held-out paths" if training["held_out_examples"] else "training paths"
-    lines = [
-        "## Training",
-        "",
-        f"Labels: {training['train_examples']} paths to train on ({sets} questions, held-out ones included). "
-        f"Loss {config['loss']}, {config['num_epochs']} epochs, effective batch {config['gradient_accumulation']}, "
-        f"AdamW at {config['learning_rate']:g} with weight decay {config['weight_decay']:g}, seed {config['seed']}.",
-        "",
-        f"| metric on {held_out} | value |",
-        "| --- | --- |",
-    ]
-    shown = ("macro_f1", "f1_skip", "f1_execute", "f1_repeat", "acc_skip", "acc_repeat", "avg_layers", "routers_loss")
-    return [*lines, *(f"| {name} | {metrics[name]:.4g} |" for name in shown), ""]
-
-
-def extract(checkpoint: str, output_dir: str) -> Path:
-    """Make a small checkpoint from a full one (a folder written by train.py or `join`)."""
-    if not (Path(checkpoint) / "config.json").exists():
-        raise UserError(f"{checkpoint} is no checkpoint: it has no config.json")
-    try:
-        routed = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype="auto")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot load the checkpoint {checkpoint}: {_first_line(error)}") from None
-    if not hasattr(routed.model, "routers"):
-        raise UserError(f"{checkpoint} is a plain model without routers")
-    record = Path(checkpoint) / "training.json"
-    directory = save_routers(routed, output_dir, json.loads(record.read_text()) if record.exists() else None)
-    _copy_labels_manifest(Path(checkpoint), directory)
+def extract_routers(checkpoint: str | Path, output_dir: str | Path) -> Path:
+    """Write the router checkpoint of a routed checkpoint (a folder written by train.py or by joining)."""
+    checkpoint, output_dir = Path(checkpoint), Path(output_dir)
+    check_output_folder(output_dir, "--output_dir")
+    checkpoint_info(checkpoint, is_local=True).require_routers()
+    record = _training_record(checkpoint / "training.json")
+    routed = load_routed_checkpoint(checkpoint, device="cpu")
+    directory = save_routers(routed, output_dir, record)
+    with disk_errors(directory):
+        _copy_labels_manifest(checkpoint, directory)
     return directory
 
 
-def _copy_labels_manifest(source: Path, target: Path) -> None:
-    # It says whether prompts had the chat template, which eval.sh follows.
-    if (source / LABELS).is_file():
-        shutil.copyfile(source / LABELS, target / LABELS)
+def _training_record(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    fix = "delete the file to extract the routers without it"
+    record = read_json(path, fix)
+    if (field := missing_field(record)) is not None:
+        raise UserError(f"{path}: no valid field '{field}'; {fix}")
+    return record
 
 
-def push(routers: str, repo_id: str, private: bool = False) -> str:
-    """Upload a small checkpoint to the Hub; returns its address. Needs `hf auth login` first."""
+def push_routers(routers: str, repo_id: str, private: bool = False) -> str:
+    """Upload a router checkpoint to the Hub; returns its address. Run `hf auth login` first."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     _read_description(Path(routers))
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(folder_path=routers, repo_id=repo_id, allow_patterns=[WEIGHTS, CONFIG, CARD, LABELS])
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-        raise UserError(f"cannot push to {repo_id}: {_first_line(error)} (log in with `hf auth login`)") from None
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        raise UserError(f"cannot push to {repo_id}: {_one_line(error)} (log in with `hf auth login`)") from None
     return f"https://huggingface.co/{repo_id}"
 
 
-@main_guard
-def main(argv: list[str] | None = None) -> None:
-    """The command line; see the top of this file."""
-    parser = argparse.ArgumentParser(prog="python -m drllm.router_checkpoint", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("extract", help="routers of a full checkpoint -> small checkpoint")
-    sub.add_argument("checkpoint")
-    sub.add_argument("--output_dir", required=True)
-    sub = commands.add_parser("join", help="small checkpoint + base -> full checkpoint")
-    sub.add_argument("routers", help="folder or Hub name of a small checkpoint")
-    sub.add_argument("--base", help="folder or Hub name of the base model (default: the one the checkpoint names)")
-    sub.add_argument("--revision", help="revision of a base model on the Hub")
-    sub.add_argument("--dtype", help="dtype of the joined checkpoint (default: that of the routers)")
-    sub.add_argument("--output_dir", required=True)
-    sub = commands.add_parser("push", help="small checkpoint -> Hub")
-    sub.add_argument("routers")
-    sub.add_argument("--repo_id", required=True)
-    sub.add_argument("--private", action="store_true")
-    args = parser.parse_args(argv)
-    if args.command == "extract":
-        print(f"wrote {extract(args.checkpoint, args.output_dir)}")
-    elif args.command == "join":
-        routed = join_routers(args.routers, args.base, args.revision, parse_dtype(args.dtype) if args.dtype else None)
-        tokenizer = load_tokenizer(args.base or routed.config.base_model_name, routed.config.base_model_revision)
-        routed.save_pretrained(args.output_dir)
-        tokenizer.save_pretrained(args.output_dir)
-        _copy_labels_manifest(_local_folder(args.routers), Path(args.output_dir))
-        print(f"wrote {args.output_dir}")
-    else:
-        print(push(args.routers, args.repo_id, args.private))
+def router_folder(routers: str | Path) -> Path:
+    """The local folder of a router checkpoint, downloaded if it is on the Hub."""
+    if Path(routers).is_dir():
+        return Path(routers)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(routers), allow_patterns=[WEIGHTS, CONFIG, LABELS]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{routers} is neither a folder nor a reachable repository on the Hub: {_one_line(error)}"
+        ) from None
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def _read_description(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG
+    if not path.is_file():
+        raise UserError(f"{directory} is not a router checkpoint: it has no {CONFIG}")
+    fix = "extract the routers again"
+    description = read_json(path, fix)
+    if description.get("format") != FORMAT:
+        raise UserError(f"{path} has format {shorten(description.get('format'))}, this version reads format {FORMAT}")
+    for name, types in DESCRIPTION_FIELDS.items():
+        _check_field(path, name, description, types, fix)
+    for name, kind in ROUTER_FIELDS.items():
+        _check_field(path, name, description["routers"], (kind,), fix)
+    return description
+
+
+def _check_field(path: Path | str, name: str, values: dict[str, Any], types: tuple[type, ...], fix: str) -> None:
+    if name not in values:
+        raise UserError(f"{path}: no field '{name}'; {fix}")
+    if type(values[name]) not in types:
+        expected = {str: "text", int: "a whole number", dict: "an object"}[types[0]]
+        raise UserError(f"{path}: '{name}' is {shorten(values[name])}, expected {expected}; {fix}")
+
+
+def _copy_labels_manifest(source: Path, target: Path) -> None:
+    # eval.sh reads in it whether prompts have the chat template.
+    if (source / LABELS).is_file() and source.resolve() != target.resolve():
+        shutil.copyfile(source / LABELS, target / LABELS)

@@ -1,4 +1,4 @@
-"""Errors that a person caused and can mend: one sentence, an exit status, no traceback."""
+"""Errors that the user can fix: one sentence and an exit status instead of a traceback."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something outside the program is wrong; the message is one sentence naming the cause and the fix."""
+    """An error in arguments, files or the environment; the message is one sentence that names the cause and the fix."""
 
 
 def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wraps a script's `main` so that it ends as scripts should; use as `raise SystemExit(main())`.
+    """Wraps the `main` of a program; use as `raise SystemExit(main())`.
 
     * `UserError`: prints `error: <message>` to stderr, returns 2.
     * Ctrl-C (KeyboardInterrupt): prints its message, or one sentence, to stderr, returns 130.

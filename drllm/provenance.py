@@ -1,20 +1,27 @@
-"""Which model, dtype, code and libraries made a file: labels, checkpoints and results carry these."""
+"""Which model, dtype, code and libraries produced a file: recorded in labels, checkpoints and results."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import importlib.metadata
+import os
 import platform
+import shlex
 import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from drllm.errors import UserError
+from drllm.files import check_output_file, disk_errors, write_json
 
-SAMPLES_A_TENSOR = 256
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLES_PER_TENSOR = 256
 SMALLEST_VALUE = 2.0**-10  # below it fp16 runs into subnormals and rounds differently from bf16
 
 DTYPES = {
@@ -44,11 +51,11 @@ def dtype_name(dtype: str | torch.dtype) -> str:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """A hash that tells base models apart: labels made with one model must not train the routers of another.
+    """A hash that identifies a base model: labels made with one model must not train the routers of another.
 
-    Covers names, shapes and up to 256 evenly spaced values of every base parameter. The same for the stock
-    model, the path-following one and the routed one (routers are left out, wrappers' prefixes dropped), and
-    for weights loaded as fp32 or bf16, since values are rounded to bf16 first (fp16 agrees too when the
+    Covers names, shapes and up to 256 evenly spaced values of every base parameter. Routers are ignored and wrappers'
+    prefixes dropped, so the stock model, the path-following one and the routed one have the same fingerprint. Values
+    are rounded to bf16 first, so weights loaded as fp32 and as bf16 have the same fingerprint (fp16 too, when the
     stored weights are bf16).
     """
     digest = hashlib.sha256()
@@ -59,7 +66,7 @@ def fingerprint(model: nn.Module) -> str:
         parameters[name.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("model.")] = parameter
     for name in sorted(parameters):
         flat = parameters[name].detach().reshape(-1)
-        count = min(SAMPLES_A_TENSOR, flat.numel())
+        count = min(SAMPLES_PER_TENSOR, flat.numel())
         # integer arithmetic: linspace in floating point would pick other elements on another device
         where = torch.arange(count, device=flat.device) * max(flat.numel() - 1, 0) // max(count - 1, 1)
         values = flat[where].to(torch.bfloat16).to(torch.float32).cpu()
@@ -71,22 +78,21 @@ def fingerprint(model: nn.Module) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that a result depends on (only those installed)."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in ("torch", "transformers", "accelerate", "datasets", "lm_eval", "math-verify"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
     if torch.version.cuda and torch.cuda.is_available():
-        found["cuda"] = torch.version.cuda
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        installed["cuda"] = torch.version.cuda
+        installed["gpu"] = torch.cuda.get_device_name()
+    return installed
 
 
 def commit() -> str | None:
     """The repository's commit, "+changes" added where tracked files differ from it; None outside git."""
 
     def git(*arguments: str) -> str:
-        root = Path(__file__).resolve().parent
-        command = ["git", "-C", str(root), *arguments]
+        command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
@@ -94,3 +100,52 @@ def commit() -> str | None:
         return head + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def machine() -> dict[str, Any]:
+    """What a figure of speed depends on: CPU cores, threads of torch, and the GPUs (empty without one)."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu_count": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
+
+
+def command_line(program: str, argv: Sequence[str] | None = None) -> str:
+    """The shell command of the running program, with paths below the repository made relative to it.
+
+    Args:
+        program: how the program is started, e.g. "python -m experiments.sweep".
+        argv: its arguments; None reads `sys.argv`.
+    """
+    arguments = shlex.join(str(argument) for argument in (sys.argv[1:] if argv is None else argv))
+    return f"{program} {arguments}".strip().replace(f"{ROOT}/", "")
+
+
+def write_result(
+    path: Path, result: Mapping[str, Any], *, command: str, seed: int | Sequence[int] | None, seconds: float
+) -> dict[str, Any]:
+    """Write the JSON file of a result, with what is needed to reproduce it.
+
+    Args:
+        path: the file; its folder is created if needed.
+        result: the figures.
+        command: the command that made it, see `command_line`.
+        seed: the seed or seeds; None where nothing is random.
+        seconds: wall-clock time of the run.
+
+    Returns:
+        What was written: `command`, `seed`, the items of `result`, `seconds`, `machine`, `versions`, `commit`.
+
+    Raises:
+        ValueError: `result` has an item of one of these names.
+        UserError: the file cannot be written.
+    """
+    first = {"command": command, "seed": seed if seed is None or isinstance(seed, int) else list(seed)}
+    last = {"seconds": round(seconds, 2), "machine": machine(), "versions": versions(), "commit": commit()}
+    if taken := sorted(result.keys() & (first | last).keys()):
+        raise ValueError(f"the result already has {', '.join(taken)}")
+    record = {**first, **result, **last}
+    path = Path(path)
+    check_output_file(path, "the result file")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+    return record

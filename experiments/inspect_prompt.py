@@ -12,35 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from drllm.checkpoints import load_routed_checkpoint, load_tokenizer
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.comparison import uses_chat_template
-from drllm.provenance import parse_dtype
 from drllm.questions.prompts import adds_special_tokens, apply_template
-from train_models import routed_classes
 
 ACTIONS = ("skip", "execute", "repeat")
-
-
-def load_routed_checkpoint(name_or_path: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
-    """(routed model in eval mode, tokenizer) of a checkpoint that train.py wrote.
-
-    Raises UserError when there is none, or when it is a plain one.
-    """
-    try:
-        fields, _ = PretrainedConfig.get_config_dict(name_or_path)
-        model_type = fields.get("model_type", "")
-        if not model_type.startswith("drllm_"):
-            raise UserError(f"{name_or_path} is a plain {model_type} checkpoint without routers")
-        config_class, model_class = routed_classes(model_type.removeprefix("drllm_"))
-        config = config_class.from_pretrained(name_or_path)
-        dtype = dtype if dtype == "auto" else parse_dtype(dtype)
-        model = model_class.from_pretrained(name_or_path, dtype=dtype).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, config=config)
-    except (OSError, ValueError) as error:
-        raise UserError(f"could not load {name_or_path}: {str(error).splitlines()[0]}") from error
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
 
 
 @torch.no_grad()
@@ -107,7 +86,8 @@ def main() -> None:
     parser.add_argument("--device")
     args = parser.parse_args()
     prompt = sys.stdin.read().rstrip("\n") if args.prompt is None else args.prompt.replace("\\n", "\n")
-    model, tokenizer = load_routed_checkpoint(args.checkpoint, args.dtype, args.device)
+    model = load_routed_checkpoint(args.checkpoint, args.dtype, args.device)
+    tokenizer = load_tokenizer(args.checkpoint)
     chat = args.chat_template
     if chat is None:
         chat = uses_chat_template("auto", Path(args.checkpoint))

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from drllm import provenance
+from drllm.checkpoints import checkpoint_info
 from drllm.errors import UserError, main_guard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,24 +89,10 @@ def uses_chat_template(setting: str, checkpoint: Path) -> bool:
     return any(part.get("chat_template", False) for part in (manifests if isinstance(manifests, list) else [manifests]))
 
 
-def _routed_config(checkpoint: Path) -> dict[str, Any]:
-    """The config.json of a routed checkpoint; UserError when it is none."""
-    if not (checkpoint / "config.json").is_file():
-        raise UserError(f"{checkpoint} is no checkpoint: it has no config.json; train.py writes checkpoints/RUN_NAME")
-    config = json.loads((checkpoint / "config.json").read_text())
-    model_type = config.get("model_type", "")
-    if not model_type.startswith("drllm_"):
-        raise UserError(
-            f"{checkpoint} is a plain {model_type} checkpoint without routers; give one that train.py wrote "
-            "(a plain one may be --base)"
-        )
-    return config
-
-
 def plan(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The runs by name: everything that their results depend on. Raises UserError for bad arguments."""
     checkpoints = [Path(checkpoint) for checkpoint in args.checkpoint]
-    configs = [_routed_config(checkpoint) for checkpoint in checkpoints]
+    configs = [checkpoint_info(checkpoint, is_local=True).require_routers().fields for checkpoint in checkpoints]
     if args.data_dir is not None and not Path(args.data_dir).is_dir():
         raise UserError(f"--data_dir {args.data_dir} does not exist")
     if args.labels is not None and not Path(args.labels).is_dir():

@@ -29,19 +29,19 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from data_models import path_model_class
+from drllm.checkpoints import check_finite, checkpoint_info
 from drllm.errors import UserError
 from drllm.evaluation.layer_counts import LayerCounts, Measurement
 from drllm.evaluation.response_cache import ResponseCache
 from drllm.files import disk_errors, write_whole
 from drllm.provenance import fingerprint
 from drllm.questions.prompts import TEMPLATE_ARGUMENTS
-from train_models import PathCache, routed_classes
+from train_models import PathCache
 from train_models.paths import path_to_layer_indices
 
-ROUTED_PREFIX = "drllm_"
 ROUTING_ARGUMENTS = ("num_windows", "routing_control", "is_static_routing")
 # Options of one question are scored together; the maximum number of rows per context of such a batch.
 OPTIONS_PER_CONTEXT = 8
@@ -114,20 +114,19 @@ class RoutedLM(HFLM):
 
     def _get_config(self, pretrained: str, *, revision: str = "main", subfolder: str = "", **_: Any) -> None:
         location = {"revision": revision, "subfolder": subfolder}
-        fields, _unused = PretrainedConfig.get_config_dict(pretrained, **location)
-        model_type = fields.get("model_type", "")
-        self.is_routed = model_type.startswith(ROUTED_PREFIX)
+        checkpoint = checkpoint_info(pretrained, **location)
+        self.is_routed = checkpoint.is_routed
         if self.is_routed:
-            config_class, self.AUTO_MODEL_CLASS = routed_classes(model_type.removeprefix(ROUTED_PREFIX))
+            config_class, self.AUTO_MODEL_CLASS = checkpoint.routed_classes()
             self._config = config_class.from_pretrained(pretrained, **location, **self._routing)
             return
         meaningless = [name for name, value in self._routing.items() if (name, value) != ("is_static_routing", True)]
         if meaningless:
             raise UserError(
-                f"{pretrained} is a plain {model_type or 'unknown'} checkpoint without routers: omit "
+                f"{pretrained} is a plain {checkpoint.family or 'unknown'} checkpoint without routers: omit "
                 f"{', '.join(meaningless)}, or pass a checkpoint of train.py"
             )
-        self.AUTO_MODEL_CLASS = path_model_class(model_type)
+        self.AUTO_MODEL_CLASS = path_model_class(checkpoint.family)
         self._config = AutoConfig.from_pretrained(pretrained, **location)
 
     def _get_backend(self, *arguments: Any, **kwargs: Any) -> None:
@@ -142,6 +141,7 @@ class RoutedLM(HFLM):
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         super()._create_model(pretrained, **kwargs, **(self._routing if self.is_routed else {}))
+        check_finite(self._model, pretrained)
 
     def _parse_path(self, path: str | int) -> str:
         if isinstance(path, int):  # lm-eval reads unquoted digits as a number, without its leading zeros

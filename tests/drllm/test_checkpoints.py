@@ -1,20 +1,34 @@
 """Small checkpoints: routers alone, joined with the right base and with no other."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from drllm.checkpoints import extract, join_routers, main, save_routers
+from drllm.checkpoints import (
+    checkpoint_info,
+    extract_routers,
+    join_routers,
+    load_routed,
+    load_routed_checkpoint,
+    load_tokenizer,
+    save_routers,
+)
 from drllm.errors import UserError
 from drllm.evaluation.comparison import uses_chat_template
 from drllm.provenance import fingerprint
+from drllm.router_checkpoint import main
 from drllm.training.trainer import RouterTrainingConfig, train_routers
 from train_models import RouterBlock, retrofit
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +157,13 @@ def test_routers_of_another_shape_than_the_config_says(checkpoint, tmp_path):
         join_routers(small)
 
 
-def test_what_is_no_checkpoint(tiny_base, tmp_path):
+def test_what_is_not_a_checkpoint(tiny_base, tmp_path):
     with pytest.raises(UserError, match=r"it has no router_config.json"):
         join_routers(tiny_base)
-    with pytest.raises(UserError, match="plain model without routers"):
-        extract(str(tiny_base), str(tmp_path / "out"))
+    with pytest.raises(UserError, match="plain llama checkpoint without routers"):
+        extract_routers(str(tiny_base), str(tmp_path / "out"))
     with pytest.raises(UserError, match=r"it has no config.json"):
-        extract(str(tmp_path), str(tmp_path / "out"))
+        extract_routers(str(tmp_path), str(tmp_path / "out"))
 
 
 def test_a_base_that_is_not_there(checkpoint, tmp_path):
@@ -203,3 +217,190 @@ def test_push_uploads_the_routers_and_what_describes_them(checkpoint, monkeypatc
         ),
     ]
     assert "https://huggingface.co/someone/routers" in capsys.readouterr().out
+
+
+MARK = """
+from pathlib import Path
+Path(__file__).with_name("MARK").touch()
+Path({mark!r}).touch()
+"""
+
+
+@pytest.fixture
+def hostile(checkpoint, tmp_path):
+    """(checkpoint whose Python files leave a mark when they run, the mark)."""
+    folder, mark = tmp_path / "hostile", tmp_path / "mark"
+    shutil.copytree(checkpoint, folder)
+    code = MARK.format(mark=str(mark))
+    assert list(folder.glob("*.py"))
+    for path in folder.glob("*.py"):
+        path.write_text(code + path.read_text())
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(code + "def generate(model, **kwargs):\n    return None\n")
+    (folder / "tokenizing.py").write_text(code + "class Tokenizer:\n    pass\n")
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": [None, "tokenizing.Tokenizer"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return folder, mark
+
+
+def test_reading_a_checkpoint_never_runs_its_code(hostile, tmp_path):
+    folder, mark = hostile
+    assert checkpoint_info(folder).is_routed
+    load_routed_checkpoint(folder).generate(torch.tensor([[5, 6]]), max_new_tokens=1)
+    load_tokenizer(str(folder))
+    assert main(["extract", str(folder), "--output_dir", str(tmp_path / "small")]) == 0
+    assert main(["join", str(folder / "routers"), "--output_dir", str(tmp_path / "joined")]) == 0
+    assert not mark.exists()
+    # The mark works: a user who passes trust_remote_code runs the code.
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert mark.exists()
+
+
+def change_tensor(path: Path, part: str, change) -> str:
+    """Changes the first tensor of a safetensors file whose name contains `part`; returns its name."""
+    weights = load_file(path)
+    name = min(key for key in weights if part in key)
+    change(weights, name)
+    save_file(weights, path, metadata={"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("part", ["routers", "mlp", "embed_tokens"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite(part, value, checkpoint, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    name = change_tensor(
+        copy / "model.safetensors", part, lambda weights, name: weights[name].view(-1)[-1:].fill_(value)
+    )
+    with pytest.raises(UserError, match=rf"{copy}: the weight {name} is not finite \(NaN or infinity\)"):
+        load_routed_checkpoint(copy)
+
+
+def test_a_base_and_routers_that_are_not_finite(checkpoint, tiny_base, tmp_path):
+    base, small = tmp_path / "base", tmp_path / "small"
+    shutil.copytree(tiny_base, base)
+    shutil.copytree(checkpoint / "routers", small)
+
+    def spoil(weights, name):
+        weights[name][..., 0] = float("nan")
+
+    name = change_tensor(base / "model.safetensors", "layers.3.mlp", spoil)
+    with pytest.raises(UserError, match=f"the weight {name} is not finite"):
+        load_routed(str(base), torch.float32, None, {})
+    name = change_tensor(small / "routers.safetensors", "4.layers.0.weight", spoil)
+    with pytest.raises(UserError, match=f"routers.safetensors: the weight {name} is not finite"):
+        join_routers(small)
+
+
+def test_a_checkpoint_that_lacks_weights(checkpoint, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    name = change_tensor(copy / "model.safetensors", "routers", lambda weights, name: weights.pop(name))
+    with pytest.raises(UserError, match=f"1 weights are missing or have another shape, the first is {name}"):
+        load_routed_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not valid JSON"),
+        ("[]", r"expected an object, found \[\]"),
+        ('{"model_type": 3}', "'model_type' is 3, expected text"),
+        ('{"model_type": "drllm_mystery"}', "model_type 'mystery' is not supported"),
+        ('{"model_type": "llama"}', "plain llama checkpoint without routers"),
+        ("{}", "plain unknown checkpoint without routers"),
+        ({"hidden_size": "wide"}, "'hidden_size'.*expected int, got str"),
+        ({"num_windows": 0}, "num_windows is 0"),
+        ({"num_windows": None}, "'num_windows' is null, expected a whole number"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError|num_attention_heads"),
+        ({"rope_parameters": 7}, "cannot load the checkpoint"),
+        ({"dtype": "float99"}, "cannot load the checkpoint"),
+        ({"hidden_act": "perhaps"}, "cannot load the checkpoint"),
+        ({"hidden_size": 16}, "another shape|cannot load the checkpoint"),
+    ],
+)
+def test_a_damaged_config(content, message, checkpoint, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((copy / "config.json").read_text()) | content)
+    (copy / "config.json").write_text(content)
+    assert main(["extract", str(copy), "--output_dir", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(rf"error: (?=.*{copy}).*({message})", error), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"base_model_fingerprint": None},
+        {"hidden_size": "32"},
+        {"num_hidden_layers": None},
+        {"dtype": 16},
+        {"routers": []},
+        {"routers": {"num_windows": 8}},
+        {"format": 2},
+    ],
+)
+def test_a_damaged_router_config_names_the_field(change, checkpoint, tmp_path):
+    small = tmp_path / "small"
+    shutil.copytree(checkpoint / "routers", small)
+    path = small / "router_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    (field,) = change if change != {"routers": {"num_windows": 8}} else ("router_width",)
+    with pytest.raises(UserError, match=rf"router_config\.json.*{field}"):
+        join_routers(small)
+    description = json.loads((checkpoint / "routers" / "router_config.json").read_text())
+    for missing in description:
+        path.write_text(json.dumps({name: value for name, value in description.items() if name != missing}))
+        with pytest.raises(UserError, match=rf"router_config\.json.*{missing}"):
+            join_routers(small)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "expected an object"),
+        ("{}", "no valid field 'metrics'"),
+        ({"metrics": {}}, "no valid field 'metrics.macro_f1'"),
+        ({"config": 3}, "no valid field 'config'"),
+        ({"questions_per_set": None}, "no valid field 'questions_per_set'"),
+    ],
+)
+def test_a_damaged_training_record(content, message, checkpoint, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((copy / "training.json").read_text()) | content)
+    (copy / "training.json").write_text(content)
+    with pytest.raises(UserError, match=rf"training\.json.*{message}"):
+        extract_routers(copy, tmp_path / "out")
+
+
+def test_output_folders_are_checked_first(checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    for command in (["extract", str(tmp_path / "nowhere")], ["join", str(tmp_path / "nowhere")]):
+        with pytest.raises(UserError, match="is below the file"):
+            main.__wrapped__([*command, "--output_dir", str(tmp_path / "file" / "out")])
+
+
+def test_a_full_disk_while_a_checkpoint_is_written(checkpoint, tmp_path):
+    """In a process of its own, whose files may not grow beyond 8 kB."""
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))\n"
+        "from drllm.router_checkpoint import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    for arguments in (["extract", str(checkpoint)], ["join", str(checkpoint / "routers")]):
+        command = [sys.executable, "-c", code, *arguments, "--output_dir", str(tmp_path / arguments[0])]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: no space left to write")
+        assert "Traceback" not in done.stderr
+        assert not list((tmp_path / arguments[0]).rglob("*.partial"))

@@ -1,6 +1,7 @@
 """Fingerprints, dtype names and the way scripts end."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -77,3 +78,18 @@ def test_main_guard_lets_results_and_defects_through():
     assert main_guard(lambda: 3)() == 3
     with pytest.raises(ZeroDivisionError):
         main_guard(lambda: 1 // 0)()
+
+
+def test_a_result_says_how_to_reproduce_it(tmp_path):
+    path = tmp_path / "new" / "result.json"
+    command = provenance.command_line("python -m x", ["--data", f"{provenance.ROOT}/miniature/data", "two words"])
+    assert command == "python -m x --data miniature/data 'two words'"
+    record = provenance.write_result(path, {"accuracy": 0.5}, command=command, seed=[0, 1], seconds=1.234)
+    assert json.loads(path.read_text()) == record
+    assert record["machine"].keys() == {"cpu_count", "threads", "gpus"}
+    assert list(record) == ["command", "seed", "accuracy", "seconds", "machine", "versions", "commit"]
+    assert (record["seed"], record["seconds"], record["accuracy"]) == ([0, 1], 1.23, 0.5)
+    with pytest.raises(ValueError, match="already has commit, seed"):
+        provenance.write_result(path, {"seed": 1, "commit": ""}, command="x", seed=0, seconds=0)
+    with pytest.raises(UserError, match=r"result\.json is a file"):
+        provenance.write_result(path / "below.json", {}, command="x", seed=0, seconds=0)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from drllm.checkpoints import load_routed_checkpoint, load_tokenizer
 from experiments import inspect_prompt
 from tests.eval_toys import make_base, make_routed
 
@@ -35,7 +36,7 @@ def run(monkeypatch, capsys):
 def test_decisions_probabilities_and_layers_are_those_of_the_model(checkpoint, run):
     status, out, _ = run(checkpoint, "w1 w2 w3 w4 w5 w6 w7 w8 w9", "--dtype", "float32", "--max_new_tokens", 4)
     assert status == 0
-    model, tokenizer = inspect_prompt.load_routed_checkpoint(str(checkpoint), "float32", "cpu")
+    model, tokenizer = load_routed_checkpoint(str(checkpoint), "float32", "cpu"), load_tokenizer(str(checkpoint))
     tokens = tokenizer("w1 w2 w3 w4 w5 w6 w7 w8 w9", return_tensors="pt").input_ids
     with torch.no_grad():
         output = model(tokens, output_router_logits=True)
@@ -78,4 +79,4 @@ def test_bad_input_is_one_sentence(base, tmp_path, run):
     assert "is a plain llama checkpoint without routers" in err
     status, _, err = run(tmp_path / "nowhere", "w1")
     assert status == 2
-    assert "could not load" in err
+    assert "the folder does not exist" in err

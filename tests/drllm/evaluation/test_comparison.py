@@ -160,7 +160,7 @@ def test_chat_template_follows_the_labels(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{nowhere}"], "is no checkpoint: it has no config.json"),
+        (["{nowhere}"], "is not a checkpoint: it has no config.json"),
         (["{base}"], "is a plain llama checkpoint without routers"),
         (["{checkpoint}", "--data_dir", "{nowhere}"], "nowhere does not exist"),
         (["{checkpoint}", "--labels", "{nowhere}"], "--labels"),

@@ -348,7 +348,7 @@ def test_bad_arguments_are_refused(base, routed, folder, tmp_path):
         routed_lm(base, path=1111111)
     with pytest.raises(UserError, match="one digit 0"):
         routed_lm(base, path="000000")
-    with pytest.raises(UserError, match="could not load"):
+    with pytest.raises(UserError, match="the folder does not exist"):
         routed_lm(tmp_path / "nowhere")
     with pytest.raises(UserError, match="routing_control is 3"):
         routed_lm(routed, routing_control=3)

@@ -12,14 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drllm.checkpoints import join_routers
+from drllm.checkpoints import join_routers, load_routed_checkpoint, load_tokenizer
 from drllm.group_paths.margin_rewards import EffectRound, measure
 from drllm.group_paths.paths import GroupPath, at_price, groups_of, grow, imitate, main, refine, smoothed
 from drllm.questions.prompts import render_prompt
 from drllm.questions.sets import load_questions
 from drllm.training.router_modules import StackedRouters
 from experiments.ablations import MINIATURE_DATA
-from experiments.inspect_prompt import load_routed_checkpoint
 from tests.search_toys import answered_questions as questions
 from train_models import retrofit
 from train_models.paths import is_allowed
@@ -146,7 +145,7 @@ def test_a_round_on_own_decisions_takes_back_what_does_not_pay(stock_checkpoint)
 def test_one_command_from_questions_to_a_checkpoint(tmp_path):
     command = f"--data_dir {MINIATURE_DATA} --dataset arc_easy,dart-5 --train_questions 6 --groups 2 --most_skips 1"
     main([*command.split(), "--price", "2", "--output_dir", str(tmp_path)])
-    model, tokenizer = load_routed_checkpoint(str(tmp_path))
+    model, tokenizer = load_routed_checkpoint(str(tmp_path)), load_tokenizer(str(tmp_path))
     assert model.config.trained_num_windows == 8
     assert json.loads((tmp_path / "labels_manifest.json").read_text())["chat_template"] is False
     text = render_prompt(load_questions("arc_easy", "train", MINIATURE_DATA, 1)[0])

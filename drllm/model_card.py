@@ -1,0 +1,122 @@
+"""The model card (README.md) of a folder of routers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SHOWN_METRICS = (
+    "macro_f1",
+    "f1_skip",
+    "f1_execute",
+    "f1_repeat",
+    "acc_skip",
+    "acc_repeat",
+    "avg_layers",
+    "routers_loss",
+)
+# What the card reads in a training record, with the type of each field.
+RECORD_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "metrics": dict,
+    "config": dict,
+    "questions_per_set": dict,
+    "train_examples": int,
+    "held_out_examples": int,
+    **{f"metrics.{name}": (int, float) for name in SHOWN_METRICS},
+    "config.loss": str,
+    **{
+        f"config.{name}": (int, float)
+        for name in ("num_epochs", "gradient_accumulation", "learning_rate", "weight_decay", "seed")
+    },
+}
+
+
+def model_card(description: dict[str, Any], training: dict[str, Any] | None) -> str:
+    """The README.md of a folder of routers.
+
+    Args:
+        description: router_config.json, see `drllm.checkpoints.save_routers`.
+        training: the training record (training.json), for a table of settings and metrics; None without one.
+    """
+    base = description["base_model_name"] or "unknown"
+    revision = f" at revision `{description['base_model_revision']}`" if description["base_model_revision"] else ""
+    is_hub_name = not Path(base).exists() and base.count("/") <= 1 and base != "unknown"
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if is_hub_name:
+        front += [f"base_model: {base}", "base_model_relation: adapter"]
+    front += ["tags:", "- dr-llm", "- dynamic-depth", "- layer-routing", "---", ""]
+    shape = description["routers"]
+    lines = [
+        f"# Dr.LLM routers for {Path(base).name}",
+        "",
+        f"Routers of [Dr.LLM](https://arxiv.org/abs/2510.12773) for `{base}`{revision}: one MLP per block that "
+        "reads the prompt and decides whether to skip, execute or repeat the block. The base model's weights are not "
+        "changed and not included.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| base model | `{base}`{revision} |",
+        f"| base weights (fingerprint) | `{description['base_model_fingerprint']}` |",
+        f"| blocks, hidden size | {description['num_hidden_layers']}, {description['hidden_size']} |",
+        f"| routers | {description['num_hidden_layers']}, of {shape['router_depth']} linear layers, width "
+        f"{shape['router_width']}, {shape['num_windows']} windows, reading {_reads(shape['router_input'])} |",
+        f"| parameters | {description['parameters']:,} in {description['dtype']} |",
+        "",
+    ]
+    if training:
+        lines += _training_section(training)
+    lines += [
+        "## Use",
+        "",
+        "From a checkout of the Dr.LLM reproduction that made this folder:",
+        "",
+        "```python",
+        "from drllm.checkpoints import join_routers",
+        "",
+        f'model = join_routers("path/to/this/folder", base="{base}")',
+        "```",
+        "",
+        "or, to write a checkpoint that `AutoModelForCausalLM` and lm-eval load with `trust_remote_code=True`:",
+        "",
+        "```",
+        "python -m drllm.router_checkpoint join path/to/this/folder --output_dir checkpoints/joined",
+        "```",
+        "",
+        "Any other base model is refused: routers only work with the hidden states they were trained on.",
+        "",
+    ]
+    return "\n".join(front + lines)
+
+
+def _reads(router_input: str) -> str:
+    return "the embeddings" if router_input == "embeddings" else "the output of the previous block"
+
+
+def _training_section(training: dict) -> list[str]:
+    metrics, config = training["metrics"], training["config"]
+    sets = ", ".join(f"{name} {count}" for name, count in sorted(training["questions_per_set"].items()))
+    held_out = f"{training['held_out_examples']} held-out paths" if training["held_out_examples"] else "training paths"
+    lines = [
+        "## Training",
+        "",
+        f"Labels: {training['train_examples']} paths to train on ({sets} questions, held-out ones included). "
+        f"Loss {config['loss']}, {config['num_epochs']} epochs, effective batch {config['gradient_accumulation']}, "
+        f"AdamW at {config['learning_rate']:g} with weight decay {config['weight_decay']:g}, seed {config['seed']}.",
+        "",
+        f"| metric on {held_out} | value |",
+        "| --- | --- |",
+    ]
+    return [*lines, *(f"| {name} | {metrics[name]:.4g} |" for name in SHOWN_METRICS), ""]
+
+
+def missing_field(training: dict[str, Any]) -> str | None:
+    """The first field that the card needs and that a training record lacks or holds with another type."""
+    for field, kind in RECORD_FIELDS.items():
+        value: Any = training
+        for name in field.split("."):
+            if name not in value:
+                return field
+            value = value[name]
+        if not isinstance(value, kind):
+            return field
+    return None
