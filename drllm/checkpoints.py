@@ -170,7 +170,7 @@ def check_finite(model: nn.Module, name_or_path: str | Path) -> None:
         # The extremes rather than isfinite: no mask as large as the model. NaN propagates.
         if not all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)):
             raise UserError(
-                f"{name_or_path}: the weight {name} is not finite (NaN or infinity); use another checkpoint"
+                f"{name_or_path}: the weight {name} holds NaN or infinity; use another checkpoint"
             )
 
 

@@ -263,7 +263,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
             return getattr(self.file, name)
 
     progress._file = FullDisk(progress._file)
-    with pytest.raises(UserError, match=r"no room left to write .*2 finished questions are safe: make room and repeat"):
+    with pytest.raises(UserError, match=r"no space left to write .*2 finished questions are safe: free some space and run"):
         progress.append(to_row(searched(next(selection.remaining()))))
     progress._file.close()
     assert progress.path.read_bytes() == before
