@@ -169,9 +169,7 @@ def check_finite(model: nn.Module, name_or_path: str | Path) -> None:
         tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # reductions are not defined for fp8
         # The extremes rather than isfinite: no mask as large as the model. NaN propagates.
         if not all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)):
-            raise UserError(
-                f"{name_or_path}: the weight {name} holds NaN or infinity; use another checkpoint"
-            )
+            raise UserError(f"{name_or_path}: the weight {name} holds NaN or infinity; use another checkpoint")
 
 
 def load_config(name_or_path: str, revision: str | None = None) -> PretrainedConfig:

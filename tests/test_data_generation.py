@@ -202,8 +202,8 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(toy, undisturbed, tmp_pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith(f"error: no room left to write {tmp_path / 'progress' / '00000.jsonl'}")
-    assert last.endswith("finished questions are safe: make room and repeat the command")
+    assert last.startswith(f"error: no space left to write {tmp_path / 'progress' / '00000.jsonl'}")
+    assert last.endswith("finished questions are safe: free some space and run the same command to resume")
     content = (tmp_path / "progress" / "00000.jsonl").read_bytes()
     assert content.endswith(b"\n")
     assert content.count(b"\n") > 3

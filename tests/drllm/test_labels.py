@@ -263,12 +263,12 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
             return getattr(self.file, name)
 
     progress._file = FullDisk(progress._file)
-    with pytest.raises(UserError, match=r"no space left to write .*2 finished questions are safe: free some space and run"):
+    with pytest.raises(UserError, match=r"no space left to write .*2 finished questions are safe: free some space"):
         progress.append(to_row(searched(next(selection.remaining()))))
     progress._file.close()
     assert progress.path.read_bytes() == before
     monkeypatch.setattr(files.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(errno.EDQUOT, "Disk quota")))
-    with pytest.raises(UserError, match=r"no room left to write .*labels\.jsonl"):
+    with pytest.raises(UserError, match=r"no space left to write .*labels\.jsonl"):
         finish(tmp_path, progress)
     assert not (tmp_path / "labels.jsonl").exists()
 
