@@ -1,12 +1,13 @@
-"""One look at a prompt: the answer, what each router decided and how sure it was, and the layers used.
+"""Shows what a routed model does with one prompt: the answer, each router's decision and probabilities, and the layers.
 
-python -m drllm.look checkpoints/drllm "Question: ..."
-echo "Question: ..." | python -m drllm.look checkpoints/drllm
+python -m experiments.inspect_prompt checkpoints/drllm "Question: ..."
+echo "Question: ..." | python -m experiments.inspect_prompt checkpoints/drllm
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from drllm.arguments import check_ranges
 from drllm.checkpoints import load_routed_checkpoint, load_tokenizer
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.comparison import uses_chat_template
@@ -24,10 +26,14 @@ ACTIONS = ("skip", "execute", "repeat")
 
 @torch.no_grad()
 def answer(model: PreTrainedModel, tokenizer: Any, text: str, max_new_tokens: int, add_special_tokens: bool) -> dict:
-    """What the model makes of one prompt.
+    """The model's greedy response to one prompt.
 
-    Returns a dict with: response, path (L actions), probabilities [L][3] of the pure routers, and, summed over all
-    forward passes, blocks and passes.
+    Returns:
+        A dict with the response, the path (L actions), the probabilities [L][3] of the pure routers, and, summed over
+        all forward passes, blocks and passes.
+
+    Raises:
+        UserError: the prompt has no tokens.
     """
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_tensors="pt").to(model.device)
     tokens, mask = encoded["input_ids"], encoded["attention_mask"]
@@ -51,7 +57,7 @@ def answer(model: PreTrainedModel, tokenizer: Any, text: str, max_new_tokens: in
 
 
 def report(routed: dict, base: dict) -> str:
-    """The text that the command prints."""
+    """The text that the command prints, for two results of `answer`."""
     lines = ["block  decision  skip   execute  repeat"]
     for block, (action, (skip, execute, repeat)) in enumerate(
         zip(routed["path"], routed["probabilities"], strict=True)
@@ -59,48 +65,49 @@ def report(routed: dict, base: dict) -> str:
         mark = " " if action == 1 else "*"
         lines.append(f"{block:5d} {mark}{ACTIONS[action]:<8}  {skip:5.3f}  {execute:7.3f}  {repeat:6.3f}")
     blocks = len(routed["path"])
-    for name, found in (("base", base), ("routed", routed)):
+    for name, result in (("base", base), ("routed", routed)):
         lines.append(
-            f"{name + ':':8s}{found['response'].strip()!r}   {sum(found['path'])} of {blocks} layers a pass, "
-            f"{found['blocks']} in {found['passes']} passes"
+            f"{name + ':':8s}{result['response'].strip()!r}   {sum(result['path'])} of {blocks} layers per pass, "
+            f"{result['blocks']} in {result['passes']} passes"
         )
     change = 100 * (sum(routed["path"]) / blocks - 1)
-    lines.append(f"layers a pass against base: {change:+.1f}%")
+    lines.append(f"layers per pass against base: {change:+.1f}%")
     return "\n".join(lines)
 
 
 @main_guard
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m drllm.look", description="What a routed model does with a prompt.")
-    parser.add_argument("checkpoint", help="a routed checkpoint of train.py")
-    parser.add_argument("prompt", nargs="?", help="default: standard input")
-    parser.add_argument("--max_new_tokens", type=int, default=15)
-    parser.add_argument("--routing_control", type=float, help="the knob p in [-1, 1]; default: the checkpoint's")
-    parser.add_argument(
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the top of this file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.inspect_prompt", description="Shows what a routed model does with one prompt."
+    )
+    add = parser.add_argument
+    add("checkpoint", help="a routed checkpoint of train.py")
+    add("prompt", nargs="?", help="default: standard input")
+    add("--max_new_tokens", type=int, default=15, help="default: %(default)s")
+    add("--routing_control", type=float, help="the knob p in [-1, 1]; default: the checkpoint's")
+    add(
         "--chat_template",
         action=argparse.BooleanOptionalAction,
-        help="the prompt is a user's turn; default: as with the checkpoint's labels",
+        help="whether the prompt is a user's turn; default: as with the checkpoint's labels",
     )
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device")
-    args = parser.parse_args()
-    prompt = sys.stdin.read().rstrip("\n") if args.prompt is None else args.prompt.replace("\\n", "\n")
-    model = load_routed_checkpoint(args.checkpoint, args.dtype, args.device)
-    tokenizer = load_tokenizer(args.checkpoint)
-    chat = args.chat_template
+    add("--dtype", default="auto", help="of the weights; default: that of the checkpoint")
+    add("--device", help="cuda, cuda:0, cpu, ...; default: a GPU if there is one")
+    arguments = parser.parse_args(argv)
+    check_ranges(arguments, max_new_tokens=(1, math.inf), routing_control=(-1, 1))
+    model = load_routed_checkpoint(arguments.checkpoint, arguments.dtype, arguments.device)
+    tokenizer = load_tokenizer(arguments.checkpoint)
+    chat = arguments.chat_template
     if chat is None:
-        chat = uses_chat_template("auto", Path(args.checkpoint))
+        chat = uses_chat_template("auto", Path(arguments.checkpoint))
+    prompt = sys.stdin.read().rstrip("\n") if arguments.prompt is None else arguments.prompt.replace("\\n", "\n")
     text = apply_template(prompt, tokenizer, chat)
-    try:
-        if args.routing_control is not None:
-            model.model.routing_control = args.routing_control
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
+    if arguments.routing_control is not None:
+        model.model.routing_control = arguments.routing_control
     special = adds_special_tokens(text, tokenizer)
-    routed = answer(model, tokenizer, text, args.max_new_tokens, special)
+    routed = answer(model, tokenizer, text, arguments.max_new_tokens, special)
     model.model.is_static_routing = True
-    base = answer(model, tokenizer, text, args.max_new_tokens, special)
+    base = answer(model, tokenizer, text, arguments.max_new_tokens, special)
     print(report(routed, base))
 
 

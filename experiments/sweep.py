@@ -1,32 +1,36 @@
-"""The control knob p over a validation split: accuracy and layers at each p, and the p to choose.
+"""The control knob p over a validation split: accuracy and layers at each p, and the p to choose (Appendix B).
 
-    python -m drllm.sweep checkpoints/drllm --labels data/ --data_dir miniature/data --output results/NAME/sweep.json
+    python -m experiments.sweep checkpoints/drllm --labels data/ --data_dir miniature/data --output results/sweep.json
 
-Validation questions are training questions that no label was made from (`--labels` names the labels). Reported is the
-p with the fewest layers among those whose accuracy is at least the base model's; the test questions play no part.
+Validation questions are training questions that no label was made from (`--labels` names the labels). The chosen p has
+the fewest layers among those whose accuracy is at least the base model's; the test questions play no part.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 
-from drllm import provenance
+from drllm.arguments import check_ranges, parse_list
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.comparison import uses_chat_template
 from drllm.evaluation.layer_counts import LayerCounts
 from drllm.evaluation.lm_eval_model import RoutedLM
 from drllm.evaluation.runs import Estimate
+from drllm.files import check_output_file
 from drllm.labels import read_labels
+from drllm.provenance import command_line, write_result
 from drllm.questions.grading import grade
 from drllm.questions.prompts import apply_template, render_prompt, response_limit
 from drllm.questions.sets import Question, expand_sets, load_questions
 
+PROGRAM = "python -m experiments.sweep"
 KNOBS = (-0.9, -0.7, -0.6, -0.55, -0.5, -0.45, -0.4, -0.3, -0.2, -0.1, 0.0, 0.25, 0.5)
 BINS = 20
 
@@ -34,7 +38,11 @@ BINS = 20
 def validation_questions(
     sets: list[str], data_dir: Path | None, labels: Path | None, limit: int | None
 ) -> list[Question]:
-    """Training questions of `sets` that have no label in `labels`, at most `limit` a set."""
+    """Training questions of `sets` that have no label in `labels`, at most `limit` per set.
+
+    Raises:
+        UserError: when no question is left.
+    """
     labelled = set() if labels is None else {(row["set"], row["question_id"]) for row in read_labels(labels).rows}
     questions = []
     for name in sets:
@@ -50,7 +58,11 @@ def validation_questions(
 
 
 def run_at(lm: RoutedLM, questions: list[Question], prompts: list[str], chat: bool, control: float) -> dict:
-    """Accuracy, layers and shares with the knob at `control`; `prompts` are the questions' with the template."""
+    """Accuracy, layers and shares of actions with the knob at `control`.
+
+    Args:
+        prompts: of `questions`, with the chat template where `chat` says so.
+    """
     lm.model.model.routing_control = control
     lm.layer_counts = LayerCounts()
     greedy = {"until": [], "do_sample": False, "repetition_penalty": 1.0}  # as the search answers
@@ -68,20 +80,24 @@ def run_at(lm: RoutedLM, questions: list[Question], prompts: list[str], chat: bo
     right = Estimate.of(
         float(grade(question, response)) for question, response in zip(questions, responses, strict=True)
     )
-    counted = lm.layer_counts.summary()["sweep"]
+    counts = lm.layer_counts.summary()["sweep"]
     return {
         "routing_control": control,
         "accuracy": right.mean,
         "accuracy_stderr": right.stderr or 0.0,
-        "blocks_per_query": counted["blocks_per_query"],
-        "blocks_per_pass": counted["blocks_per_pass"],
-        "share": counted["share"],
+        "blocks_per_query": counts["blocks_per_query"],
+        "blocks_per_pass": counts["blocks_per_pass"],
+        "share": counts["share"],
     }
 
 
 @torch.no_grad()
 def probability_histogram(lm: RoutedLM, prompts: list[str], batch_size: int) -> dict[str, list]:
-    """Counts of the routers' probabilities of each action, over blocks and prompts, in equal bins of [0, 1]."""
+    """Counts of the routers' probabilities of each action, over blocks and prompts, in equal bins of [0, 1].
+
+    Returns:
+        "edges" [BINS + 1], and for each action its counts [BINS].
+    """
     edges = torch.linspace(0, 1, BINS + 1)
     counts = torch.zeros(3, BINS)
     for start in range(0, len(prompts), batch_size):
@@ -101,48 +117,45 @@ def probability_histogram(lm: RoutedLM, prompts: list[str], batch_size: int) -> 
 
 
 def choose(points: list[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
-    """The point with the fewest layers of those at least as accurate as the base model; the base itself is one."""
+    """The point with the fewest layers of those at least as accurate as `base`, which takes part itself."""
     good = [point for point in points if point["accuracy"] >= base["accuracy"]]
     return min([*good, base], key=lambda point: (point["blocks_per_query"], -point["accuracy"]))
 
 
-@main_guard
-def main() -> None:
-    """The command line."""
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked; `knobs` is a list of numbers.
+
+    Raises:
+        UserError: an argument out of range, or an output that cannot be written.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m drllm.sweep", formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=__doc__
+        prog=PROGRAM, formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=__doc__
     )
     add = parser.add_argument
     add("checkpoint", help="a routed checkpoint of train.py")
     add("--output", type=Path, required=True, help="JSON file")
-    add("--dataset", default="arc,dart", help="question sets and groups, by comma")
-    add("--data_dir", type=Path, help="local files of the Hub's schema; default: the Hub")
+    add("--dataset", default="arc,dart", help="question sets and groups, comma-separated")
+    add("--data_dir", type=Path, help="local files of the Hub's schema; without it, the Hub")
     add("--labels", type=Path, help="folder of labels whose questions are left out")
-    add("--limit", type=int, default=100, help="questions a set")
-    add("--knobs", default=",".join(map(str, KNOBS)), help="values of p; write --knobs=-0.5,0")
+    add("--limit", type=int, default=100, help="questions per set")
+    add("--knobs", default=",".join(map(str, KNOBS)), help="values of p, comma-separated; write --knobs=-0.5,0")
     add(
         "--chat_template",
         action=argparse.BooleanOptionalAction,
-        help="prompts are a user's turn; default: as with the checkpoint's labels",
+        help="whether prompts are a user's turn; without it, as with the checkpoint's labels",
     )
-    add("--dtype", default="auto")
-    add("--batch_size", type=int, default=32)
-    add("--device", default=None)
-    args = parser.parse_args()
-    try:
-        knobs = [float(knob) for knob in args.knobs.split(",")]
-    except ValueError:
-        raise UserError(f"--knobs={args.knobs} must be numbers, by comma") from None
-    if any(not -1 <= knob <= 1 for knob in knobs):
-        raise UserError(f"--knobs={args.knobs}: each p lies in [-1, 1]")
-    questions = validation_questions(expand_sets(args.dataset), args.data_dir, args.labels, args.limit)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    lm = RoutedLM(args.checkpoint, dtype=args.dtype, device=device, batch_size=args.batch_size)
-    if not lm.is_routed:
-        raise UserError(f"{args.checkpoint} is a plain checkpoint without routers")
-    chat = args.chat_template
-    if chat is None:
-        chat = uses_chat_template("auto", Path(args.checkpoint))
+    add("--dtype", default="auto", help="of the weights; auto: that of the checkpoint")
+    add("--batch_size", type=int, default=32, help="questions per forward pass")
+    add("--device", help="cuda, cuda:0, cpu, ...; without it, a GPU if there is one")
+    arguments = parser.parse_args(argv)
+    arguments.knobs = parse_list("knobs", arguments.knobs, float, "-0.5,0")
+    check_ranges(arguments, knobs=(-1, 1), limit=(1, math.inf), batch_size=(1, math.inf))
+    check_output_file(arguments.output, "--output")
+    return arguments
+
+
+def sweep(lm: RoutedLM, questions: list[Question], chat: bool, knobs: list[float]) -> dict:
+    """The base model and the routed one at each of `knobs`, printed as a table while it is measured."""
     prompts = [apply_template(render_prompt(question), lm.tokenizer, chat) for question in questions]
     lm.model.model.is_static_routing = True
     base = run_at(lm, questions, prompts, chat, -0.5) | {"routing_control": 0.5}
@@ -153,22 +166,36 @@ def main() -> None:
     for knob in knobs:
         points.append(run_at(lm, questions, prompts, chat, knob))
         print(f"{knob:6.2f} {100 * points[-1]['accuracy']:9.2f} {points[-1]['blocks_per_query']:8.2f}", flush=True)
-    chosen = choose(points, base)
-    result = {
-        "checkpoint": args.checkpoint,
-        "dataset": args.dataset,
+    return {
         "questions": len(questions),
         "base": base,
         "points": points,
-        "chosen": chosen,
-        "probabilities": probability_histogram(lm, prompts, args.batch_size),
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
+        "chosen": choose(points, base),
+        "probabilities": probability_histogram(lm, prompts, lm.batch_size),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the top of this file."""
+    arguments = parse_arguments(argv)
+    start = time.perf_counter()
+    sets = expand_sets(arguments.dataset)
+    questions = validation_questions(sets, arguments.data_dir, arguments.labels, arguments.limit)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    lm = RoutedLM(arguments.checkpoint, dtype=arguments.dtype, device=device, batch_size=arguments.batch_size)
+    if not lm.is_routed:
+        raise UserError(f"{arguments.checkpoint} is a plain checkpoint without routers")
+    chat = arguments.chat_template
+    if chat is None:
+        chat = uses_chat_template("auto", Path(arguments.checkpoint))
+    result = {"checkpoint": arguments.checkpoint, "dataset": arguments.dataset}
+    result |= sweep(lm, questions, chat, arguments.knobs)
+    seconds = time.perf_counter() - start
+    write_result(arguments.output, result, command=command_line(PROGRAM, argv), seed=None, seconds=seconds)
+    chosen, base = result["chosen"], result["base"]
     print(f"p = {chosen['routing_control']} keeps the base accuracy with the fewest layers", end=": ")
-    print(f"{chosen['blocks_per_query']:.2f} of {base['blocks_per_query']:.2f}; wrote {args.output}")
+    print(f"{chosen['blocks_per_query']:.2f} of {base['blocks_per_query']:.2f}; wrote {arguments.output}")
 
 
 if __name__ == "__main__":

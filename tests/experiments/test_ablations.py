@@ -1,4 +1,4 @@
-"""Ablations: settings that exist, runs that continue, results that are those of the checkpoints."""
+"""Ablations: settings exist, runs resume, results are those of the checkpoints, test questions those of the labels."""
 
 import dataclasses
 import json
@@ -6,10 +6,15 @@ import json
 import pytest
 
 from drllm.checkpoints import join_routers, load_tokenizer
+from drllm.errors import UserError
+from drllm.evaluation.ablation_report import summarise
+from drllm.evaluation.outcomes import EvaluationQuestions, Outcome, load_test_questions
+from drllm.labels import LabelSet
 from drllm.rollouts.engine import RolloutEngine
+from drllm.rollouts.routed_paths import routed_paths
 from drllm.training.trainer import RouterTrainingConfig
 from experiments import ablations
-from experiments.ablations import ABLATIONS, load_test_questions, main, routed_paths, summarise
+from experiments.ablations import ABLATIONS, main, parse_arguments
 from train_models import retrofit
 
 
@@ -69,8 +74,9 @@ def test_an_ablation_from_labels_to_figure(command, tmp_path, capsys):
         ("frequency", 1),
     ]
     assert result["test_questions"] == 8
-    assert result["seeds"] == [0, 1]
-    assert result["command"].startswith("python -m drllm.ablations bias_init --data")
+    assert result["seed"] == [0, 1]
+    assert {"versions", "commit", "seconds"} <= result.keys()
+    assert result["command"].startswith("python -m experiments.ablations bias_init --data")
     assert "base model: accuracy" in out
     # Stopped or repeated, it trains nothing again.
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("model.safetensors")}
@@ -116,4 +122,83 @@ def test_summary_by_hand():
 
 def test_bad_seeds(command, capsys):
     assert command("figure7", "--seeds", "0,one") == 2
-    assert "--seeds 0,one: expected whole numbers" in capsys.readouterr().err
+    assert "--seeds 0,one: expected comma-separated whole numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--seeds", "0,-1"], "--seeds is -1; it must be between 0 and 4294967295"),
+        (["--seeds", "4294967296"], "--seeds is 4294967296; it must be between 0 and 4294967295"),
+        (["--limit", "0"], "--limit is 0; it must be at least 1"),
+        (["--num_epochs", "0"], "--num_epochs is 0; it must be at least 1"),
+        (["--warmup_steps", "-1"], "--warmup_steps is -1; it must be at least 0"),
+    ],
+)
+def test_bad_arguments_end_before_training(command, arguments, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(ablations, "train_routers", lambda config: pytest.fail("trained"))
+    assert command("figure7", *arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+@pytest.mark.parametrize("option", ["--output", "--work_dir"])
+def test_an_output_below_a_file_ends_before_training(command, option, place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ablations, "train_routers", lambda config: pytest.fail("trained"))
+    (tmp_path / "file").write_text("content")
+    assert command("figure7", option, str(tmp_path / place)) == 2
+    assert f"error: {option} {tmp_path / place}" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "content"
+
+
+def test_a_folder_in_place_of_the_result_ends_before_training(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ablations, "train_routers", lambda config: pytest.fail("trained"))
+    (tmp_path / "results" / "figure7.json").mkdir(parents=True)
+    assert command("figure7") == 2
+    assert "figure7.json is a folder" in capsys.readouterr().err
+
+
+def test_the_defaults_are_the_papers():
+    arguments = parse_arguments(["figure7"])
+    assert (arguments.num_epochs, arguments.warmup_steps) == (25, 500)
+    assert arguments.data_dir is None
+
+
+def labels_from(**manifest) -> LabelSet:
+    rows = [{"set": "dart-2"}, {"set": "arc_easy"}, {"set": "dart-2"}]
+    return LabelSet(rows, {"chat_template": False, **manifest})
+
+
+def test_test_questions_are_those_of_the_labels_manifest(tmp_path):
+    source = ablations.source_of([labels_from(data_dir=str(tmp_path), chat_template=True)])
+    assert (source.sets, source.data_dir, source.chat) == (["arc_easy", "dart-2"], tmp_path, True)
+    hub = ablations.source_of([labels_from(data_dir=None)], ["arc_challenge"])
+    assert (hub.sets, hub.data_dir, hub.chat) == (["arc_challenge"], None, False)
+    given = ablations.source_of([labels_from(data_dir="/elsewhere"), labels_from()], None, tmp_path)
+    assert given.data_dir == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        ([labels_from()], "names no 'data_dir'; pass --data_dir"),
+        ([labels_from(data_dir="/nowhere")], "/nowhere does not exist; pass the one to test on as --data_dir"),
+        ([labels_from(data_dir="a"), labels_from(data_dir="b")], "come from questions of"),
+        ([labels_from(data_dir=None), labels_from(data_dir=None, chat_template=True)], "some of the labels"),
+    ],
+    ids=["no folder", "missing folder", "two folders", "two templates"],
+)
+def test_labels_that_do_not_name_their_test_questions_are_refused(labels, sentence):
+    with pytest.raises(UserError, match=sentence):
+        ablations.source_of(labels)
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"questions": ', '{"questions": 3, "result": 1}'])
+def test_a_damaged_stored_result_is_evaluated_again(damage, tmp_path, monkeypatch):
+    path = tmp_path / "test.json"
+    path.write_text(damage)
+    monkeypatch.setattr(ablations, "evaluate", lambda routed, engine, test: {"accuracy": 0.5})
+    test = EvaluationQuestions([], Outcome([], []))
+    assert ablations._evaluate_once(None, None, test, path) == {"accuracy": 0.5}
+    monkeypatch.setattr(ablations, "evaluate", lambda *given: pytest.fail("evaluated again"))
+    assert ablations._evaluate_once(None, None, test, path) == {"accuracy": 0.5}

@@ -1,40 +1,13 @@
-"""The comparison with controls: its arithmetic, its guard against shared questions, and one small run."""
+"""The comparison with controls: its guard against shared questions, bad arguments, and one small run."""
 
 import json
 import shutil
 
 import pytest
 
-from experiments.ablations import MINIATURE_DATA
-from experiments.compare_methods import Outcome, difference, main, mixture, summary
-
-
-def test_a_mixture_has_the_layers_it_is_asked_for():
-    one, other = Outcome([1.0, 0.0], [8.0, 8.0]), Outcome([1.0, 1.0], [10.0, 10.0])
-    between = mixture([other, one], 8.5)
-    assert between.mean_layers == pytest.approx(8.5)
-    assert between.right == pytest.approx([1.0, 0.25])
-    assert mixture([one, other], 7.9) is None
-    assert mixture([one, other], 10.0).right == [1.0, 1.0]
-
-
-def test_differences_are_paired_by_question():
-    one, other = Outcome([1.0, 1.0, 0.0, 1.0], [9.0] * 4), Outcome([1.0, 0.0, 0.0, 1.0], [10.0] * 4)
-    found = difference(one, other)
-    assert found["points"] == pytest.approx(25)
-    # The differences 0, 1, 0, 0 have a standard deviation of 1/2, their mean of 4 one of 1/4.
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * 25)
-    assert difference(one, one) == {"points": 0, "low": 0, "high": 0}
-
-
-def test_rows_average_over_seeds():
-    base = Outcome([1.0, 0.0], [10.0, 10.0])
-    row = summary("effects", [Outcome([1.0, 1.0], [8.0, 9.0]), Outcome([1.0, 0.0], [9.0, 10.0])], base, [base])
-    assert (row["accuracy"], row["layers"]) == (0.75, 9.0)
-    assert row["accuracy_std"] == pytest.approx(0.5**0.5 / 2)
-    assert row["against_base"]["points"] == pytest.approx(25)
-    assert "against_static" not in row
-
+from drllm.miniature import MINIATURE_DATA
+from experiments import compare_methods
+from experiments.compare_methods import main, parse_arguments
 
 SETTINGS = {
     "sets": "arc_easy,dart-1",
@@ -58,29 +31,74 @@ def test_shared_questions_are_refused(tmp_path, capsys):
     assert "1 test questions are also training questions" in capsys.readouterr().err
 
 
-def test_more_questions_than_there_are_are_refused(tmp_path, capsys):
+def test_too_many_training_questions_are_refused(tmp_path, capsys):
     assert main([*SMALL, "--train_questions", "800", "--output", str(tmp_path / "c.json")]) == 2
     assert "arc_easy has 800 training questions" in capsys.readouterr().err
 
 
 def test_methods_are_checked(capsys):
-    assert main(["--methods", "effects,none_such"]) == 2
-    assert "'none_such' is none" in capsys.readouterr().err
+    assert main(["--methods", "group_paths,none_such"]) == 2
+    assert "'none_such' is not a method; choose from paper, group_paths" in capsys.readouterr().err
     assert main(["--methods", "paper"]) == 2
     assert "--methods paper needs the labels" in capsys.readouterr().err
 
 
 def test_one_command_makes_table_figure_and_json(tmp_path, capsys):
-    output = tmp_path / "claim.json"
-    main([*SMALL, "--train_questions", "12", "--oracle_questions", "2", "--output", str(output)])
+    output = tmp_path / "comparison.json"
+    folders = ["--work_dir", str(tmp_path / "work"), "--output", str(output)]
+    assert main([*SMALL, "--train_questions", "12", "--oracle_questions", "2", *folders]) == 0
     result = json.loads(output.read_text())
+    assert result["command"].startswith("python -m experiments.compare_methods --sets arc_easy,dart-1")
+    assert result["seed"] == [0]
+    assert {"versions", "commit", "seconds"} <= result.keys()
     rows = {row["method"]: row for row in result["rows"]}
-    assert {"base", "static: 1 skipped", "influence: 2 skipped", "early exit: 1 skipped", "effects"} < set(rows)
-    assert rows["random: rates of effects"]["layers"] == pytest.approx(rows["effects"]["layers"])
+    assert {"base", "static: 1 skipped", "influence: 2 skipped", "early exit: 1 skipped", "group paths"} < set(rows)
+    assert rows["random: rates of group paths"]["layers"] == pytest.approx(rows["group paths"]["layers"])
     assert rows["base"]["layers"] == 10
     assert rows["static: 2 skipped"]["layers"] == 8
     assert result["test_questions"] == 12
     assert result["oracle"]["questions"] == 4
-    assert set(result["details"]["effects"]["on_training_questions"]) == {"base", "labels followed", "routers"}
+    assert set(result["details"]["group paths"]["on_training_questions"]) == {"base", "labels followed", "routers"}
     assert output.with_suffix(".png").stat().st_size > 1000
-    assert "| effects |" in capsys.readouterr().out
+    assert "| group paths |" in capsys.readouterr().out
+
+
+def test_the_defaults_are_the_papers():
+    arguments = parse_arguments([])
+    assert (arguments.num_epochs, arguments.warmup_steps) == (25, 500)
+    assert arguments.methods == ["group_paths"]
+    assert parse_arguments(["--labels", "data"]).methods == ["group_paths", "paper"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
+        (["--most_skips", "-1"], "--most_skips is -1; it must be at least 0"),
+        (["--seeds", "0"], "--seeds is 0; it must be at least 1"),
+        (["--price_seeds", "0"], "--price_seeds is 0; it must be at least 1"),
+        (["--train_questions", "0"], "--train_questions is 0; it must be at least 1"),
+        (["--validation_questions", "0"], "--validation_questions is 0; it must be at least 1"),
+        (["--static_questions", "0"], "--static_questions is 0; it must be at least 1"),
+        (["--test_questions", "1"], "--test_questions is 1; it must be at least 2"),
+        (["--oracle_questions", "-1"], "--oracle_questions is -1; it must be at least 0"),
+        (["--num_epochs", "0"], "--num_epochs is 0; it must be at least 1"),
+        (["--warmup_steps", "-1"], "--warmup_steps is -1; it must be at least 0"),
+        (["--groups", "0"], "--groups is 0; it must be at least 1"),
+        (["--save", "2"], "--save is 2.0; it must be between 0 and 1"),
+        (["--sets", "none_such"], "none_such"),
+        (["--labels", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_arguments_end_before_the_model_is_loaded(arguments, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare_methods, "load_routed", lambda *given: pytest.fail("the model was loaded"))
+    assert main([*arguments, "--output", str(tmp_path / "c.json")]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "place"), [("--output", "file/c.json"), ("--output", "."), ("--work_dir", "file")])
+def test_outputs_that_cannot_be_written_end_before_the_model_is_loaded(option, place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare_methods, "load_routed", lambda *given: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("")
+    assert main([option, str(tmp_path / place)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {option} {tmp_path}")

@@ -23,20 +23,19 @@ def checkpoint(tmp_path_factory, base):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def look_at(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["look", *map(str, arguments), "--device", "cpu"])
-        status = inspect_prompt.main()
+def run(capsys):
+    def inspect(*arguments) -> tuple[int, str, str]:
+        status = inspect_prompt.main([*map(str, arguments), "--device", "cpu"])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
-    return look_at
+    return inspect
 
 
 def test_decisions_probabilities_and_layers_are_those_of_the_model(checkpoint, run):
     status, out, _ = run(checkpoint, "w1 w2 w3 w4 w5 w6 w7 w8 w9", "--dtype", "float32", "--max_new_tokens", 4)
     assert status == 0
-    model, tokenizer = load_routed_checkpoint(str(checkpoint), "float32", "cpu"), load_tokenizer(str(checkpoint))
+    model, tokenizer = load_routed_checkpoint(checkpoint, "float32", "cpu"), load_tokenizer(checkpoint)
     tokens = tokenizer("w1 w2 w3 w4 w5 w6 w7 w8 w9", return_tensors="pt").input_ids
     with torch.no_grad():
         output = model(tokens, output_router_logits=True)
@@ -48,8 +47,8 @@ def test_decisions_probabilities_and_layers_are_those_of_the_model(checkpoint, r
     for block, row in enumerate(rows):
         assert [float(cell) for cell in row[2:]] == pytest.approx(probabilities[block].tolist(), abs=6e-4)
     passes = int(re.search(r"routed:.* in (\d+) passes", out).group(1))
-    assert f"{sum(path)} of {BLOCKS} layers a pass, {sum(path) * passes} in {passes} passes" in out
-    assert re.search(rf"base:.* {BLOCKS} of {BLOCKS} layers a pass", out)
+    assert f"{sum(path)} of {BLOCKS} layers per pass, {sum(path) * passes} in {passes} passes" in out
+    assert re.search(rf"base:.* {BLOCKS} of {BLOCKS} layers per pass", out)
     assert f"{100 * (sum(path) / BLOCKS - 1):+.1f}%" in out
 
 
@@ -67,10 +66,10 @@ def test_special_tokens_are_added_unless_the_template_brought_them(checkpoint, t
 
 def test_the_knob_reaches_the_routers(checkpoint, run):
     _, out, _ = run(checkpoint, "w1 w2 w3", "--routing_control", "0.5")
-    assert "layers a pass against base: +0.0%" in out
+    assert "layers per pass against base: +0.0%" in out
     status, _, err = run(checkpoint, "w1 w2 w3", "--routing_control", "2")
     assert status == 2
-    assert "error: --routing_control is 2.0; the knob p lies in [-1, 1]" in err
+    assert err == "error: --routing_control is 2.0; it must be between -1 and 1\n"
 
 
 def test_bad_input_is_one_sentence(base, tmp_path, run):
@@ -80,3 +79,5 @@ def test_bad_input_is_one_sentence(base, tmp_path, run):
     status, _, err = run(tmp_path / "nowhere", "w1")
     assert status == 2
     assert "the folder does not exist" in err
+    status, _, err = run(base, "w1", "--max_new_tokens", "0")
+    assert (status, err) == (2, "error: --max_new_tokens is 0; it must be at least 1\n")

@@ -25,10 +25,9 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch):
+def run():
     def run(*arguments) -> int:
-        monkeypatch.setattr("sys.argv", ["sweep", *map(str, arguments), "--device", "cpu"])
-        return sweep.main()
+        return sweep.main([*map(str, arguments), "--device", "cpu"])
 
     return run
 
@@ -37,14 +36,16 @@ def test_sweep_from_skip_to_the_base_model(checkpoint, data, tmp_path, run, caps
     output = tmp_path / "deep" / "sweep.json"
     arguments = ["--data_dir", data, "--dataset", "arc_easy,dart-1", "--output", output, "--knobs=-0.8,-0.5,0.5"]
     assert run(checkpoint, *arguments, "--dtype", "float32", "--batch_size", 8) == 0
-    found = json.loads(output.read_text())
-    assert found["questions"] == 8
-    skipping, routed, executing = found["points"]
-    assert executing["blocks_per_pass"] == BLOCKS == found["base"]["blocks_per_pass"]
-    assert executing["accuracy"] == found["base"]["accuracy"]
-    assert executing["blocks_per_query"] == found["base"]["blocks_per_query"]
+    result = json.loads(output.read_text())
+    assert result["questions"] == 8
+    assert result["command"].startswith("python -m experiments.sweep ")
+    assert {"seed", "versions", "commit", "seconds"} <= result.keys()
+    skipping, routed, executing = result["points"]
+    assert executing["blocks_per_pass"] == BLOCKS == result["base"]["blocks_per_pass"]
+    assert executing["accuracy"] == result["base"]["accuracy"]
+    assert executing["blocks_per_query"] == result["base"]["blocks_per_query"]
     assert skipping["blocks_per_pass"] < routed["blocks_per_pass"]
-    histogram = found["probabilities"]
+    histogram = result["probabilities"]
     for action in ("skip", "execute", "repeat"):
         assert sum(histogram[action]) == 8 * BLOCKS
     assert "keeps the base accuracy with the fewest layers" in capsys.readouterr().out
@@ -90,8 +91,27 @@ def test_labelled_questions_are_left_out(data, monkeypatch):
     assert len(sweep.validation_questions(["arc_easy"], data, None, 2)) == 2
 
 
-def test_bad_input_is_one_sentence(checkpoint, data, tmp_path, run, capsys):
-    assert run(checkpoint, "--data_dir", data, "--output", tmp_path / "x.json", "--knobs=-0.5,zero") == 2
-    assert "must be numbers" in capsys.readouterr().err
-    assert run(checkpoint, "--data_dir", data, "--output", tmp_path / "x.json", "--knobs=-3") == 2
-    assert "each p lies in [-1, 1]" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--knobs=-0.5,zero"], "--knobs -0.5,zero: expected comma-separated numbers"),
+        (["--knobs="], "--knobs : expected comma-separated numbers"),
+        (["--knobs=-3"], "--knobs is -3.0; it must be between -1 and 1"),
+        (["--knobs=nan"], "--knobs is nan; it must be between -1 and 1"),
+        (["--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
+        (["--limit", "0"], "--limit is 0; it must be at least 1"),
+        (["--dataset", "none_such"], "none_such"),
+    ],
+)
+def test_bad_arguments_end_before_the_model_is_loaded(arguments, sentence, data, tmp_path, run, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "RoutedLM", lambda *given, **named: pytest.fail("the model was loaded"))
+    assert run("checkpoint", "--data_dir", data, "--output", tmp_path / "x.json", *arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file/x.json", "."])
+def test_an_output_that_cannot_be_written_ends_before_the_model_is_loaded(place, tmp_path, run, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "RoutedLM", lambda *given, **named: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("")
+    assert run("checkpoint", "--output", tmp_path / place) == 2
+    assert "error: --output" in capsys.readouterr().err

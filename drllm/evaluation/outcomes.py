@@ -1,0 +1,135 @@
+"""Accuracy and layers of a method on test questions, and paired statistics over questions."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path as FilePath
+
+from drllm.questions.prompts import Prompt
+from drllm.questions.sets import load_questions
+from drllm.rollouts.engine import Request, RolloutEngine
+from train_models.paths import Path, default_path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method did on N test questions, in their order.
+
+    right: [N], 1 for a right answer, 0 for a wrong one; between 0 and 1 after averaging.
+    layers: [N], block applications of one forward pass.
+    """
+
+    right: list[float]
+    layers: list[float]
+
+    @property
+    def accuracy(self) -> float:
+        """Mean of `right`."""
+        return statistics.mean(self.right)
+
+    @property
+    def mean_layers(self) -> float:
+        """Mean of `layers`."""
+        return statistics.mean(self.layers)
+
+    @classmethod
+    def average(cls, outcomes: Sequence[Outcome], weights: Sequence[float] | None = None) -> Outcome:
+        """The weighted mean per question, over seeds or over the parts of a mixture."""
+        weights = weights or [1 / len(outcomes)] * len(outcomes)
+
+        def mixed(field: str) -> list[float]:
+            columns = [getattr(outcome, field) for outcome in outcomes]
+            return [sum(w * v for w, v in zip(weights, values, strict=True)) for values in zip(*columns, strict=True)]
+
+        return cls(mixed("right"), mixed("layers"))
+
+
+def answer_along(engine: RolloutEngine, prompts: Sequence[Prompt], paths: Sequence[Path]) -> Outcome:
+    """Greedy answers of the engine's model along `paths`, one path per prompt, graded."""
+    requests = [Request(prompt, path) for prompt, path in zip(prompts, paths, strict=True)]
+    right = [float(rollout.is_right) for rollout in engine.respond(requests)]
+    for prompt in prompts:
+        engine.forget(prompt.question)
+    return Outcome(right, [float(sum(path)) for path in paths])
+
+
+@dataclass(frozen=True)
+class EvaluationQuestions:
+    """Test questions as prompts, and the outcome of the base model (the default path) on them."""
+
+    prompts: list[Prompt]
+    base: Outcome
+
+    def per_set(self, outcome: Outcome) -> dict[str, dict[str, float]]:
+        """Accuracy of the base model, and accuracy and layers of `outcome`, per question set."""
+        indices: dict[str, list[int]] = {}
+        for i, prompt in enumerate(self.prompts):
+            indices.setdefault(prompt.question.set, []).append(i)
+        return {
+            name: {
+                "base_accuracy": statistics.mean(self.base.right[i] for i in members),
+                "accuracy": statistics.mean(outcome.right[i] for i in members),
+                "layers": statistics.mean(outcome.layers[i] for i in members),
+            }
+            for name, members in indices.items()
+        }
+
+
+def load_test_questions(
+    engine: RolloutEngine, sets: Sequence[str], data_dir: FilePath | None, chat: bool, limit: int | None
+) -> EvaluationQuestions:
+    """The test questions of `sets`, at most `limit` per set, answered along the default path.
+
+    Args:
+        data_dir: local question files; None: the Hub.
+        chat: whether prompts get the chat template.
+    """
+    questions = [question for name in sets for question in load_questions(name, "test", data_dir, limit)]
+    prompts = [Prompt.of(question, engine.tokenizer, chat) for question in questions]
+    return EvaluationQuestions(prompts, answer_along(engine, prompts, [default_path(engine.num_blocks)] * len(prompts)))
+
+
+def mixture(controls: Sequence[Outcome], layers: float) -> Outcome | None:
+    """The mixture of two neighbouring controls with `layers` layers on average; None outside their range."""
+    ordered = sorted(controls, key=lambda outcome: outcome.mean_layers)
+    for below, above in pairwise(ordered):
+        if below.mean_layers <= layers <= above.mean_layers:
+            width = above.mean_layers - below.mean_layers
+            share = (layers - below.mean_layers) / width if width else 1.0
+            return Outcome.average([below, above], [1 - share, share])
+    return None
+
+
+def paired_difference(outcome: Outcome, reference: Outcome) -> dict[str, float]:
+    """Paired difference of accuracy in percentage points, with its 95% interval over questions (normal)."""
+    differences = [100 * (a - b) for a, b in zip(outcome.right, reference.right, strict=True)]
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+    return {"points": mean, "low": mean - 1.96 * error, "high": mean + 1.96 * error}
+
+
+def method_row(name: str, outcomes: Sequence[Outcome], base: Outcome, controls: Sequence[Outcome]) -> dict:
+    """One method of the comparison: means and standard deviations over seeds, and the paired differences.
+
+    Args:
+        outcomes: one per seed, over the same questions.
+        controls: static paths; the row has "against_static" where a mixture of two has as many layers.
+    """
+    average = Outcome.average(outcomes)
+    several = len(outcomes) > 1
+    row = {
+        "method": name,
+        "seeds": len(outcomes),
+        "accuracy": average.accuracy,
+        "accuracy_std": statistics.stdev([outcome.accuracy for outcome in outcomes]) if several else 0.0,
+        "layers": average.mean_layers,
+        "layers_std": statistics.stdev([outcome.mean_layers for outcome in outcomes]) if several else 0.0,
+        "against_base": paired_difference(average, base),
+    }
+    static = mixture(controls, average.mean_layers)
+    if static is not None:
+        row["against_static"] = paired_difference(average, static)
+    return row

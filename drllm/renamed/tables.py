@@ -1,0 +1,3 @@
+from drllm.renamed import refuse
+
+refuse(__spec__.name)

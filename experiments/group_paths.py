@@ -1,0 +1,136 @@
+"""Makes a routed checkpoint from questions with labels of groups of similar questions (see drllm/group_paths).
+
+    python -m experiments.group_paths --data_dir miniature/data --price 0.004 --output_dir checkpoints/groups
+    accelerate launch --num_processes 8 -m experiments.group_paths --model meta-llama/Llama-3.2-3B-Instruct \
+        --output_dir checkpoints/groups
+
+Does what data_generation.py and train.py do together, with one process per GPU. It can be stopped at any moment: run
+the same command to resume. `experiments.compare_methods` compares the method with the published one and with controls,
+the price chosen on validation questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from drllm.arguments import MAX_SEED, check_ranges
+from drllm.checkpoints import load_routed, load_tokenizer, save_checkpoint
+from drllm.errors import main_guard
+from drllm.files import check_output_folder
+from drllm.group_paths.margin_rewards import Answered, MarginRewards, RoundStore
+from drllm.group_paths.paths import PathsOfGroups
+from drllm.miniature import MINIATURE_MODEL
+from drllm.processes import process_state
+from drllm.provenance import commit, dtype_name, fingerprint, parse_dtype, versions
+from drllm.questions.prompts import Prompt, wants_chat_template
+from drllm.questions.sets import expand_sets, load_questions
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked.
+
+    Raises:
+        UserError: an argument out of range, or an output that cannot be written.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.group_paths",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", default=str(MINIATURE_MODEL), help="folder or Hub name of a base model")
+    add("--revision", help="of a model on the Hub")
+    add("--dtype", default="auto", help="of the base; auto: bfloat16 on a GPU, float32 on a CPU")
+    add("--data_dir", type=Path, help="local question files in the Hub's schema; without it, the Hub")
+    add("--dataset", default="arc,dart", help="question sets and groups, comma-separated")
+    add("--train_questions", type=int, default=800, help="most questions per set")
+    add("--groups", type=int, default=20, help="groups of similar questions")
+    add("--most_skips", type=int, default=4, help="skipped blocks of a group's path")
+    add("--price", type=float, default=0.004, help="reward that a skipped block may cost a group")
+    add("--batch_size", type=int, default=64, help="questions per forward pass")
+    add("--seed", type=int, default=0, help="of the routers' initial weights and the order of questions")
+    add("--output_dir", type=Path, required=True, help="folder of the checkpoint")
+    arguments = parser.parse_args(argv)
+    some = (1, math.inf)
+    check_ranges(
+        arguments,
+        **dict.fromkeys(("train_questions", "groups", "batch_size"), some),
+        most_skips=(0, math.inf),
+        price=(-math.inf, math.inf),
+        seed=(0, MAX_SEED),
+    )
+    expand_sets(arguments.dataset)
+    if arguments.dtype != "auto":
+        parse_dtype(arguments.dtype)
+    check_output_folder(arguments.output_dir, "--output_dir")
+    return arguments
+
+
+def load_base(arguments: argparse.Namespace, state: PartialState) -> PreTrainedModel:
+    """The base model with fresh routers, on this process's device; its config records the base."""
+    dtype = arguments.dtype
+    if dtype == "auto":
+        dtype = "float32" if state.device.type == "cpu" else "bfloat16"
+    routed = load_routed(arguments.model, parse_dtype(dtype), arguments.revision, {}).eval().to(state.device)
+    config = routed.config
+    config.base_model_name, config.base_model_revision = arguments.model, arguments.revision
+    config.base_model_fingerprint = fingerprint(routed)
+    config.trained_num_windows = config.num_windows
+    return routed
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the top of this file."""
+    arguments = parse_arguments(argv)
+    state = process_state(datetime.timedelta(days=30))  # the others wait while the main process trains
+    tokenizer = load_tokenizer(arguments.model, arguments.revision)
+    routed = load_base(arguments, state)
+    chat = wants_chat_template("auto", arguments.model, tokenizer)
+    with state.main_process_first():  # so that a download happens once per machine
+        questions = [
+            Answered.of(Prompt.of(question, tokenizer, chat), tokenizer)
+            for name in expand_sets(arguments.dataset)
+            for question in load_questions(name, "train", arguments.data_dir, arguments.train_questions)
+        ]
+    measured = arguments.output_dir.with_name(arguments.output_dir.name + "-measured")
+    store = RoundStore(measured, routed.config.base_model_fingerprint, state)
+    try:
+        rewards = MarginRewards(routed, questions, arguments.batch_size, store)
+        paths_of_groups = PathsOfGroups(rewards, arguments.groups, arguments.most_skips)
+        labels = paths_of_groups.labels(arguments.price)
+        layers = sum(map(sum, labels)) / len(labels)
+        if state.is_main_process:
+            print(f"labels: {len(set(labels))} paths, {layers:.2f} layers on average", file=sys.stderr, flush=True)
+        paths_of_groups.train_routers(arguments.price, arguments.seed)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what was measured is in {measured}; run the same command to resume") from None
+    if state.is_main_process:
+        routed.cpu()
+        # As after a search: eval.sh reads here whether prompts have the chat template.
+        manifest = {
+            "model": arguments.model,
+            "revision": arguments.revision,
+            "model_fingerprint": routed.config.base_model_fingerprint,
+            "dtype": dtype_name(routed.dtype),
+            "chat_template": chat,
+            "labels": len(labels),
+            "arguments": {key: str(value) for key, value in vars(arguments).items()},
+            "versions": versions(),
+            "commit": commit(),
+        }
+        save_checkpoint(routed, tokenizer, arguments.output_dir, manifest)
+        print(f"wrote {arguments.output_dir}; {measured} keeps what was measured, for other prices and seeds")
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

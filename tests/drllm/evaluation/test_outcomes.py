@@ -1,0 +1,32 @@
+"""Statistics of methods on test questions, by hand."""
+
+import pytest
+
+from drllm.evaluation.outcomes import Outcome, method_row, mixture, paired_difference
+
+
+def test_a_mixture_has_the_layers_it_is_asked_for():
+    one, other = Outcome([1.0, 0.0], [8.0, 8.0]), Outcome([1.0, 1.0], [10.0, 10.0])
+    between = mixture([other, one], 8.5)
+    assert between.mean_layers == pytest.approx(8.5)
+    assert between.right == pytest.approx([1.0, 0.25])
+    assert mixture([one, other], 7.9) is None
+    assert mixture([one, other], 10.0).right == [1.0, 1.0]
+
+
+def test_differences_are_paired_by_question():
+    one, other = Outcome([1.0, 1.0, 0.0, 1.0], [9.0] * 4), Outcome([1.0, 0.0, 0.0, 1.0], [10.0] * 4)
+    difference = paired_difference(one, other)
+    assert difference["points"] == pytest.approx(25)
+    # The differences 0, 1, 0, 0 have a standard deviation of 1/2, their mean of 4 one of 1/4.
+    assert difference["high"] - difference["low"] == pytest.approx(2 * 1.96 * 25)
+    assert paired_difference(one, one) == {"points": 0, "low": 0, "high": 0}
+
+
+def test_rows_average_over_seeds():
+    base = Outcome([1.0, 0.0], [10.0, 10.0])
+    row = method_row("group paths", [Outcome([1.0, 1.0], [8.0, 9.0]), Outcome([1.0, 0.0], [9.0, 10.0])], base, [base])
+    assert (row["accuracy"], row["layers"]) == (0.75, 9.0)
+    assert row["accuracy_std"] == pytest.approx(0.5**0.5 / 2)
+    assert row["against_base"]["points"] == pytest.approx(25)
+    assert "against_static" not in row

@@ -1,0 +1,48 @@
+"""Routers that learn labels, and a round on their own decisions."""
+
+import torch
+
+from drllm.group_paths.margin_rewards import RewardRound
+from drllm.group_paths.router_training import imitate, refine
+from drllm.training.router_modules import StackedRouters
+from tests.search_toys import toy_windows
+from train_models import retrofit
+
+
+def toy_routers(stock_checkpoint, seed: int = 0) -> StackedRouters:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    routed = retrofit(stock_checkpoint("llama", **sizes))
+    routed.model.init_routers(seed)
+    return StackedRouters(routed.model.routers)
+
+
+def test_routers_learn_the_labels(stock_checkpoint):
+    windows, mask = toy_windows(400)
+    positive = windows[:, 0, 0, 0] > 0
+    labels = [(0, 1) if is_positive else (1, 1) for is_positive in positive.tolist()]
+    weights = []
+    for seed in (0, 0, 1):
+        routers = toy_routers(stock_checkpoint)
+        imitate(routers, RewardRound(labels, torch.empty(0), windows, mask), epochs=20, learning_rate=1e-2, seed=seed)
+        weights.append(routers.weights[0].detach().clone())
+        decided = routers(windows, mask)["logits"].argmax(-1)
+        assert (decided == torch.tensor(labels)).all(1).float().mean() > 0.95
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_round_on_own_decisions_takes_back_what_does_not_pay(stock_checkpoint):
+    windows, mask = toy_windows(400)
+    helps = windows[:, 0, 0, 0] > 0
+    paths = [(0, 0)] * 400  # routers that skip everything
+    rewards = torch.full((400, 2, 3), float("nan"))
+    rewards[:, :, 0] = 0.5
+    rewards[:, 0, 1] = torch.where(helps, 0.3, 0.7)
+    rewards[:, 1, 1] = 0.51
+    routers = toy_routers(stock_checkpoint)
+    imitate(routers, RewardRound(paths, torch.empty(0), windows, mask), epochs=2, learning_rate=1e-2, seed=0)
+    assert (routers(windows, mask)["logits"].argmax(-1) == 0).all()
+    refine(routers, RewardRound(paths, rewards, windows, mask), price=0.02, epochs=30, learning_rate=1e-2, seed=0)
+    decided = routers(windows, mask)["logits"].argmax(-1)
+    assert (decided[:, 0] == torch.where(helps, 0, 1)).float().mean() > 0.9
+    assert (decided[:, 1] == 0).all(), "one point does not pay a price of two"
