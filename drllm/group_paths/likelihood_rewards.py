@@ -1,0 +1,133 @@
+"""The likelihood reward of paths around given paths, for multiple-choice questions.
+
+The counterpart of `MarginRewards` for `--reward likelihood`. The reward is the sigmoid of the margin: the right option's
+log-probability minus that of its best rival, over `scale` nats; 1/2 is the border between right and wrong under
+lm-eval's `acc`. Repeats are measured, too: on a pretrained model they help some kinds of questions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from drllm.group_paths.margin_rewards import NUM_ACTIONS, RewardRound
+from drllm.questions.likelihood import LikelihoodPrompt
+from drllm.questions.padding import pad_ids
+from drllm.rollouts.likelihood import LikelihoodEngine
+from drllm.rollouts.scores import ScoreStore, score_all
+from train_models.paths import Path, is_allowed, path_to_layer_indices
+
+CHUNK = 64  # questions of similar length that are scored one after the other
+
+
+class LikelihoodRewards:
+    """Likelihood rewards of N questions under a routed model's frozen base.
+
+    Args:
+        routed: a routed model in eval mode, on its device.
+        prompts: the questions; `sets` of them need not be sorted.
+        store: keeps every score; a resumed run scores nothing twice.
+        state: the processes that share the work.
+        batch_size: questions per forward pass.
+        normalised: option log-probabilities are divided by their characters (`acc_norm`).
+        scale: nats of margin per unit of the sigmoid's argument.
+    """
+
+    def __init__(
+        self,
+        routed: PreTrainedModel,
+        prompts: Sequence[LikelihoodPrompt],
+        store: ScoreStore,
+        state: PartialState,
+        batch_size: int = 8,
+        normalised: bool = False,
+        scale: float = 1.0,
+    ) -> None:
+        self.routed = routed
+        self.prompts = prompts
+        self.batch_size = batch_size
+        self.scale = scale
+        self.normalised = normalised
+        self.state = state
+        self._scores = store
+        self._engine = LikelihoodEngine(routed, None, batch_size, normalised)
+        # Neighbours of similar length need little padding; chunks keep the order of the questions otherwise.
+        self._order = [
+            index
+            for start in range(0, len(prompts), CHUNK)
+            for index in sorted(
+                range(start, min(start + CHUNK, len(prompts))), key=lambda index: len(prompts[index].input_ids)
+            )
+        ]
+
+    def reward(self, prompt: LikelihoodPrompt, path: Path) -> float:
+        """The reward of a scored path, in (0, 1); NaN where it was not scored."""
+        scores = self._scores.get(prompt.question.id, path)
+        if scores is None:
+            return math.nan
+        return 1 / (1 + math.exp(-max(-60.0, min(60.0, prompt.margin(scores, self.normalised) / self.scale))))
+
+    def is_right(self, prompt: LikelihoodPrompt, path: Path) -> bool:
+        """Whether the right option wins along a scored path."""
+        return prompt.is_right(self._scores.get(prompt.question.id, path), self.normalised)
+
+    def score(self, work: Sequence[Sequence[Path]], title: str) -> None:
+        """Scores the paths `work[n]` of question n, as far as they are not known; every process calls this."""
+        ordered = [(self.prompts[index], work[index]) for index in self._order if work[index]]
+        share = {"rank": self.state.process_index, "num_processes": self.state.num_processes}
+        score_all(self._engine, ordered, self._scores, title, **share)
+        self.state.wait_for_everyone()
+        self._scores.update()
+
+    def around(
+        self, paths: Sequence[Path], edits: torch.Tensor, with_windows: bool = True, title: str = "measuring"
+    ) -> RewardRound:
+        """One `RewardRound` around `paths`, one path per question.
+
+        Args:
+            paths: N paths.
+            edits: bool [N, L, 3], which actions to try at which block; where no path of the search's constraints
+                results, nothing is measured.
+            with_windows: also record what the routers read along `paths`.
+            title: of the progress bar.
+        """
+        others: list[dict[tuple[int, int], Path]] = []
+        for path, wanted in zip(paths, edits, strict=True):
+            replaced = {
+                (block, action): (*path[:block], action, *path[block + 1 :])
+                for block, action in wanted.nonzero().tolist()
+            }
+            others.append({place: other for place, other in replaced.items() if sum(other) and is_allowed(other)})
+        self.score([[path, *other.values()] for path, other in zip(paths, others, strict=True)], title)
+        rewards = torch.full((len(paths), len(paths[0]), NUM_ACTIONS), math.nan)
+        for index, (path, other) in enumerate(zip(paths, others, strict=True)):
+            own = self.reward(self.prompts[index], path)
+            for block, action in enumerate(path):
+                rewards[index, block, action] = own
+            for (block, action), changed in other.items():
+                rewards[index, block, action] = self.reward(self.prompts[index], changed)
+        windows, mask = self.windows(paths) if with_windows else (None, None)
+        return RewardRound(list(paths), rewards, windows, mask)
+
+    @torch.inference_mode()
+    def windows(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the routers read of each context along its path: [N, L, W, d] and bool [N, W], on the CPU."""
+        config = self.routed.config
+        shape = (len(self.prompts), config.num_hidden_layers, config.num_windows)
+        windows = torch.zeros(*shape, config.hidden_size, dtype=self.routed.dtype)
+        mask = torch.zeros(len(self.prompts), config.num_windows, dtype=torch.bool)
+        for start in range(0, len(self._order), self.batch_size):
+            rows = self._order[start : start + self.batch_size]
+            batch = pad_ids([self.prompts[index].input_ids for index in rows], 0, self.routed.device)
+            output = self.routed.model(
+                **batch,
+                layer_indices=[path_to_layer_indices(paths[index]) for index in rows],
+                use_cache=False,
+                output_router_inputs=True,
+            )
+            windows[rows], mask[rows] = output.router_inputs.cpu(), output.window_mask.cpu()
+        return windows, mask
