@@ -1,6 +1,8 @@
 """Makes a routed checkpoint from questions with labels of groups of similar questions (see drllm/group_paths).
 
     python -m experiments.group_paths --data_dir miniature/data --price 0.004 --output_dir checkpoints/groups
+    python -m experiments.group_paths --reward likelihood --model HuggingFaceTB/SmolLM2-135M-Instruct \
+        --dataset arc,openbookqa,commonsense --train_questions 120 --output_dir checkpoints/groups
     accelerate launch --num_processes 8 -m experiments.group_paths --model meta-llama/Llama-3.2-3B-Instruct \
         --output_dir checkpoints/groups
 
@@ -24,13 +26,19 @@ from drllm.arguments import MAX_SEED, check_ranges
 from drllm.checkpoints import load_routed, load_tokenizer, save_checkpoint
 from drllm.errors import main_guard
 from drllm.files import check_output_folder
+from drllm.group_paths.likelihood_paths import Growth, LikelihoodPaths
+from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.group_paths.margin_rewards import Answered, MarginRewards, RoundStore
 from drllm.group_paths.paths import PathsOfGroups
 from drllm.miniature import MINIATURE_MODEL
 from drllm.processes import process_state
 from drllm.provenance import commit, dtype_name, fingerprint, parse_dtype, versions
+from drllm.questions.likelihood import REWARDS, LikelihoodPrompt
 from drllm.questions.prompts import Prompt, wants_chat_template
-from drllm.questions.sets import expand_sets, load_questions
+from drllm.questions.sets import Question, expand_sets, load_questions
+from drllm.rollouts.scores import ScoreStore
+from drllm.search.selection import seeded_order
+from train_models.paths import Path as BlockPath
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,9 +59,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data_dir", type=Path, help="local question files in the Hub's schema; without it, the Hub")
     add("--dataset", default="arc,dart", help="question sets and groups, comma-separated")
     add("--train_questions", type=int, default=800, help="most questions per set")
+    add("--reward", choices=REWARDS, default="generation", help="what counts as a right answer")
     add("--groups", type=int, default=20, help="groups of similar questions")
-    add("--most_skips", type=int, default=4, help="skipped blocks of a group's path")
-    add("--price", type=float, default=0.004, help="reward that a skipped block may cost a group")
+    add("--most_skips", type=int, default=4, help="skipped blocks of a group's path; edits with --reward likelihood")
+    add("--price", type=float, default=0.004, help="reward that one block application less may cost a group")
+    add("--pilot", type=int, default=40, help="--reward likelihood: questions per set on which every edit is tried")
+    add("--keep", type=int, default=12, help="--reward likelihood: edits that are tried on all questions")
+    add("--candidates", type=int, default=6, help="--reward likelihood: edits that a group tries at each further step")
     add("--batch_size", type=int, default=64, help="questions per forward pass")
     add("--seed", type=int, default=0, help="of the routers' initial weights and the order of questions")
     add("--output_dir", type=Path, required=True, help="folder of the checkpoint")
@@ -61,7 +73,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     some = (1, math.inf)
     check_ranges(
         arguments,
-        **dict.fromkeys(("train_questions", "groups", "batch_size"), some),
+        **dict.fromkeys(("train_questions", "groups", "batch_size", "pilot", "keep", "candidates"), some),
         most_skips=(0, math.inf),
         price=(-math.inf, math.inf),
         seed=(0, MAX_SEED),
@@ -86,6 +98,62 @@ def load_base(arguments: argparse.Namespace, state: PartialState) -> PreTrainedM
     return routed
 
 
+def train_by_generation(arguments: argparse.Namespace, routed, tokenizer, measured: Path, state) -> list[BlockPath]:
+    """Trains the routers on paths that keep generated answers right; returns the labels."""
+    chat = wants_chat_template("auto", arguments.model, tokenizer)
+    questions = [
+        Answered.of(Prompt.of(question, tokenizer, chat), tokenizer)
+        for of_set in read_questions(arguments, state).values()
+        for question in of_set[: arguments.train_questions]
+    ]
+    store = RoundStore(measured, routed.config.base_model_fingerprint, state)
+    rewards = MarginRewards(routed, questions, arguments.batch_size, store)
+    paths = PathsOfGroups(rewards, arguments.groups, arguments.most_skips)
+    labels = paths.labels(arguments.price)
+    describe(labels, state)
+    paths.train_routers(arguments.price, arguments.seed)
+    return labels
+
+
+def train_by_likelihood(arguments: argparse.Namespace, routed, tokenizer, measured: Path, state) -> list[BlockPath]:
+    """Trains the routers on paths that raise the likelihood of right options; returns the labels."""
+    prompts = [
+        LikelihoodPrompt.of(question, tokenizer)
+        for of_set in read_questions(arguments, state).values()
+        for question in seeded_order(of_set, arguments.seed)[: arguments.train_questions]
+    ]
+    key = {"model_fingerprint": routed.config.base_model_fingerprint, "dtype": dtype_name(routed.dtype)}
+    store = ScoreStore(measured, key, state.process_index)
+    normalised = arguments.reward == "likelihood_norm"
+    rewards = LikelihoodRewards(routed, prompts, store, state, arguments.batch_size, normalised)
+    growth = Growth(
+        groups=arguments.groups,
+        pilot=arguments.pilot,
+        keep=arguments.keep,
+        candidates=arguments.candidates,
+        max_edits=arguments.most_skips,
+        price=arguments.price,
+    )
+    paths = LikelihoodPaths(rewards, growth)
+    labels = paths.labels()
+    describe(labels, state)
+    paths.train_routers(labels, arguments.seed)
+    return labels
+
+
+def read_questions(arguments: argparse.Namespace, state: PartialState) -> dict[str, list[Question]]:
+    """The training questions of each set."""
+    with state.main_process_first():  # so that a download happens once per machine
+        return {name: load_questions(name, "train", arguments.data_dir) for name in expand_sets(arguments.dataset)}
+
+
+def describe(labels: list[BlockPath], state: PartialState) -> None:
+    """Prints how many paths the labels hold, and their mean length."""
+    if state.is_main_process:
+        layers = sum(map(sum, labels)) / len(labels)
+        print(f"labels: {len(set(labels))} paths, {layers:.2f} layers on average", file=sys.stderr, flush=True)
+
+
 @main_guard
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
@@ -93,23 +161,11 @@ def main(argv: list[str] | None = None) -> None:
     state = process_state(datetime.timedelta(days=30))  # the others wait while the main process trains
     tokenizer = load_tokenizer(arguments.model, arguments.revision)
     routed = load_base(arguments, state)
-    chat = wants_chat_template("auto", arguments.model, tokenizer)
-    with state.main_process_first():  # so that a download happens once per machine
-        questions = [
-            Answered.of(Prompt.of(question, tokenizer, chat), tokenizer)
-            for name in expand_sets(arguments.dataset)
-            for question in load_questions(name, "train", arguments.data_dir, arguments.train_questions)
-        ]
+    chat = arguments.reward == "generation" and wants_chat_template("auto", arguments.model, tokenizer)
     measured = arguments.output_dir.with_name(arguments.output_dir.name + "-measured")
-    store = RoundStore(measured, routed.config.base_model_fingerprint, state)
+    train = train_by_generation if arguments.reward == "generation" else train_by_likelihood
     try:
-        rewards = MarginRewards(routed, questions, arguments.batch_size, store)
-        paths_of_groups = PathsOfGroups(rewards, arguments.groups, arguments.most_skips)
-        labels = paths_of_groups.labels(arguments.price)
-        layers = sum(map(sum, labels)) / len(labels)
-        if state.is_main_process:
-            print(f"labels: {len(set(labels))} paths, {layers:.2f} layers on average", file=sys.stderr, flush=True)
-        paths_of_groups.train_routers(arguments.price, arguments.seed)
+        labels = train(arguments, routed, tokenizer, measured, state)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what was measured is in {measured}; run the same command to resume") from None
     if state.is_main_process:
@@ -121,6 +177,7 @@ def main(argv: list[str] | None = None) -> None:
             "model_fingerprint": routed.config.base_model_fingerprint,
             "dtype": dtype_name(routed.dtype),
             "chat_template": chat,
+            "reward": arguments.reward,
             "labels": len(labels),
             "arguments": {key: str(value) for key, value in vars(arguments).items()},
             "versions": versions(),

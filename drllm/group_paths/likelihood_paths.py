@@ -1,7 +1,7 @@
 """Paths of groups on a large model: edits that cost too much are dropped early, repeats are allowed.
 
-All single edits of all questions would be 2 L rollouts per question and round. Most edits of a pretrained model cost far
-more than any price, and a few questions show that. So the rounds get narrower:
+All single edits of all questions would be 2 L rollouts per question and round. Most edits of a pretrained model cost
+far more than any price, and a few questions show that. So the rounds get narrower:
 
 1. Pilot: every skip and repeat, on the first `pilot` questions of each set. The `keep` most promising edits stay.
 2. First round: these edits around the default path, on all questions. Their effects, smoothed over similar questions,
@@ -21,6 +21,9 @@ from drllm.group_paths.grouping import groups_of, smoothed
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.group_paths.margin_rewards import RewardRound
 from drllm.group_paths.paths import GroupPath
+from drllm.group_paths.router_training import imitate
+from drllm.processes import from_main
+from drllm.training.router_modules import StackedRouters
 from train_models.paths import EXECUTE, REPEAT, SKIP, Path, default_path, is_allowed
 
 SHRINKAGE = 40  # questions of a set that weigh as much as the mean over all sets, in the pilot
@@ -90,7 +93,6 @@ class LikelihoodPaths:
         edits: bool [L, 3], the edits that were measured on all questions.
         groups: int64 [N].
         chains: for each group its paths of 0, 1, ... edits.
-        default_windows: what the routers read along the default path, [N, L, W, d] and its mask [N, W].
     """
 
     def __init__(self, rewards: LikelihoodRewards, growth: Growth) -> None:
@@ -102,17 +104,34 @@ class LikelihoodPaths:
         self.edits = self._pilot(sets, default)
         first = rewards.around(default, self.edits.expand(len(sets), -1, -1), title="first round")
         effects = (first.rewards - first.own()[:, None, None])[:, self.edits]
-        self.groups = groups_of(smoothed(effects, first.windows, first.window_mask), growth.groups, seed=0)
-        self.default_windows = first.windows, first.window_mask
+        self.groups = from_main(
+            rewards.state,
+            lambda: groups_of(smoothed(effects, first.windows, first.window_mask), growth.groups, seed=0),
+        )
         self.chains = self._grow(first)
 
-    def labels(self) -> list[Path]:
-        """One path per question: its group's path that is worth most at the price."""
-        best = [max(chain, key=lambda member: self._value(member)).path for chain in self.chains]
+    def labels(self, price: float | None = None) -> list[Path]:
+        """One path per question: its group's path that is worth most at `price` (default: that of the growth)."""
+        price = self.growth.price if price is None else price
+        best = [max(chain, key=lambda member: member.reward - price * sum(member.path)).path for chain in self.chains]
         return [best[group] for group in self.groups.tolist()]
 
-    def _value(self, member: GroupPath) -> float:
-        return member.reward - self.growth.price * sum(member.path)
+    def train_routers(self, labels: Sequence[Path], seed: int, epochs: int = 25) -> None:
+        """Trains routers on `labels` from the initial weights of `seed`, and leaves them in the model.
+
+        The main process trains; the others receive the routers.
+        """
+        model = self.rewards.routed.model
+        model.init_routers(seed)
+        routers = StackedRouters(model.routers).cpu()
+        along = RewardRound(list(labels), torch.empty(0), *self.rewards.windows(labels))
+
+        def weights() -> dict[str, torch.Tensor]:
+            imitate(routers, along, epochs=epochs, learning_rate=1e-3, seed=seed)
+            return routers.state_dict()
+
+        routers.load_state_dict(from_main(self.rewards.state, weights))
+        routers.copy_to(model.routers)
 
     def _pilot(self, sets: list[str], default: list[Path]) -> torch.Tensor:
         edits = torch.zeros(len(default[0]), 3, dtype=torch.bool)

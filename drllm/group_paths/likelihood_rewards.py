@@ -1,8 +1,8 @@
 """The likelihood reward of paths around given paths, for multiple-choice questions.
 
-The counterpart of `MarginRewards` for `--reward likelihood`. The reward is the sigmoid of the margin: the right option's
-log-probability minus that of its best rival, over `scale` nats; 1/2 is the border between right and wrong under
-lm-eval's `acc`. Repeats are measured, too: on a pretrained model they help some kinds of questions.
+The counterpart of `MarginRewards` for `--reward likelihood`. The reward is the sigmoid of the margin (the right
+option's log-probability minus that of its best rival) over `scale` nats; 1/2 is the border between right and wrong
+under lm-eval's `acc`. Repeats are measured, too: on a pretrained model they help some kinds of questions.
 """
 
 from __future__ import annotations
