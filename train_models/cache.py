@@ -25,8 +25,9 @@ class RowSchedule:
         self.batch_size = batch_size
         self.device = device
         self._visits_per_block: list[list[int]] = []  # [block][row] -> 0, 1 or 2
-        self._rows: list[list[torch.Tensor | None]] = []  # [block][visit] -> row indices, None for all rows
-        self._row_index_tensors: dict[tuple[int, ...], torch.Tensor | None] = {tuple(range(batch_size)): None}
+        self._row_sets: list[list[int]] = []  # [block][visit] -> number of the set of rows that make the visit
+        self._row_set_numbers: dict[tuple[int, ...], int] = {tuple(range(batch_size)): 0}
+        self._row_indices: list[torch.Tensor | None] = [None]  # of each set, by its number; None for all rows
         self._paths_tensor: torch.Tensor | None = None
 
     @classmethod
@@ -40,8 +41,8 @@ class RowSchedule:
     def append(self, visits: Sequence[int]) -> None:
         """Adds the next block, `visits[row]` times in each row."""
         self._visits_per_block.append(list(visits))
-        row_sets = (self.rows_of(len(self._rows), visit) for visit in range(max(visits, default=0)))
-        self._rows.append([self._row_indices(rows) for rows in row_sets])
+        rows_by_visit = (self.rows_of(len(self._row_sets), visit) for visit in range(max(visits, default=0)))
+        self._row_sets.append([self._number_of(rows) for rows in rows_by_visit])
 
     def rows_of(self, block: int, visit: int) -> tuple[int, ...]:
         """The rows that run `block` for the (`visit` + 1)-th time."""
@@ -51,27 +52,34 @@ class RowSchedule:
         return True  # also before the first block is decided, and for an empty batch
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._row_sets)
 
-    def __getitem__(self, block: int) -> list[torch.Tensor | None]:
-        """One entry a visit that some row makes: the int64 row indices, or None when all rows make it."""
-        return self._rows[block]
+    def __getitem__(self, block: int) -> list[int]:
+        """One entry per visit that some row makes: the number of the set of rows that make it."""
+        return self._row_sets[block]
+
+    def row_indices(self, row_set: int) -> torch.Tensor | None:
+        """int64 indices of the rows in the set of that number, or None for all rows of the batch."""
+        return self._row_indices[row_set]
 
     def paths(self) -> list[Path]:
         """The path of each row, as far as it is decided."""
         return [tuple(visits[row] for visits in self._visits_per_block) for row in range(self.batch_size)]
 
     def paths_tensor(self) -> torch.Tensor:
-        """The decided paths as int8 [batch, L] on the CPU; made once, as each decoding step reports them."""
+        """The decided paths, int8 [batch, L] on the device of the rows; made once, each decoding step reports them."""
         if self._paths_tensor is None or self._paths_tensor.shape[1] != len(self):
-            by_block = torch.tensor(self._visits_per_block, dtype=torch.int8)
+            by_block = torch.tensor(self._visits_per_block, dtype=torch.int8, device=self.device)
             self._paths_tensor = by_block.view(len(self), self.batch_size).T.contiguous()
         return self._paths_tensor
 
-    def _row_indices(self, rows: tuple[int, ...]) -> torch.Tensor | None:
-        if rows not in self._row_index_tensors:
-            self._row_index_tensors[rows] = torch.tensor(rows, device=self.device)
-        return self._row_index_tensors[rows]
+    def _number_of(self, rows: tuple[int, ...]) -> int:
+        # Numbers in the order of appearance, so that equal paths give equal numbers: compiled code keeps them as
+        # constants, and would be compiled again for other ones.
+        if rows not in self._row_set_numbers:
+            self._row_set_numbers[rows] = len(self._row_indices)
+            self._row_indices.append(torch.tensor(rows, device=self.device))
+        return self._row_set_numbers[rows]
 
 
 class _Slot:

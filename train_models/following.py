@@ -50,6 +50,16 @@ def has_a_path_per_row(layer_indices: LayerIndices) -> bool:
     return len(layer_indices) > 0 and hasattr(layer_indices[0], "__len__") and getattr(layer_indices[0], "ndim", 1) > 0
 
 
+def _selected(states: list[torch.Tensor], selection: bool | list[int]) -> tuple[torch.Tensor | None, ...] | None:
+    """What `output_hidden_states` selects of `states`: all, none, or those at its indices with None for the others."""
+    if isinstance(selection, bool) or selection is None:
+        return tuple(states) if selection else None
+    if wrong := [index for index in selection if not -len(states) <= index < len(states)]:
+        raise ValueError(f"output_hidden_states names state {wrong[0]}, but there are states 0 to {len(states) - 1}")
+    indices = {index % len(states) for index in selection}
+    return tuple(state if index in indices else None for index, state in enumerate(states))
+
+
 def check_attention(implementation: str, device: torch.device) -> None:
     """Raises ValueError, with what to use, where an attention back end (`attn_implementation`) does not run."""
     if implementation == "flex_attention" and device.type == "cpu":
@@ -79,9 +89,10 @@ class _RowViews:
         self._batch_size = batch_size
         self._views: dict[tuple[int, str], dict] = {}
 
-    def of(self, rows: torch.Tensor | None, kind: str) -> dict:
-        """The keyword arguments that a block of attention `kind` takes for `rows` (None: all of them)."""
-        key = (id(rows), kind)  # row sets live as long as their schedule, which outlives this object
+    def of(self, row_set: int, rows: torch.Tensor | None, kind: str) -> dict:
+        """The keyword arguments that a block of attention `kind` takes for `rows` (None: all of them), the indices of
+        the set of that number in the schedule."""
+        key = (row_set, kind)
         if key not in self._views:
             masks, position_ids, position_embeddings = self._whole
             self._views[key] = {
@@ -108,6 +119,8 @@ class FollowsPaths:
     y_l >= 1, then once more over those with y_l = 2. With every block executed once the logits equal the stock model's.
     """
 
+    _is_noted_by_caller = False  # see `CausalLMOverPaths.get_compiled_call`
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -117,7 +130,7 @@ class FollowsPaths:
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         layer_indices: LayerIndices | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs,
@@ -126,7 +139,8 @@ class FollowsPaths:
 
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds, use_cache, output_hidden_states, return_dict: as in
-                the stock model; input_ids [batch, T].
+                the stock model; input_ids [batch, T]. A list of output_hidden_states selects states, the others are
+                None.
             past_key_values: a `PathCache`, or an empty `DynamicCache`, which becomes one. Once it holds tokens, its
                 paths are followed.
             layer_indices: a non-decreasing list of block indices for the whole batch ([0, 1, 1, 3]), or one such list a
@@ -138,7 +152,7 @@ class FollowsPaths:
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        if output_attentions:
+        if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError(
                 "output_attentions is not offered: a repeated block attends twice and a skipped one not at all; "
                 "use the stock model to look at attention"
@@ -146,6 +160,13 @@ class FollowsPaths:
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         check_attention(self.config._attn_implementation, inputs_embeds.device)
+        if torch.compiler.is_exporting():
+            if past_key_values is not None or use_cache:
+                raise ValueError(
+                    "torch.export of a forward pass with a cache is not supported, because its paths are not tensors; "
+                    "pass use_cache=False"
+                )
+            use_cache = False
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -153,11 +174,11 @@ class FollowsPaths:
             use_cache = False
         cache = PathCache.of(past_key_values, self.config) if use_cache or past_key_values is not None else None
         batch_size, num_tokens = inputs_embeds.shape[:2]
+        schedule, decider = self._schedule(layer_indices, cache, inputs_embeds, attention_mask, position_ids, kwargs)
         if position_ids is None:
             tokens_seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(num_tokens, device=inputs_embeds.device) + tokens_seen).unsqueeze(0)
 
-        schedule, decider = self._schedule(layer_indices, cache, inputs_embeds, attention_mask, kwargs)
         kinds = self._attention_kinds
         views = _RowViews(
             self._masks(set(kinds), inputs_embeds, attention_mask, cache, position_ids),
@@ -172,12 +193,13 @@ class FollowsPaths:
             run = layer if num_tokens == 1 else layer._call_impl  # see `compile_blocks`
             if decider is not None:
                 decider.before_block(block, hidden_states, schedule)
-            for visit, rows in enumerate(schedule[block]):
+            for visit, row_set in enumerate(schedule[block]):
+                rows = schedule.row_indices(row_set)
                 output = run(
                     hidden_states if rows is None else hidden_states.index_select(0, rows.to(hidden_states.device)),
                     past_key_values=cache.slot(block, visit) if cache is not None else None,
                     use_cache=use_cache,
-                    **views.of(rows, kinds[block]),
+                    **views.of(row_set, rows, kinds[block]),
                     **kwargs,
                 )
                 # Never in place: the caller may hold `inputs_embeds`, and gradients may need the old rows.
@@ -186,16 +208,16 @@ class FollowsPaths:
                     if rows is None
                     else hidden_states.to(output.device).index_copy(0, rows.to(output.device), output)
                 )
-            if output_hidden_states:
-                all_hidden_states.append(hidden_states)
-        hidden_states = self.norm(hidden_states)
+            all_hidden_states.append(hidden_states if output_hidden_states else None)
+        hidden_states = all_hidden_states[-1] = self.norm(hidden_states)
 
-        self._note_pass(schedule, cache, num_tokens)
+        if not self._is_noted_by_caller:
+            self._note_pass(schedule, cache, num_tokens)
         output = self._output(
             decider,
             last_hidden_state=hidden_states,
             past_key_values=cache if use_cache else None,
-            hidden_states=(*all_hidden_states[:-1], hidden_states) if output_hidden_states else None,
+            hidden_states=_selected(all_hidden_states, output_hidden_states),
             paths=schedule.paths_tensor(),
         )
         return output.to_tuple() if return_dict is False else output
@@ -217,7 +239,7 @@ class FollowsPaths:
             raise RuntimeError("no forward pass has run yet, so no block applications were counted")
         return torch.tensor([sum(path) * self._last_passes for path in self._last_schedule.paths()])
 
-    def _schedule(self, layer_indices, cache, inputs_embeds, attention_mask, kwargs: dict):
+    def _schedule(self, layer_indices, cache, inputs_embeds, attention_mask, position_ids, kwargs: dict):
         """(schedule, decider): known paths and, where decisions or router inputs are wanted, who makes them."""
         decided = cache.schedule if cache is not None else None
         batch_size = inputs_embeds.shape[0]
@@ -233,7 +255,7 @@ class FollowsPaths:
             known = decided or RowSchedule.of(paths, len(self.layers), inputs_embeds.device)
         else:
             known = decided or self._default_schedule(batch_size, inputs_embeds.device)
-        decider = self._decider(known, decided is not None, inputs_embeds, attention_mask, kwargs)
+        decider = self._decider(known, decided is not None, inputs_embeds, attention_mask, position_ids, kwargs)
         return known or RowSchedule(batch_size, inputs_embeds.device), decider
 
     def _default_schedule(self, batch_size: int, device: torch.device) -> RowSchedule | None:
@@ -241,7 +263,9 @@ class FollowsPaths:
         num_blocks = len(self.layers)
         return RowSchedule.of([default_path(num_blocks)] * batch_size, num_blocks, device)
 
-    def _decider(self, known: RowSchedule | None, is_decoding: bool, inputs_embeds, attention_mask, kwargs: dict):
+    def _decider(
+        self, known: RowSchedule | None, is_decoding: bool, inputs_embeds, attention_mask, position_ids, kwargs: dict
+    ):
         """Who is asked before each block: appends to the schedule when no path is known, and may record; or None."""
         return None
 
@@ -331,9 +355,13 @@ class CausalLMOverPaths:
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            self._note_training(**kwargs)
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         output = self.output_type(loss=loss, logits=logits, **fields)
         return output.to_tuple() if return_dict is False else output
+
+    def _note_training(self, **_kwargs) -> None:
+        """Called with the keyword arguments of a forward pass that computes the loss on labels."""
 
     @property
     def block_applications(self) -> torch.Tensor:
@@ -355,6 +383,30 @@ class CausalLMOverPaths:
         """
         for block in self.model.layers:
             block.compile(**compile_arguments)
+
+    def get_compiled_call(self, compile_config):
+        """The compiled decoding step of `generate`. The cache's counts are kept outside of it, because a graph break
+        would be refused by `CompileConfig(fullgraph=True)`."""
+        compiled_call = super().get_compiled_call(compile_config)
+
+        def call(input_ids=None, past_key_values=None, **kwargs):
+            self.model._is_noted_by_caller = True
+            try:
+                output = compiled_call(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+            finally:
+                self.model._is_noted_by_caller = False
+            self.model._note_pass(past_key_values.schedule, past_key_values, input_ids.shape[1])
+            return output
+
+        return call
+
+    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "assistant_early_exit is not supported: the path says which blocks run; use prompt_lookup_num_tokens "
+                "or an assistant_model"
+            )
+        return super()._get_candidate_generator(generation_config, *args, **kwargs)
 
     def init_continuous_batching(self, *_args, **_kwargs):
         """Refused, and with it `generate_batch`: packed prompts have no row of their own."""

@@ -7,7 +7,7 @@ their imports before it has copied them.
 from ._releases import check_release  # noqa: F401
 
 # isort: split
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from .cache import PathCache  # noqa: F401
 from .following import FollowsPaths  # noqa: F401
@@ -27,9 +27,10 @@ class RoutedLlamaModel(RoutedModel, LlamaModel):
     """The base model, with `routers`."""
 
     config_class = RoutedLlamaConfig
+    _auto_class = "AutoModel"
 
 
-class RoutedLlamaForCausalLM(RoutedCausalLM, LlamaForCausalLM):
+class RoutedLlamaForCausalLM(RoutedCausalLM, LlamaForCausalLM, GenerationMixin):
     """The model with the language-model head; what checkpoints hold."""
 
     config_class = RoutedLlamaConfig

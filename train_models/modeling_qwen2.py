@@ -7,7 +7,7 @@ their imports before it has copied them.
 from ._releases import check_release  # noqa: F401
 
 # isort: split
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers import GenerationMixin, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
 from .cache import PathCache  # noqa: F401
 from .following import FollowsPaths  # noqa: F401
@@ -27,9 +27,10 @@ class RoutedQwen2Model(RoutedModel, Qwen2Model):
     """The base model, with `routers`."""
 
     config_class = RoutedQwen2Config
+    _auto_class = "AutoModel"
 
 
-class RoutedQwen2ForCausalLM(RoutedCausalLM, Qwen2ForCausalLM):
+class RoutedQwen2ForCausalLM(RoutedCausalLM, Qwen2ForCausalLM, GenerationMixin):
     """The model with the language-model head; what checkpoints hold."""
 
     config_class = RoutedQwen2Config

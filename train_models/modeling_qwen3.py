@@ -7,7 +7,7 @@ their imports before it has copied them.
 from ._releases import check_release  # noqa: F401
 
 # isort: split
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers import GenerationMixin, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from .cache import PathCache  # noqa: F401
 from .following import FollowsPaths  # noqa: F401
@@ -27,9 +27,10 @@ class RoutedQwen3Model(RoutedModel, Qwen3Model):
     """The base model, with `routers`."""
 
     config_class = RoutedQwen3Config
+    _auto_class = "AutoModel"
 
 
-class RoutedQwen3ForCausalLM(RoutedCausalLM, Qwen3ForCausalLM):
+class RoutedQwen3ForCausalLM(RoutedCausalLM, Qwen3ForCausalLM, GenerationMixin):
     """The model with the language-model head; what checkpoints hold."""
 
     config_class = RoutedQwen3Config

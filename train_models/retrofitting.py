@@ -7,6 +7,8 @@ from importlib import import_module
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from .routed import UNSAVED
+
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
@@ -69,6 +71,7 @@ def retrofit(
     model.requires_grad_(False)
     model.model.routers.requires_grad_(True)
     model.model.init_routers(seed)
+    model.name_or_path = f"{UNSAVED}{name_or_path}"
     return model
 
 

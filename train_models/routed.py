@@ -5,9 +5,12 @@ A family needs three short classes, see `modeling_llama.py`. Nothing here knows 
 
 import logging
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .cache import RowSchedule
 from .following import CausalLMOverPaths, FollowsPaths, PathCausalLMOutput, PathModelOutput
@@ -17,6 +20,9 @@ from .routing import PromptWindows, RouterBlock, check_control, prompt_windows, 
 logger = logging.getLogger(__name__)
 
 ROUTER_INPUTS = ("previous_layer", "embeddings")
+
+# How the name of a model begins that no folder holds yet: who records it (PEFT) must not find the plain base there.
+UNSAVED = "unsaved routed model on "
 
 
 @dataclass(kw_only=True)
@@ -43,6 +49,15 @@ class RoutedConfigFields:
     base_model_name: str | None = None
     base_model_revision: str | None = None
     base_model_fingerprint: str | None = None
+
+    # What `Trainer` omits from predictions, which leaves the logits.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "paths",
+        "router_logits",
+        "router_inputs",
+        "window_mask",
+    ]
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -111,6 +126,18 @@ def prompt_mask_of(
     if tuple(prompt_length.shape) != (batch_size,):
         raise ValueError(f"prompt_length needs one length a row, {batch_size} in all, not {prompt_length.tolist()}")
     return prompt_mask & (prompt_mask.cumsum(1) <= prompt_length[:, None])
+
+
+def _check_unpacked(position_ids: torch.Tensor | None, kwargs: dict) -> None:
+    """Raises ValueError for rows of several sequences, as `DataCollatorWithFlattening` makes them."""
+    is_packed = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("seq_idx") is not None
+    if position_ids is not None and not is_packed:
+        is_packed = bool((position_ids[..., 1:] <= position_ids[..., :-1]).any())
+    if is_packed:
+        raise ValueError(
+            "the batch packs several sequences into one row, but a router decides once per row; pass one row per "
+            "sequence with an attention_mask"
+        )
 
 
 class _Routers:
@@ -250,13 +277,20 @@ class RoutedModel(FollowsPaths):
     def _default_schedule(self, batch_size: int, device: torch.device) -> RowSchedule | None:
         return super()._default_schedule(batch_size, device) if self.is_static_routing else None
 
-    def _decider(self, known, is_decoding, inputs_embeds, attention_mask, kwargs) -> _Routers | None:
+    def _decider(self, known, is_decoding, inputs_embeds, attention_mask, position_ids, kwargs) -> _Routers | None:
         prompt = {name: kwargs.pop(name, None) for name in ("prompt_mask", "prompt_length")}
         wants_logits = kwargs.pop("output_router_logits", False)
         wants_inputs = kwargs.pop("output_router_inputs", False)
         if is_decoding or (known is not None and not wants_logits and not wants_inputs):
             return None
+        if known is None and torch.compiler.is_exporting():
+            raise ValueError(
+                "torch.export cannot follow a decision, which depends on the prompt; pass layer_indices, or set "
+                "is_static_routing"
+            )
         batch_size, num_tokens = inputs_embeds.shape[:2]
+        says_what_rows_are = attention_mask is not None or prompt["prompt_mask"] is not None
+        _check_unpacked(None if says_what_rows_are else position_ids, kwargs)
         prompt_mask = prompt_mask_of(
             attention_mask,
             **prompt,
@@ -276,14 +310,48 @@ class RoutedCausalLM(CausalLMOverPaths):
 
     output_type = RoutedCausalLMOutput
 
+    def __init_subclass__(cls, **kwargs):
+        """Registers a family with transformers, as its own models are."""
+        super().__init_subclass__(**kwargs)
+        # Code that goes by class name: Trainer's label smoothing shifts labels for these, pipelines accept them.
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(cls.config_class.model_type, cls.__name__)
+        if cls.__module__.startswith("transformers_modules."):
+            return  # the code of a checkpoint: another checkpoint may bring other code of the same family
+        AutoConfig.register(cls.config_class.model_type, cls.config_class, exist_ok=True)
+        AutoModel.register(cls.config_class, cls.base_model_type, exist_ok=True)
+        AutoModelForCausalLM.register(cls.config_class, cls, exist_ok=True)
+
     def __init__(self, config):
         super().__init__(config)
+        self._has_noted_training = False
         if getattr(config, "quantization_config", None) is not None:
             # The one list of modules to leave alone that every quantiser of transformers reads.
             self._keep_in_fp32_modules = {*self._keep_in_fp32_modules, "model.routers"}
 
     def _init_weights(self, module: nn.Module) -> None:
         RoutedModel._init_weights(self, module) if isinstance(module, RouterBlock) else super()._init_weights(module)
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As in the stock model; `AutoModel` finds the base model in the checkpoint, too."""
+        if self._auto_class is not None:
+            module = type(self).__module__.rpartition(".")[2]
+            auto_map = getattr(self.config, "auto_map", None) or {}
+            self.config.auto_map = auto_map | {"AutoModel": f"{module}.{self.base_model_type.__name__}"}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.name_or_path.startswith(UNSAVED):
+            self.name_or_path = str(save_directory)
+
+    def _note_training(self, output_router_logits: bool = False, **_kwargs) -> None:
+        is_relevant = self.training and torch.is_grad_enabled() and not output_router_logits
+        if self._has_noted_training or not is_relevant or torch.compiler.is_compiling():
+            return
+        if any(parameter.requires_grad for parameter in self.model.routers.parameters()):
+            self._has_noted_training = True
+            logger.warning(
+                "the loss on labels trains no router, because a decision passes no gradient on; train routers on the "
+                "paths of the search with train.py, or with model(..., layer_indices=paths, output_router_logits=True) "
+                "and a loss on router_logits"
+            )
 
     def prepare_inputs_for_generation(
         self,
@@ -309,6 +377,10 @@ class RoutedCausalLM(CausalLMOverPaths):
                 real = inputs.get("attention_mask")
                 prompt_mask = torch.ones_like(input_ids) if real is None else real.clone()
                 prompt_mask[:, width:] = 0
+            if prompt_mask is None and inputs.get("attention_mask") is None:
+                # One prompt per row: `forward` need not look for packed ones, which would wait for the device.
+                prompt = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+                prompt_mask = torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
             inputs |= {"prompt_mask": prompt_mask, "prompt_length": prompt_length}
         return inputs
 
@@ -318,6 +390,12 @@ class RoutedCausalLM(CausalLMOverPaths):
             return super()._assisted_decoding(input_ids, *args, **kwargs)
         finally:
             self._assisted_prompt_width = None
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, prompt_length=None, **kwargs):
+        # The stock method repeats tensors for beams and return sequences; a list of lengths needs the same.
+        if prompt_length is not None:
+            kwargs["prompt_length"] = torch.as_tensor(prompt_length)
+        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         cache = model_kwargs.get("past_key_values")

@@ -82,9 +82,12 @@ class RouterBlock(nn.Module):
             valid: bool [..., W].
         """
         parameter = self.layers[0].weight
-        # An offloaded weight is on "meta" until its hook loads it to where the input is.
-        device = windows.device if parameter.is_meta else parameter.device
-        votes = self.layers(windows.to(device, parameter.dtype)).float()
+        if callable(parameter):  # of torch's dynamic quantization, which takes float32
+            votes = self.layers(windows.float())
+        else:
+            # An offloaded weight is on "meta" until its hook loads it to where the input is.
+            device = windows.device if parameter.is_meta else parameter.device
+            votes = self.layers(windows.to(device, parameter.dtype)).float()
         valid = valid.to(votes.device).unsqueeze(-1)
         return (votes * valid).sum(-2) / valid.sum(-2).clamp(min=1)
 

@@ -344,9 +344,20 @@ model.save_pretrained("again")
 
 
 def test_without_trust_the_sentence_says_what_to_pass(routed, tmp_path):
-    routed().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
+    routed().save_pretrained(tmp_path / "checkpoint")
+    load = "AutoModelForCausalLM.from_pretrained('checkpoint', trust_remote_code=False)"
+    run = subprocess.run(
+        [sys.executable, "-c", f"from transformers import AutoModelForCausalLM; {load}"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    assert "trust_remote_code=True" in run.stderr.splitlines()[-1]
+    # Where this repository's classes are imported, they are used, and nothing of the checkpoint is executed.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", trust_remote_code=False)
+    assert type(model) is type(routed())
 
 
 def test_another_number_of_windows_is_said_aloud(routed, tmp_path, caplog):
