@@ -1,0 +1,270 @@
+"""Compares routed checkpoints on multiple-choice test questions by log-likelihood, beside controls at equal layers.
+
+    python -m experiments.compare_likelihood --model MODEL --checkpoint paper=checkpoints/published \
+        --checkpoint "group paths=checkpoints/groups" --train_scores checkpoints/groups-measured \
+        --output results/NAME.json
+
+Checkpoints of one name are its seeds. Every method is scored on the same questions, by lm-eval's `acc`:
+
+    base          every block once
+    NAME          the routers of the checkpoints
+    random: NAME  the actions of these routers at their own rates per layer, drawn regardless of the question
+    static        one path for all, skips and repeats allowed, grown on the training questions of --train_scores
+    influence     one path for all: the blocks with the least influence skipped (ShortGPT)
+    early exit    one path for all: the last blocks skipped (LayerSkip's inference on a frozen base)
+
+Sets weigh alike in the total of the first table. Intervals are 95%, paired by question. Scores are kept in --work_dir:
+run the same command to resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from drllm.arguments import MAX_SEED, check_ranges
+from drllm.checkpoints import load_routed, load_routed_checkpoint, load_tokenizer
+from drllm.errors import UserError, main_guard
+from drllm.evaluation.method_report import draw_methods, methods_table
+from drllm.evaluation.outcomes import Outcome, method_row
+from drllm.files import check_output_file, check_output_folder
+from drllm.group_paths.likelihood_paths import Growth, LikelihoodPaths
+from drllm.group_paths.likelihood_rewards import LikelihoodRewards
+from drllm.processes import process_state
+from drllm.provenance import command_line, dtype_name, fingerprint, parse_dtype, write_result
+from drllm.questions.likelihood import LikelihoodPrompt
+from drllm.questions.sets import expand_sets, load_questions
+from drllm.rivals import BlockInfluence, EarlyExit, random_paths
+from drllm.rollouts.routed_paths import routed_paths
+from drllm.rollouts.scores import ScoreStore
+from drllm.search.selection import seeded_order
+from train_models.paths import Path as BlockPath
+from train_models.paths import default_path
+
+PROGRAM = "python -m experiments.compare_likelihood"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked.
+
+    Raises:
+        UserError: an argument out of range, or an output that cannot be written.
+    """
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder or Hub name of the base model")
+    add("--dtype", default="float32", help="of the base model (default: float32)")
+    add("--checkpoint", action="append", default=[], help="NAME=FOLDER of a routed checkpoint; repeatable")
+    add("--data_dir", type=Path, help="local question files in the Hub's schema; without it, the Hub")
+    add("--sets", default="arc,openbookqa,commonsense", help="question sets and groups, comma-separated")
+    add("--test_questions", type=int, help="per set; default: all")
+    add("--train_scores", type=Path, help="scores of experiments.group_paths, for the static paths; default: none")
+    add("--train_questions", type=int, default=120, help="per set, as given to experiments.group_paths (default: 120)")
+    add("--train_sets", help="as given to experiments.group_paths; default: --sets")
+    add("--train_seed", type=int, default=0, help="as given to experiments.group_paths (default: 0)")
+    add("--price", type=float, default=0.002, help="reward that one block less may cost the static path")
+    add("--most_edits", type=int, default=4, help="of the static path, and skips of influence and early exit")
+    add("--normalised", action="store_true", help="judge by acc_norm instead of acc")
+    add("--batch_size", type=int, default=8, help="questions per forward pass (default: 8)")
+    add("--work_dir", type=Path, default=Path("runs/compare_likelihood"), help="keeps all scores")
+    add("--output", type=Path, required=True, help="JSON file; a .md and a .png are written beside it")
+    arguments = parser.parse_args(argv)
+    check_ranges(
+        arguments,
+        **dict.fromkeys(("train_questions", "batch_size"), (1, math.inf)),
+        test_questions=(2, math.inf),
+        most_edits=(0, math.inf),
+        train_seed=(0, MAX_SEED),
+        price=(-math.inf, math.inf),
+    )
+    for checkpoint in arguments.checkpoint:
+        if not all(checkpoint.partition("=")[::2]):
+            raise UserError(f"--checkpoint {checkpoint}: expected NAME=FOLDER")
+    check_output_file(arguments.output, "--output")
+    check_output_folder(arguments.work_dir, "--work_dir")
+    parse_dtype(arguments.dtype)
+    return arguments
+
+
+class Comparison:
+    """The base model, the test questions, and the outcomes of methods on them."""
+
+    def __init__(self, arguments: argparse.Namespace, state: PartialState) -> None:
+        self.arguments = arguments
+        self.state = state
+        self.sets = expand_sets(arguments.sets)
+        self.tokenizer = load_tokenizer(arguments.model)
+        self.routed = load_routed(arguments.model, parse_dtype(arguments.dtype), None, {}).eval().to(state.device)
+        self.num_blocks = self.routed.config.num_hidden_layers
+        self.key = {"model_fingerprint": fingerprint(self.routed), "dtype": dtype_name(self.routed.dtype)}
+        questions = [
+            question
+            for name in self.sets
+            for question in load_questions(name, "test", arguments.data_dir)[: arguments.test_questions]
+        ]
+        self.prompts = [LikelihoodPrompt.of(question, self.tokenizer) for question in questions]
+        store = ScoreStore(arguments.work_dir / "test", self.key, state.process_index)
+        self.rewards = self._rewards(self.prompts, store)
+        self.base = self.along("base", [default_path(self.num_blocks)] * len(self.prompts))
+
+    def _rewards(self, prompts: list[LikelihoodPrompt], store: ScoreStore) -> LikelihoodRewards:
+        arguments = self.arguments
+        return LikelihoodRewards(self.routed, prompts, store, self.state, arguments.batch_size, arguments.normalised)
+
+    def along(self, name: str, paths: Sequence[BlockPath]) -> Outcome:
+        """The outcome of one path per test question, reported on stderr."""
+        self.rewards.score([[path] for path in paths], name)
+        right = [float(self.rewards.is_right(prompt, path)) for prompt, path in zip(self.prompts, paths, strict=True)]
+        outcome = Outcome(right, [float(sum(path)) for path in paths])
+        if self.state.is_main_process:
+            print(f"{name}: {outcome.accuracy:.2%} at {outcome.mean_layers:.2f} layers", file=sys.stderr, flush=True)
+        return outcome
+
+    def decisions(self, checkpoint: str) -> list[BlockPath]:
+        """The paths that the routers of a checkpoint decide on for the test questions.
+
+        Raises:
+            UserError: the checkpoint has another base model.
+        """
+        model: PreTrainedModel = load_routed_checkpoint(checkpoint, self.arguments.dtype, self.state.device)
+        if (found := fingerprint(model)) != self.key["model_fingerprint"]:
+            raise UserError(
+                f"{checkpoint} has base weights {found}, --model has {self.key['model_fingerprint']}; name the base "
+                "that the checkpoint was trained on"
+            )
+        return routed_paths(model, self.prompts, self.arguments.batch_size)
+
+    def static_paths(self) -> list[BlockPath]:
+        """The paths of 0, 1, ... edits that one group of all training questions grows."""
+        arguments = self.arguments
+        training = [
+            LikelihoodPrompt.of(question, self.tokenizer)
+            for name in expand_sets(arguments.train_sets or arguments.sets)
+            for question in seeded_order(load_questions(name, "train", arguments.data_dir), arguments.train_seed)[
+                : arguments.train_questions
+            ]
+        ]
+        shared = {prompt.question.id for prompt in training} & {prompt.question.id for prompt in self.prompts}
+        if shared:
+            raise UserError(f"{len(shared)} test questions are also training questions, e.g. {sorted(shared)[0]}")
+        store = ScoreStore(arguments.train_scores, self.key, self.state.process_index)
+        growth = Growth(groups=1, max_edits=arguments.most_edits, price=arguments.price)
+        return [member.path for member in LikelihoodPaths(self._rewards(training, store), growth).chains[0]]
+
+    def controls(self) -> dict[str, list[BlockPath]]:
+        """Static paths by name."""
+        contexts = [_Context(prompt) for prompt in self.prompts]
+        influence = BlockInfluence(self.arguments.batch_size).fit(self.routed, contexts, self.arguments.most_edits)
+        exits = EarlyExit().fit(self.routed, contexts, self.arguments.most_edits)
+        grown = self.static_paths() if self.arguments.train_scores else []
+        paths = {"static": grown[1:], "influence": influence[1:], "early exit": exits[1:]}
+        return {
+            f"{kind}: {sum(path)} blocks, {number} edits": [path]
+            for kind, members in paths.items()
+            for number, path in enumerate(members, start=1)
+        }
+
+    def per_set(self, outcome: Outcome) -> dict[str, dict[str, float]]:
+        """Accuracy and layers of each set, and of all sets, which weigh alike."""
+        table = {}
+        for name in self.sets:
+            members = [i for i, prompt in enumerate(self.prompts) if prompt.question.set == name]
+            table[name] = {
+                "accuracy": statistics.mean(outcome.right[i] for i in members),
+                "layers": statistics.mean(outcome.layers[i] for i in members),
+                "questions": len(members),
+            }
+        return table | {
+            "total": {
+                column: statistics.mean(table[name][column] for name in self.sets) for column in ("accuracy", "layers")
+            }
+        }
+
+
+class _Context:
+    """What `BlockInfluence` reads of a question: its prompt."""
+
+    def __init__(self, prompt: LikelihoodPrompt) -> None:
+        self.prompt = prompt
+
+
+def compare(arguments: argparse.Namespace, state: PartialState) -> dict:
+    """Everything that the JSON holds but its provenance."""
+    comparison = Comparison(arguments, state)
+    methods: dict[str, list[list[BlockPath]]] = {}
+    for checkpoint in arguments.checkpoint:
+        name, _, folder = checkpoint.partition("=")
+        methods.setdefault(name, []).append(comparison.decisions(folder))
+    for name in list(methods):
+        methods[f"random: rates of {name}"] = [random_paths(paths, seed) for seed, paths in enumerate(methods[name])]
+    controls = comparison.controls()
+    outcomes = {"base": [comparison.base]}
+    for name, seeds in methods.items():
+        outcomes[name] = [
+            comparison.along(f"{name}, seed {seed}" if len(seeds) > 1 else name, paths)
+            for seed, paths in enumerate(seeds)
+        ]
+    for name, (path,) in controls.items():
+        outcomes[name] = [comparison.along(name, [path] * len(comparison.prompts))]
+    static = [comparison.base, *(found[0] for name, found in outcomes.items() if name.startswith("static"))]
+    return {
+        "test_questions": len(comparison.prompts),
+        "metric": "acc_norm" if arguments.normalised else "acc",
+        "base": comparison.key,
+        "rows": [method_row(name, found, comparison.base, static) for name, found in outcomes.items()],
+        "sets": {name: comparison.per_set(Outcome.average(found)) for name, found in outcomes.items()},
+        "paths": {name: list(path) for name, (path,) in controls.items()},
+        "oracle": None,
+    }
+
+
+def sets_table(result: dict) -> str:
+    """Accuracy and layers by set as Markdown; in the total the sets weigh alike."""
+    names = list(next(iter(result["sets"].values())))
+    lines = [
+        "| method | " + " | ".join(f"{name} acc. (%) | layers" for name in names) + " |",
+        "|---" * (2 * len(names) + 1) + "|",
+    ]
+    for method, by_set in result["sets"].items():
+        cells = [f"{100 * by_set[name]['accuracy']:.2f} | {by_set[name]['layers']:.2f}" for name in names]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the top of this file."""
+    arguments = parse_arguments(argv)
+    start = time.perf_counter()
+    state = process_state(datetime.timedelta(days=1))
+    result = compare(arguments, state)
+    if state.is_main_process:
+        write_result(
+            arguments.output,
+            result,
+            command=command_line(PROGRAM, argv),
+            seed=arguments.train_seed,
+            seconds=time.perf_counter() - start,
+        )
+        tables = f"{sets_table(result)}\n\n{methods_table(result)}\n"
+        arguments.output.with_suffix(".md").write_text(tables)
+        draw_methods(result, arguments.output.with_suffix(".png"))
+        print(tables)
+        print(arguments.output)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,84 @@
+"""Checkpoints compared by log-likelihood: the same answers as lm-eval, paired, resumed."""
+
+import json
+
+import pytest
+import torch
+
+from experiments import compare_likelihood, group_paths
+from tests import search_toys
+from tests.conftest import STOCK
+from tests.eval_toys import evaluate, make_routed, make_tasks, metrics, routed_lm
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory, stock_checkpoint):
+    """(base, routed checkpoint, data with train and test questions)."""
+    folder = tmp_path_factory.mktemp("compare_likelihood")
+
+    def stock_model(family, changes):
+        return STOCK[family][1].from_pretrained(stock_checkpoint(family, **changes), dtype=torch.float32)
+
+    base = search_toys.make_model(folder / "model", stock_model)
+    data = search_toys.make_data(folder / "data", 16, seed=5)
+    make_tasks(data, 12)
+    return base, make_routed(base, folder / "routed"), data
+
+
+LIKELIHOOD_TASK = """
+task: toy_arc
+dataset_path: json
+dataset_kwargs: {{data_files: {file}}}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_target: "{{{{choices.label.index(answerKey)}}}}"
+doc_to_choice: "{{{{choices.text}}}}"
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
+
+
+def test_accuracy_and_layers_are_those_of_lm_eval_and_a_second_run_scores_nothing(toy, tmp_path, monkeypatch):
+    base, routed, data = toy
+    groups = f"--reward likelihood --model {base} --data_dir {data} --dataset arc --train_questions 8 --groups 2"
+    groups += " --pilot 4 --keep 3 --candidates 2 --most_skips 1 --batch_size 4"
+    assert group_paths.main([*groups.split(), "--output_dir", str(tmp_path / "groups")]) == 0
+    arguments = f"--model {base} --checkpoint paper={routed} --data_dir {data} --sets arc_easy --batch_size 4"
+    arguments += f" --train_sets arc --train_scores {tmp_path}/groups-measured --train_questions 8 --most_edits 1"
+    arguments += f" --work_dir {tmp_path}/work --output {tmp_path}/result.json"
+    assert compare_likelihood.main(arguments.split()) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    (data / "toy_arc.yaml").write_text(LIKELIHOOD_TASK.format(file=data / "arc_easy_test.jsonl"))
+    judged = evaluate(routed_lm(routed, batch_size=4), data, ["toy_arc"])
+    assert result["sets"]["paper"]["arc_easy"]["accuracy"] == pytest.approx(metrics(judged)["toy_arc"]["acc,none"])
+    counted = judged["config"]["block_applications"]["toy_arc"]
+    assert result["sets"]["paper"]["arc_easy"]["layers"] == pytest.approx(
+        sum(
+            sum(share * times for times, share in enumerate(shares))
+            for shares in zip(*counted["share_per_block"].values(), strict=True)
+        )
+    )
+    assert result["sets"]["base"]["arc_easy"]["layers"] == 6
+    names = [row["method"].split(":")[0] for row in result["rows"]]
+    assert names == ["base", "paper", "random", "static", "influence", "early exit"]
+    assert "| paper |" in (tmp_path / "result.md").read_text()
+    assert (tmp_path / "result.png").stat().st_size > 1000
+
+    monkeypatch.setattr(
+        compare_likelihood.LikelihoodRewards, "score", lambda self, work, title: self._scores.update()
+    )  # nothing is scored: all scores must be in the stores
+    assert compare_likelihood.main(arguments.split()) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["rows"] == result["rows"]
+
+
+def test_bad_input_is_one_sentence(toy, tmp_path, capsys):
+    base, _, data = toy
+    common = f"--model {base} --data_dir {data} --sets arc_easy --output {tmp_path}/r.json --work_dir {tmp_path}/w"
+    for extra, sentence in (
+        ("--checkpoint nameless", "--checkpoint nameless: expected NAME=FOLDER"),
+        (f"--checkpoint x={base}", "without routers"),
+        ("--batch_size 0", "--batch_size is 0"),
+    ):
+        assert compare_likelihood.main([*common.split(), *extra.split()]) == 2
+        assert sentence in capsys.readouterr().err
