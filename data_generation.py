@@ -1,43 +1,45 @@
-"""Step 1 of 3: searches a routing label for each training question (DrLLM, section 3.2).
+"""Step 1 of 3: searches a routing label for every training question (Section 4 of the paper).
 
-    python data_generation.py                                     # the embedded default, on a laptop
+    python data_generation.py                                     # the bundled toy model ("miniature"), on a laptop
     accelerate launch --num_processes 8 data_generation.py --model meta-llama/Llama-3.2-3B-Instruct --dataset arc,dart
 
-Writes labels.jsonl and manifest.json into --output_dir. Stopped at any moment, the same command continues, with any
-number of processes and any batch size.
+Writes labels.jsonl and manifest.json into --output_dir. A run that was stopped at any moment is resumed by the same
+command, with any number of processes and any batch size.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
+import functools
+import math
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from data_models import load_path_model
 from drllm import labels, provenance
+from drllm.arguments import MAX_SEED, check_ranges
 from drllm.errors import UserError, main_guard
-from drllm.processes import from_main, process_state
-from drllm.questions.prompts import Prompt, wants_chat_template
+from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
+from drllm.processes import process_state
+from drllm.questions.per_set import numbers_per_set
+from drllm.questions.prompts import Prompt, split_by_context, wants_chat_template
+from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import GROUPS, SETS, Question, expand_sets, load_questions
 from drllm.rollouts.engine import RolloutEngine
 from drllm.search.pool import SearchPool
-from drllm.search.progress import Progress, begin, finish, to_row
+from drllm.search.report import shortfalls, table2_text
+from drllm.search.run import search_labels
 from drllm.search.selection import Selection, digest_of, seeded_order
 from drllm.search.tree import DEFAULT_POLICY, POLICIES, SearchSettings
 
-MINIATURE = Path(__file__).resolve().parent / "miniature"
-SAMPLES_ELSEWHERE = 1000  # of sets for which the paper names no number
-BATCH_SIZE = 128  # where to start; a batch that does not fit is halved
+DEFAULT_SAMPLES = 1000  # of sets that are not in Table 2
+BATCH_SIZE = 128  # to begin with; a batch that does not fit into memory is halved
+WAIT_FOR_OTHERS = datetime.timedelta(days=30)  # a process that is done waits for the others, for hours if need be
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -49,10 +51,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default=None, help="folder or Hub name of a Llama, Qwen2 or Qwen3 model; default: the miniature")
     add("--revision", default=None, help="of the model on the Hub")
-    add("--dataset", default="arc,dart", help="sets and groups, by comma: " + ", ".join(GROUPS | SETS))
+    add("--dataset", nargs="+", default=["arc,dart"], help="sets and groups: " + ", ".join(GROUPS | SETS))
     add("--data_dir", default=None, help="folder with local files of the Hub's schema; default: the Hub")
     add("--output_dir", default="data/", help="folder of the labels")
-    add("--num_simulations", type=int, default=paper.num_simulations, help="of the tree search, a question")
+    add("--num_simulations", type=int, default=paper.num_simulations, help="of the tree search, per question")
     add("--budget", type=float, default=paper.budget, help="longest path, in multiples of the number of blocks")
     add("--c", type=float, default=paper.exploration, help="exploration constant of UCB")
     add("--lambda", dest="length_penalty", type=float, default=paper.length_penalty, help="length penalty of UCB")
@@ -61,16 +63,53 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--samples",
         default="paper",
-        help='labels to keep a set: "paper" (Table 2), a number, or e.g. arc_easy=400,dart-1=200 (rest: paper)',
+        help='labels to keep per set: "paper" (Table 2), a number, or e.g. arc_easy=400,dart-1=200 (rest: paper)',
     )
-    add("--wrong_to_right_share", type=float, default=0.3, help="of the labels of a set")
-    add("--limit", type=int, default=None, help="search at most so many questions a set")
-    add("--seed", type=int, default=0, help="of the order of questions and of each search")
+    add("--wrong_to_right_share", type=float, default=0.3, help="target share of all labels")
+    add("--limit", type=int, default=None, help="search at most this number of questions per set")
+    add("--seed", type=int, default=0, help="of the order of questions and of every search")
     add("--dtype", default="auto", help="of the weights: bfloat16, float32, ...; auto: bfloat16 on a GPU, else float32")
     add("--chat_template", choices=("auto", "on", "off"), default="auto", help="auto: for models named ...instruct")
-    add("--batch_size", type=int, default=BATCH_SIZE, help="rows a batch; halved when it does not fit")
+    add(
+        "--max_new_tokens",
+        default="default",
+        help="of a response: a number, or e.g. arc=10,dart=20; default: ARC 10 with a chat template, else 2; DART 15",
+    )
+    add("--inject_boxed", action="store_true", help=r"end math prompts with \boxed{ (Appendix A, for base models)")
+    add("--strict_letters", action="store_true", help="multiple choice: only a leading A, B, C or D is an answer")
+    add("--batch_size", type=int, default=BATCH_SIZE, help="rows per batch; halved when memory runs out")
     add("--concurrency", type=int, default=None, help="questions searched at once; default: 2 batches")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.dataset = ",".join(args.dataset)
+    return args
+
+
+def check_arguments(args: argparse.Namespace) -> SearchSettings:
+    """Checks the values that need no data and no model; returns the settings of the search."""
+    check_ranges(
+        args,
+        num_simulations=(1, math.inf),
+        budget=(1, math.inf),
+        c=(0, math.inf),
+        p_rand=(0, 1),
+        wrong_to_right_share=(0, 1),
+        limit=(1, math.inf),
+        seed=(0, MAX_SEED),
+        batch_size=(1, math.inf),
+        concurrency=(1, math.inf),
+    )
+    if not args.length_penalty >= 0:  # NaN too
+        raise UserError(f"--lambda is {args.length_penalty}; it must be at least 0")
+    if args.dtype != "auto":
+        provenance.parse_dtype(args.dtype)
+    if args.inject_boxed and args.chat_template == "on":
+        raise UserError(
+            "--inject_boxed is for base models, whose prompts have no chat template; use --chat_template off"
+        )
+    try:
+        return SearchSettings(args.num_simulations, args.budget, args.c, args.length_penalty, args.p_rand, args.policy)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def load(name: str, revision: str | None, dtype: torch.dtype, device: torch.device):
@@ -84,197 +123,78 @@ def load(name: str, revision: str | None, dtype: torch.dtype, device: torch.devi
     return model.to(device), tokenizer
 
 
-def samples_of(setting: str, sets: list[str]) -> dict[str, int]:
-    """How many labels to keep of each set."""
-    samples = {name: SETS[name].samples or SAMPLES_ELSEWHERE for name in sets}
-    if setting == "paper":
-        return samples
-    try:
-        if setting.isdecimal():
-            given = dict.fromkeys(sets, int(setting))
-        else:
-            given = {name.strip(): int(count) for name, count in (part.split("=") for part in setting.split(","))}
-    except ValueError:
-        raise UserError(f"--samples {setting}: expected paper, a number, or name=number,name=number") from None
-    unknown = given.keys() - samples.keys()
-    if unknown or min(given.values()) < 1:
-        raise UserError(f"--samples {setting}: expected numbers of at least 1 for sets of --dataset: {', '.join(sets)}")
-    return samples | given
+def make_manifest(args: argparse.Namespace, sets: list[str], **items: Any) -> dict[str, Any]:
+    """The manifest of the run: `items`, the arguments that affect labels, and versions."""
+    names = ("num_simulations", "budget", "c", "p_rand", "policy", "wrong_to_right_share", "limit")
+    arguments = {"dataset": sets, "lambda": args.length_penalty} | {name: getattr(args, name) for name in names}
+    items["arguments"] = arguments | items["arguments"]
+    provenance_items = {"versions": provenance.versions(), "commit": provenance.commit()}
+    return {"format": labels.FORMAT, "revision": args.revision, "seed": args.seed, **items, **provenance_items}
 
 
-def prompts_of(
-    questions: Iterator[Question], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: bool
-) -> Iterator[Prompt]:
-    """The prompts of `questions`, without those that the model's context cannot hold, which are said once."""
-    context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    too_long = 0
-    for question in questions:
-        prompt = Prompt.of(question, tokenizer, chat)
-        if len(prompt.input_ids) + prompt.max_new_tokens <= context:
-            yield prompt
-        else:
-            too_long += 1
-    if too_long:
-        print(f"left out {too_long} questions longer than the model's context of {context} tokens", file=sys.stderr)
-
-
-class Display:
-    """The progress line: questions done, simulations a second, wrong-to-right and layers saved so far, time left."""
-
-    def __init__(self, progress: Progress, pool: SearchPool, state: PartialState) -> None:
-        self.progress, self.pool = progress, pool
-        self.num_processes = state.num_processes
-        self.started = self.updated = time.monotonic()
-        self.bar = tqdm(
-            desc="searching",
-            unit=" questions",
-            initial=len(progress.selection.records),
-            disable=not state.is_main_process,
-            bar_format="{desc}: {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}] {postfix}",
-        )
-        self.show()
-
-    def after_round(self) -> None:
-        """Reads what the other processes have finished, and shows it, at most once a second."""
-        if time.monotonic() - self.updated >= 1:
-            self.progress.update()
-            self.show()
-
-    def show(self) -> None:
-        self.updated = time.monotonic()
-        records = self.progress.selection.records.values()
-        found = [record for record in records if record.kind is not None]
-        fixed = sum(record.kind == labels.WRONG_TO_RIGHT for record in found)
-        saved = sum(record.layers_saved for record in found) / max(len(found), 1)
-        # The other processes' simulations in flight are not known here; they run about as many.
-        rate = self.pool.simulations * self.num_processes / max(self.updated - self.started, 1e-9)
-        self.bar.total = max(self.progress.selection.expected_visits(), len(records))
-        self.bar.n = len(records)
-        self.bar.set_postfix_str(
-            f"{rate:.0f} simulations/s, {fixed} wrong-to-right, {saved:.2f} layers saved a label", refresh=False
-        )
-        self.bar.refresh()
-
-
-def print_table2(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Table 2 of the paper, with what was found."""
-    columns = ("set", "original", "sampled", "visited", "inferences", "wrong-to-right", "base accuracy", "layers saved")
-    lines = [columns]
-    for row in rows:
-        shown = [row["set"], row["original"], row["sampled"], row["visited"], row["inferences"], row["wrong_to_right"]]
-        shown += [f"{100 * row['base_correct'] / max(row['visited'], 1):.1f}%", f"{row['layers_saved']:.2f}"]
-        lines.append(tuple(str(value) for value in shown))
-    counts = ("original", "sampled", "visited", "inferences", "wrong_to_right")
-    sums = {count: sum(row[count] for row in rows) for count in counts}
-    accuracy = 100 * sum(row["base_correct"] for row in rows) / max(sums["visited"], 1)
-    saved = sum(row["layers_saved"] * row["sampled"] for row in rows) / max(sums["sampled"], 1)
-    lines.append(("total", *(str(value) for value in sums.values()), f"{accuracy:.1f}%", f"{saved:.2f}"))
-    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
-    for line in lines:
-        cells = zip(line[1:], widths[1:], strict=True)
-        print(line[0].ljust(widths[0]), *(f"{cell:>{width + 1}}" for cell, width in cells))
-    for row in rows:
-        if row["sampled"] < row["wanted"]:
-            print(f"{row['set']}: {row['sampled']} of {row['wanted']} labels; no question is left to search")
-    print(f"labels: {folder / 'labels.jsonl'}")
+def order_questions(
+    questions: dict[str, list[Question]], args: argparse.Namespace, prompt_of: Any, config: Any, is_main_process: bool
+) -> dict[str, list[Question]]:
+    """The questions of every set in the order in which they are searched, without those that exceed the context."""
+    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    orders, too_long = {}, 0
+    for name, of_set in questions.items():
+        orders[name], dropped = split_by_context(seeded_order(of_set, args.seed)[: args.limit], prompt_of, context)
+        too_long += dropped
+    if too_long and is_main_process:
+        print(f"left out {too_long} questions that exceed the model's context of {context} tokens", file=sys.stderr)
+    return orders
 
 
 @main_guard
 def main(arguments: list[str] | None = None) -> None:
+    """Runs step 1."""
     args = parse_arguments(arguments)
-    try:
-        settings = SearchSettings(
-            args.num_simulations, args.budget, args.c, args.length_penalty, args.p_rand, args.policy
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if not 0 <= args.wrong_to_right_share <= 1:
-        raise UserError(f"--wrong_to_right_share is {args.wrong_to_right_share:g}; it must be within 0 and 1")
-    for name in ("limit", "batch_size", "concurrency"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    settings = check_arguments(args)
     sets = expand_sets(args.dataset)
-    samples = samples_of(args.samples, sets)
-    folder = Path(args.output_dir)
-    name = args.model or str(MINIATURE / "model")
-    data_dir = args.data_dir or (None if args.model else MINIATURE / "data")
+    table2 = {name: SETS[name].samples or DEFAULT_SAMPLES for name in sets}
+    samples = table2 | numbers_per_set("--samples", args.samples, sets, "paper")
+    limits = numbers_per_set("--max_new_tokens", args.max_new_tokens, sets, "default")
+    response_format = ResponseFormat(limits, args.inject_boxed, args.strict_letters)
+    name = args.model or str(MINIATURE_MODEL)
+    data_dir = args.data_dir or (None if args.model else MINIATURE_DATA)
 
-    # A process that is done waits for the others at the end, for hours if need be.
-    state = process_state(datetime.timedelta(days=30))
+    state = process_state(WAIT_FOR_OTHERS)
     on_gpu = state.device.type != "cpu"
     dtype = provenance.parse_dtype(("bfloat16" if on_gpu else "float32") if args.dtype == "auto" else args.dtype)
+    with state.main_process_first():  # so that a download happens once per machine
+        questions = {set_name: load_questions(set_name, "train", data_dir) for set_name in sets}
     model, tokenizer = load(name, args.revision, dtype, state.device)
     chat = wants_chat_template(args.chat_template, name, tokenizer)
-    with state.main_process_first():  # so that a download happens once a machine
-        questions = {set_name: load_questions(set_name, "train", data_dir) for set_name in sets}
-    orders = {set_name: seeded_order(found, args.seed)[: args.limit] for set_name, found in questions.items()}
+    if args.inject_boxed and chat:
+        raise UserError(f"--inject_boxed is for base models, but {name} gets a chat template; use --chat_template off")
+    limits = {set_name: response_format.limit(set_name, chat) for set_name in sets}
+    prompt_of = functools.partial(Prompt.of, tokenizer=tokenizer, chat=chat, response_format=response_format)
+    orders = order_questions(questions, args, prompt_of, model.config, state.is_main_process)
 
-    manifest = {
-        "format": labels.FORMAT,
-        "model": name,
-        "revision": args.revision,
-        "model_fingerprint": provenance.fingerprint(model),
-        "num_layers": model.config.num_hidden_layers,
-        "dtype": provenance.dtype_name(dtype),
-        "chat_template": chat,
-        "seed": args.seed,
-        "arguments": {
-            "dataset": sets,
-            "num_simulations": args.num_simulations,
-            "budget": args.budget,
-            "c": args.c,
-            "lambda": args.length_penalty,
-            "p_rand": args.p_rand,
-            "policy": args.policy,
-            "samples": samples,
-            "wrong_to_right_share": args.wrong_to_right_share,
-            "limit": args.limit,
-        },
-        "questions": {set_name: digest_of(found) for set_name, found in orders.items()},
-        "data_dir": None if data_dir is None else str(data_dir),
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
-    }
-    if state.is_main_process:
-        begin(folder, manifest)
-    state.wait_for_everyone()
-    if not (folder / "manifest.json").exists():
-        raise UserError(f"{folder} is not shared by all machines: choose an --output_dir on a shared file system")
-    selection = Selection(orders, samples, args.wrong_to_right_share)
-    progress = Progress(folder, state.process_index, selection)
-    progress.update()
-    # What the main process knows counts: on a network disk another may not see all records yet.
-    finished = from_main(state, lambda: set(selection.records))
-    progress.open()
-
-    engine = RolloutEngine(model, tokenizer, args.batch_size)
-    pool = SearchPool(engine, settings, args.seed, args.concurrency or 2 * args.batch_size)
-    pool.is_wanted = lambda prompt, base_correct: selection.is_wanted(
-        prompt.question, labels.SHORTER if base_correct else labels.WRONG_TO_RIGHT
+    manifest = make_manifest(
+        args,
+        sets,
+        model=name,
+        model_fingerprint=provenance.fingerprint(model),
+        num_layers=model.config.num_hidden_layers,
+        dtype=provenance.dtype_name(dtype),
+        chat_template=chat,
+        data_dir=None if data_dir is None else str(data_dir),
+        questions={set_name: digest_of(order) for set_name, order in orders.items()},
+        arguments={"samples": samples} | response_format.as_dict() | {"max_new_tokens": limits},
     )
-    display = Display(progress, pool, state)
-    pool.after_round = display.after_round
-    remaining = selection.remaining(state.process_index, state.num_processes, finished)
-    try:
-        with display.bar:
-            for searched in pool.search(prompts_of(remaining, model, tokenizer, chat)):
-                progress.append(to_row(searched))
-            progress.close()
-            state.wait_for_everyone()
-            progress.update()
-            display.show()
-        if state.is_main_process:
-            print_table2(finish(folder, progress), folder)
-        state.wait_for_everyone()
-        state.destroy_process_group()
-    except KeyboardInterrupt:
-        if not state.is_main_process:
-            raise SystemExit(130) from None
-        safe = f"at least {len(selection.records)} finished questions are in {folder}"
-        raise KeyboardInterrupt(f"{safe}; the same command continues") from None
-    finally:
-        with contextlib.suppress(UserError):  # what went wrong before is the one to hear of
-            progress.close()
+    pool = SearchPool(
+        RolloutEngine(model, tokenizer, args.batch_size), settings, args.seed, args.concurrency or 2 * args.batch_size
+    )
+    selection = Selection(orders, samples, args.wrong_to_right_share)
+    completed = search_labels(Path(args.output_dir), manifest, selection, pool, prompt_of, state)
+    if completed is not None:
+        print(table2_text(completed["table2"]))
+        for line in (*shortfall_lines(completed), f"labels: {Path(args.output_dir) / 'labels.jsonl'}"):
+            print(line)
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

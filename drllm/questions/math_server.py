@@ -1,4 +1,4 @@
-"""The helper process of `SymbolicChecker`: compares pairs of LaTeX answers; run by its path, imported by nothing."""
+"""The helper process of `SymbolicChecker`: compares pairs of LaTeX answers. It is started by its path."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def serve(timeout_s: float, memory_bytes: int) -> None:
     soft_s = max(1, int(timeout_s) - 2)
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing else may write where the replies go
+    verify(*(parse(text, latex, parsing_timeout=soft_s) for text in ("$x+1$", "$1+x$")))  # slow the first time
     replies.write("ready\n")
     for line in sys.stdin:
         # A watchdog thread in C ends the process even if sympy hangs in C, also when the parent is gone.

@@ -1,18 +1,25 @@
-"""How a question is asked: its text, the chat template, its tokens, and how long the response may be."""
+"""The prompt of a question: its text, the chat template, its tokens, and the limit of the response."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from drllm.errors import UserError
+from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import SETS, Question
 
 
-def render_prompt(question: Question) -> str:
-    """The prompt of a question, before any chat template."""
+def render_prompt(question: Question, response_format: ResponseFormat | None = None) -> str:
+    """The prompt of a question before any chat template, with the seed of the response if the format has one."""
+    seed = response_format.seed(question) if response_format else ""
+    return f"{_render(question)} {seed}" if seed else _render(question)
+
+
+def _render(question: Question) -> str:
     kind = SETS[question.set].kind
     if kind == "choice":
         options = "".join(
@@ -27,15 +34,20 @@ def render_prompt(question: Question) -> str:
     )
 
 
-# Llama-3.2's template writes today's date into every prompt, where nothing else is given; this is Llama-3.1's date.
+# Llama-3.2's template writes today's date into every prompt unless a date is given; this one is Llama-3.1's default.
 TEMPLATE_ARGUMENTS = {"date_string": "26 Jul 2024"}
 
 
 def wants_chat_template(setting: str, name: str, tokenizer: Any) -> bool:
-    """Whether prompts get the chat template. Base models may carry one too, so "auto" goes by the model's name.
+    """Whether prompts get the chat template.
+
+    Args:
+        setting: "on", "off" or "auto", which depends on the model's name, because base models may have a template too.
+        name: of the model.
+        tokenizer: of the model.
 
     Raises:
-        UserError: "on" where the tokenizer has no template.
+        UserError: "on", but the tokenizer has no template.
     """
     if setting == "auto":
         return bool(tokenizer.chat_template) and "instruct" in name.lower()
@@ -45,9 +57,10 @@ def wants_chat_template(setting: str, name: str, tokenizer: Any) -> bool:
 
 
 def apply_template(prompt: str, tokenizer: Any, chat: bool) -> str:
-    """`prompt` as the model is given it: itself, or as the user's turn of the tokenizer's chat template.
+    """`prompt` as the model receives it: unchanged, or as the user's turn of the tokenizer's chat template.
 
-    The text is tokenised with `add_special_tokens=not chat`: a chat template brings its own first token.
+    Raises:
+        UserError: `chat`, but the tokenizer has no template.
     """
     if not chat:
         return prompt
@@ -61,27 +74,55 @@ def apply_template(prompt: str, tokenizer: Any, chat: bool) -> str:
 
 
 def adds_special_tokens(text: str, tokenizer: Any) -> bool:
-    """Whether `text` is tokenised with special tokens, by lm-eval's rule: unless it begins with its own BOS."""
+    """Whether to tokenise `text` with special tokens; as in lm-eval, unless it already begins with BOS."""
     return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
 def response_limit(question: Question | str, chat: bool) -> int:
-    """Most new tokens of a response to a question or a set: ARC 2 for base models, 10 with chat; DART 15."""
-    spec = SETS[question if isinstance(question, str) else question.set]
-    return spec.max_new_tokens[1 if chat else 0]
+    """Most new tokens of a response by default: ARC 2 for base models and 10 with a chat template, DART 15."""
+    return ResponseFormat().limit(question, chat)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question as a model is given it: `text`, its tokens, and how many tokens a response may have."""
+    """A question as the model receives it.
+
+    Attributes:
+        question: what is asked.
+        text, input_ids: the prompt, and its tokens.
+        max_new_tokens: most tokens of the response.
+        response_format: how the response is graded.
+    """
 
     question: Question
     text: str
     input_ids: tuple[int, ...]
     max_new_tokens: int
+    response_format: ResponseFormat = field(default_factory=ResponseFormat, compare=False, repr=False)
+
+    @property
+    def total_tokens(self) -> int:
+        """Most tokens of prompt and response together."""
+        return len(self.input_ids) + self.max_new_tokens
 
     @classmethod
-    def of(cls, question: Question, tokenizer: PreTrainedTokenizerBase, chat: bool) -> Prompt:
-        text = apply_template(render_prompt(question), tokenizer, chat)
+    def of(
+        cls,
+        question: Question,
+        tokenizer: PreTrainedTokenizerBase,
+        chat: bool,
+        response_format: ResponseFormat | None = None,
+    ) -> Prompt:
+        """The prompt of `question`, with the chat template if `chat`."""
+        response_format = response_format or ResponseFormat()
+        text = apply_template(render_prompt(question, response_format), tokenizer, chat)
         input_ids = tokenizer(text, add_special_tokens=adds_special_tokens(text, tokenizer))["input_ids"]
-        return cls(question, text, tuple(input_ids), response_limit(question, chat))
+        return cls(question, text, tuple(input_ids), response_format.limit(question, chat), response_format)
+
+
+def split_by_context(
+    questions: Sequence[Question], prompt_of: Callable[[Question], Prompt], context: int
+) -> tuple[list[Question], int]:
+    """The questions whose prompt and response fit into `context` tokens, and how many do not."""
+    fitting = [question for question in questions if prompt_of(question).total_tokens <= context]
+    return fitting, len(questions) - len(fitting)

@@ -20,10 +20,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drllm.errors import UserError
-from drllm.questions.grading import can_still_be_right, grade
-from drllm.questions.math_answers import first_box
 from drllm.questions.prompts import Prompt
-from drllm.questions.sets import SETS, Question
+from drllm.questions.sets import Question
 from train_models.cache import PathCache, RowSchedule
 from train_models.paths import EXECUTE, Path, default_path, path_to_layer_indices
 
@@ -123,7 +121,7 @@ class RolloutEngine:
                     self._halve(batch)
                     continue
                 for row in batch:
-                    rollouts[row.place] = self._grade(row.request.prompt.question, tuple(row.tokens))
+                    rollouts[row.place] = self._grade(row.request.prompt, tuple(row.tokens))
                 waiting = waiting[len(batch) :]
         return rollouts
 
@@ -229,23 +227,21 @@ class RolloutEngine:
             return True
         if not row.tokens or row.request.to_the_end:
             return False
-        return self._is_settled(row.request.prompt.question, tuple(row.tokens))
+        return self._is_settled(row.request.prompt, tuple(row.tokens))
 
-    def _is_settled(self, question: Question, tokens: tuple[int, ...]) -> bool:
-        """Whether the reward of a response that begins with `tokens` is known, whatever follows."""
-        known = self._settled.setdefault(question.id, {})
+    def _is_settled(self, prompt: Prompt, tokens: tuple[int, ...]) -> bool:
+        """Whether the reward of a response that begins with `tokens` is the same for every continuation."""
+        known = self._settled.setdefault(prompt.question.id, {})
         if tokens not in known:
             response = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            # The first closed box decides, so what follows a right one is of no interest either.
-            is_boxed = SETS[question.set].kind == "math" and first_box(response) is not None
-            known[tokens] = is_boxed or not can_still_be_right(question, response)
+            known[tokens] = prompt.response_format.is_settled(prompt.question, response)
         return known[tokens]
 
-    def _grade(self, question: Question, tokens: tuple[int, ...]) -> Rollout:
-        known = self._graded.setdefault(question.id, {})
+    def _grade(self, prompt: Prompt, tokens: tuple[int, ...]) -> Rollout:
+        known = self._graded.setdefault(prompt.question.id, {})
         if tokens not in known:
             response = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            known[tokens] = Rollout(response, grade(question, response))
+            known[tokens] = Rollout(response, prompt.response_format.grade(prompt.question, response))
         return known[tokens]
 
     def _halve(self, batch: list[_Row]) -> None:

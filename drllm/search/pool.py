@@ -14,7 +14,7 @@ from train_models.paths import Path
 
 @dataclass(frozen=True)
 class SearchedQuestion:
-    """A finished search. `result` is that of the default path alone where the search was not wanted."""
+    """A finished search. Where a label was not wanted, only the default path was evaluated (0 simulations)."""
 
     prompt: Prompt
     result: SearchResult
@@ -26,26 +26,34 @@ class SearchedQuestion:
 class _OpenSearch:
     prompt: Prompt
     search: PathSearch
-    responses: dict[Path, str] = field(default_factory=dict)  # of right paths, and of the default one
+    responses: dict[Path, str] = field(default_factory=dict)  # of right paths and of the default path
+
+    def request(self) -> Request:
+        """The next rollout; the default path's response is generated to its end, because it is recorded."""
+        return Request(self.prompt, self.search.request, to_the_end=self.search.base_correct is None)
 
     def close(self) -> SearchedQuestion:
+        """The finished search."""
         result = self.search.result()
         best = None if result.best_path is None else self.responses[result.best_path]
         return SearchedQuestion(self.prompt, result, self.responses[self.search.root.path], best)
 
 
 class SearchPool:
-    """Runs the searches of many questions side by side, at most `concurrency` at once.
+    """Runs the searches of many questions side by side, so that their rollouts fill batches.
 
-    A question's result depends on `seed`, its id and the model alone.
+    A question's result depends only on the settings, `seed`, its id and the model.
 
     Args:
-        is_wanted: asked with (prompt, whether the default path is right) once that is known; where it says no, the
-            search of this question ends there.
-        after_round: called after each round of rollouts, one for each open search.
+        engine: evaluates paths.
+        settings: of every search.
+        seed: together with the question's id the seed of its search.
+        concurrency: most questions searched at once.
+        is_wanted: called with (prompt, whether the default path is right); if False the search of the question ends.
+        after_round: called after each round of rollouts (one rollout per open search).
 
     Attributes:
-        simulations: walks through all trees so far.
+        simulations: simulations of all searches so far.
     """
 
     def __init__(
@@ -66,17 +74,17 @@ class SearchPool:
         self.simulations = 0
 
     def search(self, prompts: Iterable[Prompt]) -> Iterator[SearchedQuestion]:
-        """Yields each question as soon as it is finished.
+        """Yields every question as soon as its search ends.
 
-        `prompts` is read only as far as there is room, so that memory does not grow with their number.
+        `prompts` is read lazily, so memory does not grow with their number.
         """
         waiting = iter(prompts)
         has_more = True
         searches: list[_OpenSearch] = []
         while True:
-            # When batches are halved for lack of memory, fewer questions hold states, too.
+            # When batches are halved for lack of memory, fewer questions may hold states too.
             most = max(1, round(self._batches_at_once * self.engine.batch_size))
-            # New questions come in groups, because their default paths make batches of their own.
+            # New questions start in groups, because default paths are batched separately.
             group = min(self.engine.batch_size, -(-most // 2))
             if has_more and len(searches) <= most - group:
                 new = [self._open(prompt) for prompt in itertools.islice(waiting, most - len(searches))]
@@ -84,15 +92,14 @@ class SearchPool:
                 searches += new
             if not searches:
                 return
-            requests = [Request(one.prompt, one.search.request, one.search.base_correct is None) for one in searches]
-            rollouts = self.engine.respond(requests)
+            rollouts = self.engine.respond([open_search.request() for open_search in searches])
             still_open = []
-            for one, rollout in zip(searches, rollouts, strict=True):
-                if self._tell(one, rollout):
-                    still_open.append(one)
+            for open_search, rollout in zip(searches, rollouts, strict=True):
+                if self._tell(open_search, rollout):
+                    still_open.append(open_search)
                 else:
-                    self.engine.forget(one.prompt.question)
-                    yield one.close()
+                    self.engine.forget(open_search.prompt.question)
+                    yield open_search.close()
             searches = still_open
             self.after_round()
 
@@ -100,13 +107,15 @@ class SearchPool:
         own_seed = question_seed(self.seed, prompt.question.id)
         return _OpenSearch(prompt, PathSearch(self.engine.num_blocks, self.settings, own_seed))
 
-    def _tell(self, one: _OpenSearch, rollout: Rollout) -> bool:
-        """Whether the search goes on."""
-        search = one.search
+    def _tell(self, open_search: _OpenSearch, rollout: Rollout) -> bool:
+        """Passes a reward on; returns whether the search continues."""
+        search = open_search.search
         is_default = search.base_correct is None
         if is_default or rollout.is_right:
-            one.responses[search.request] = rollout.response
-        walked = search.simulations
+            open_search.responses[search.request] = rollout.response
+        simulations = search.simulations
         search.tell(float(rollout.is_right))
-        self.simulations += search.simulations - walked
-        return search.request is not None and (not is_default or self.is_wanted(one.prompt, rollout.is_right))
+        self.simulations += search.simulations - simulations
+        if search.request is None:
+            return False
+        return not is_default or self.is_wanted(open_search.prompt, rollout.is_right)

@@ -1,8 +1,8 @@
 """The label folder while it is written.
 
-Finished questions are appended to progress/RANK.jsonl, one file per process, as they finish. A killed run loses at most
-the questions in flight. The same command resumes with any number of processes: each reads all progress files and
-appends to its own. Another command is refused with the difference named.
+Each process appends its finished questions to progress/RANK.jsonl. A killed run loses at most the questions being
+searched. Run the same command to resume, with any number of processes: each reads all progress files and appends to its
+own. A command with other arguments is refused, and the error names the difference.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from drllm.labels import read_manifest
 from drllm.search.pool import SearchedQuestion
 from drllm.search.selection import Record, Selection
 
-MAY_DIFFER = {"model", "revision", "data_dir", "versions", "commit", "labels", "table2"}  # fingerprints say more
+MAY_DIFFER = {"model", "revision", "data_dir", "versions", "commit", "labels", "table2", "shortfalls"}
 SYNC_EVERY_S = 1.0
 
 
 class Progress:
-    """The progress files of a folder: `append` to this process's own, `update` from all.
+    """The progress files of a folder: `append` writes this process's own file, `update` reads all of them.
 
-    Raises UserError when another run is writing to the same file, and when the disk is full.
+    Its methods raise UserError when another run is writing to the same file, and when the disk is full.
     """
 
     def __init__(self, folder: Path, rank: int, selection: Selection) -> None:
@@ -43,7 +43,7 @@ class Progress:
         self._synced_at = 0.0
 
     def update(self) -> None:
-        """Reads what all processes have finished since the last call. A last line without an end is not read yet."""
+        """Reads the questions that all processes have finished since the last call; an incomplete last line waits."""
         for path in sorted(self.folder.glob("*.jsonl")):
             start = self._read_up_to.get(path.name, 0)
             if path.stat().st_size <= start:
@@ -58,16 +58,18 @@ class Progress:
             self._read_up_to[path.name] = start
 
     def open(self) -> None:
-        """Makes this process's file ready for `append`: takes its lock, and removes a half-written last line."""
+        """Opens this process's file for `append`: takes its lock and removes an incomplete last line."""
         with disk_errors(self.path):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115  (closed by `close`)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{self.path} is being written by another run; wait for it, or stop it first") from None
+            raise UserError(f"{self.path} is being written by another run; wait for it to end, or stop it") from None
         except OSError:  # a file system without locks (Lustre without -o flock, NFS without lockd)
-            print(f"{self.path}: no locks here, so start no second run with this folder", file=sys.stderr)
+            print(
+                f"{self.path}: this file system has no locks; do not start a second run in this folder", file=sys.stderr
+            )
         self._file.seek(0)
         content_end = 0
         for line in self._file:
@@ -76,9 +78,9 @@ class Progress:
         self._size = content_end
 
     def append(self, row: dict[str, Any]) -> None:
-        """Writes one finished question. It outlives the process at once, and a power failure a second later."""
+        """Writes one finished question. It survives a kill at once, and a power failure after a second."""
         line = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-        with disk_errors(self.path, f"{len(self.selection.records)} finished questions are safe"):
+        with disk_errors(self.path, f"{len(self.selection.records)} finished questions are kept"):
             try:
                 written = 0
                 while written < len(line):
@@ -92,16 +94,20 @@ class Progress:
                     self._file.truncate(self._size)
                 raise
 
+    def sync(self) -> None:
+        """Flushes this process's file to the disk, where the other processes see it."""
+        with disk_errors(self.path):
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
-        """Makes sure that all is on the disk, and gives up the lock."""
+        """Flushes the file and releases its lock; without effect if it is not open."""
         if self._file is not None:
-            with disk_errors(self.path):
-                os.fsync(self._file.fileno())
+            self.sync()
             self._file.close()
             self._file = None
 
     def read(self, record: Record) -> dict[str, Any]:
-        """The whole row of a finished question."""
+        """The row of a finished question."""
         with (self.folder / record.shard).open("rb") as file:
             file.seek(record.offset)
             return json.loads(file.readline())
@@ -125,13 +131,13 @@ class Progress:
             with path.open("rb") as file:
                 number = file.read(offset).count(b"\n") + 1
             raise UserError(
-                f"{path}:{number}: not a finished question of this run; delete the line, and it is searched again"
+                f"{path}:{number}: not a finished question of this run; delete this line to search the question again"
             ) from None
         self.selection.add(question_id, record)
 
 
 def to_row(searched: SearchedQuestion) -> dict[str, Any]:
-    """A finished question as its line of JSON, which is the line of labels.jsonl if it is selected."""
+    """A finished question as a row of its progress file, and of labels.jsonl if it is kept."""
     question, result = searched.prompt.question, searched.result
     return {
         "question": question.text,
@@ -152,10 +158,12 @@ def to_row(searched: SearchedQuestion) -> dict[str, Any]:
 
 
 def begin(folder: Path, manifest: dict[str, Any]) -> None:
-    """Makes `folder` ready for a run described by `manifest`, or checks that it was begun by the same one.
+    """Creates the label folder of a run, or checks that the run which created it had the same manifest.
 
-    Raises UserError naming the first differences when the folder belongs to other arguments, another model or other
-    questions. The keys `MAY_DIFFER` are recorded only.
+    The keys in `MAY_DIFFER` are not compared.
+
+    Raises:
+        UserError: the folder belongs to other arguments, another model or other questions; names the differences.
     """
     path = folder / "manifest.json"
     if path.exists():
@@ -167,19 +175,20 @@ def begin(folder: Path, manifest: dict[str, Any]) -> None:
             )
         return
     if (folder / "progress").exists():
-        raise UserError(f"{folder} has progress files but no manifest.json: move them away, or choose another folder")
+        raise UserError(f"{folder} has progress files but no manifest.json: move them, or choose another --output_dir")
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_json(path, manifest)
 
 
-def finish(folder: Path, progress: Progress) -> list[dict[str, Any]]:
-    """Selects, writes labels.jsonl and completes the manifest; returns Table 2's rows."""
+def finish(folder: Path, progress: Progress) -> dict[str, Any]:
+    """Writes the labels to keep to labels.jsonl, completes the manifest, and returns it."""
     selection = progress.selection
     kept = selection.selected()
     manifest = read_manifest(folder)
     manifest["labels"] = len(kept)
     manifest["table2"] = selection.table2()
+    manifest["shortfalls"] = selection.shortfalls()
 
     def lines() -> Iterator[bytes]:
         for _, record in kept:
@@ -187,16 +196,16 @@ def finish(folder: Path, progress: Progress) -> list[dict[str, Any]]:
 
     write_whole(folder / "labels.jsonl", lines())
     write_json(folder / "manifest.json", manifest)
-    return manifest["table2"]
+    return manifest
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """What is not the same in two manifests, apart from what does not shape the labels."""
-    found = []
+    """The differences between two manifests, one phrase each, in what affects the labels."""
+    differences = []
     for key in sorted((old.keys() | new.keys()) - (set() if prefix else MAY_DIFFER)):
-        ours, theirs = new.get(key), old.get(key)
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            found += _differences(theirs, ours, f"{prefix}{key}.")
-        elif ours != theirs:
-            found.append(f"{prefix}{key} was {json.dumps(theirs)} and is now {json.dumps(ours)}")
-    return found
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            differences += _differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            differences.append(f"{prefix}{key} was {json.dumps(before)} and is now {json.dumps(now)}")
+    return differences

@@ -1,15 +1,15 @@
-"""Length-aware Monte Carlo tree search over paths (DrLLM, section 3.2). Knows no torch and no model.
+"""Length-aware Monte Carlo tree search over paths (Section 4 of the paper). Imports neither torch nor a model.
 
-A search is a tree over vectors y in {0, 1, 2}^L. A node is a path, the root is the default path, an action is one
-edit of a block that still runs once: skip it or repeat it. A search does not call a model; it asks:
+A search is a tree over vectors y in {0, 1, 2}^L. A node is a path, the root is the default path, and an action edits
+one block that still runs once: skip it or repeat it. A search does not call a model; it requests rewards:
 
     search = PathSearch(num_blocks, settings, question_seed(seed, question_id))
-    while search.request is not None:         # the path whose reward is wanted
+    while search.request is not None:         # the next path to evaluate
         search.tell(reward_of(search.request))
     search.result()
 
-Hundreds of searches can so share the batches of one model, and the result of each depends on its own seed and rewards
-alone, whatever runs beside it.
+Hundreds of searches can therefore share the batches of one model. The result of each depends only on its own seed and
+rewards, regardless of what runs beside it.
 """
 
 from __future__ import annotations
@@ -22,23 +22,26 @@ from dataclasses import dataclass, field
 
 from train_models.paths import DEFAULT_BUDGET, EXECUTE, REPEAT, SKIP, Path, default_path, is_allowed
 
-EDITS = (SKIP, REPEAT)  # of a block that runs once
+EDITS = (SKIP, REPEAT)  # the possible edits of a block that runs once
 
-POLICIES = ("chain", "full", "widening", "guided", "greedy")
+POLICIES = ("chain", "full", "widening")
 DEFAULT_POLICY = "widening"
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What a search does; the defaults are the paper's where it names a value.
+    """Settings of a search; the defaults are the paper's where it gives a value.
 
     Attributes:
-        num_simulations: walks through the tree a question. The default path's own reward is not counted among them.
-        budget: the longest path, in multiples of the number of blocks; at least 1, where the default path lies.
-        exploration: c of Equation (UCB).
-        length_penalty: lambda of the same equation.
-        random_child: probability of a uniformly random child instead of the best one.
-        policy: which node grows a child, see `PathSearch`.
+        num_simulations: simulations (walks through the tree) per question; evaluating the default path is not one.
+        budget: length limit of a path, in multiples of the number of blocks; at least 1, the default path's length.
+        exploration: c of the UCB score.
+        length_penalty: lambda of the UCB score.
+        random_child: probability of descending to a uniformly random child instead of the best one.
+        policy: which nodes may grow a child, see `PathSearch`.
+
+    Raises:
+        ValueError: a value outside its range.
     """
 
     num_simulations: int = 50
@@ -53,23 +56,27 @@ class SearchSettings:
             raise ValueError(f"unknown policy {self.policy!r}: choose one of {', '.join(POLICIES)}")
         if self.num_simulations < 0:
             raise ValueError(f"num_simulations is {self.num_simulations}; it must not be negative")
-        if self.budget < 1:
-            raise ValueError(f"budget is {self.budget:g}; it must be at least 1, where the default path lies")
+        if not 1 <= self.budget < math.inf:
+            raise ValueError(f"budget is {self.budget:g}; it must be at least 1, the default path's length")
+        for name in ("exploration", "length_penalty"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name):g}; it must be a number of at least 0")
         if not 0 <= self.random_child <= 1:
-            raise ValueError(f"the probability of a random child is {self.random_child:g}, not within 0 and 1")
+            raise ValueError(f"random_child is {self.random_child:g}; a probability must be between 0 and 1")
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What one search found.
+    """The result of one search.
 
     Attributes:
-        base_correct: whether the default path is right.
-        best_path: for a wrong answer the first path found that makes it right, else None; for a right answer the
-            shortest right path found (the default path when there is no shorter one).
-        good_paths: all right paths found other than the default one, shortest first.
-        simulations: walks through the tree; a walk that ends at a path seen before counts, so that a search ends.
-        inferences: rewards asked for, the default path's among them.
+        base_correct: whether the default path's answer is right.
+        best_path: if it is wrong, the first path found that makes it right, or None; if it is right, the shortest
+            right path found (the default path when none is shorter).
+        good_paths: all right paths found except the default one, shortest first.
+        simulations: walks through the tree. A walk that ends at an already evaluated path counts too, so that every
+            search ends.
+        inferences: evaluated paths, including the default one.
     """
 
     base_correct: bool
@@ -80,7 +87,7 @@ class SearchResult:
 
     @property
     def kind(self) -> str | None:
-        """ "wrong_to_right", "shorter", or None when the best path teaches nothing."""
+        """ "wrong_to_right", "shorter", or None when the best path is the default one or there is none."""
         if self.best_path is None:
             return None
         if not self.base_correct:
@@ -89,7 +96,7 @@ class SearchResult:
 
 
 def question_seed(seed: int, question_id: str) -> int:
-    """The seed of one question's search: a stable hash, so that it depends on no order of work."""
+    """The seed of one question's search: a stable hash, independent of the order of the questions."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{question_id}".encode()).digest()[:8], "big")
 
 
@@ -100,7 +107,7 @@ class Node:
     path: Path
     parent: Node | None = None
     children: list[Node] = field(default_factory=list)
-    untried: list[tuple[int, int]] | None = None  # edits (block, visits) in random order; None until the first walk
+    untried: list[tuple[int, int]] | None = None  # edits (block, visits) in random order; None before the first growth
     visits: int = 0
     total_reward: float = 0.0
 
@@ -109,18 +116,17 @@ class PathSearch:
     """One question's search, driven from outside through `request` and `tell`.
 
     A walk descends from the root by UCB = Q/v + c sqrt(ln V / v) - lambda |path| / L, with V the parent's visits, until
-    a node grows a new child, whose reward is then asked for and added to Q on the way up. The tree holds each path
-    once: an edit that leads to a path already in the tree is no child. Which nodes grow is the policy:
+    a node grows a new child, whose reward is then requested and added to Q along the walk. The tree holds each path
+    once: an edit that leads to a path already in the tree creates no child. The policy decides which nodes grow:
 
-    * "chain": only nodes without children, as published. Each walk then lengthens one line, and UCB decides nothing.
-    * "full": a node grows all its children before any walk passes it. With 2L actions most walks end at depth one.
-    * "widening": a node with v visits may have up to sqrt(2 v) children, so that the tree has breadth and depth.
-    * "guided": as widening, but the next edit is not a random one: edits are ranked by the mean reward of all paths
-      of this question that contain them, and a right answer's skips come before its repeats.
-    * "greedy": as guided for a wrong answer. For a right one no tree policy: the shortest right path found so far that
-      has an untried skip grows by the most promising one.
+    * "chain": only nodes without children, as in the published code. Every walk lengthens one line of nodes, so UCB
+      decides nothing.
+    * "full": a node grows all its children before a walk passes it. With 2L actions most walks end at depth one.
+    * "widening": progressive widening; a node with v visits may have up to sqrt(2 v) children, so that the tree has
+      both breadth and depth.
 
-    A wrong answer's search ends with the first right path. A right one's uses all simulations to shorten the path.
+    For a wrong answer the search ends with the first right path. For a right answer it uses all simulations to find
+    shorter right paths.
     """
 
     def __init__(self, num_blocks: int, settings: SearchSettings, seed: int) -> None:
@@ -129,17 +135,23 @@ class PathSearch:
         self.rewards: dict[Path, float] = {}  # every evaluated path, in the order of evaluation
         self.simulations = 0
         self._random = random.Random(seed)
-        self._right_nodes: list[Node] = []
-        self._edit_rewards: dict[tuple[int, int], list[float]] = {}  # (block, visits) -> [paths with it, their reward]
         self._steps = self._run()
         self.request: Path | None = next(self._steps)
 
     def tell(self, reward: float) -> None:
-        """The reward of `request`, within [0, 1], where 1 is a right answer; moves on to the next request."""
+        """Takes the reward of `request` and moves on to the next request.
+
+        Args:
+            reward: within [0, 1]; 1 is a right answer.
+
+        Raises:
+            RuntimeError: the search has ended.
+            ValueError: the reward is NaN or outside [0, 1].
+        """
         if self.request is None:
-            raise RuntimeError("the search is over and asked for no reward")
+            raise RuntimeError("the search has ended and requested no reward")
         if not 0 <= reward <= 1:
-            raise ValueError(f"the reward is {reward}, not within 0 and 1")
+            raise ValueError(f"the reward is {reward}; it must be between 0 and 1")
         self.rewards[self.request] = reward
         try:
             self.request = self._steps.send(reward)
@@ -153,14 +165,14 @@ class PathSearch:
         return None if reward is None else _is_right(reward)
 
     def result(self) -> SearchResult:
-        """What is known so far; final once `request` is None. RuntimeError before the first reward."""
+        """The result so far; final once `request` is None. RuntimeError before the first reward."""
         if self.base_correct is None:
             raise RuntimeError("the search has no result before the default path's reward is known")
         right = [path for path, reward in self.rewards.items() if _is_right(reward)]
-        right.sort(key=lambda path: (sum(path), _number_of_edits(path)))  # stable: then in the order of finding
+        right.sort(key=lambda path: (sum(path), _number_of_edits(path)))  # stable: ties stay in the order of evaluation
         return SearchResult(
             base_correct=self.base_correct,
-            # Among equally short ones the closest to the default, which itself stays when none is shorter.
+            # Among equally short paths the one with fewest edits, so the default path unless there is a shorter one.
             best_path=right[0] if right else None,
             good_paths=tuple(path for path in right if path != self.root.path),
             simulations=self.simulations,
@@ -168,23 +180,19 @@ class PathSearch:
         )
 
     def _run(self) -> Generator[Path, float, None]:
-        self._learn(self.root, (yield self.root.path))
+        self._backpropagate(self.root, (yield self.root.path))
         while self.simulations < self.settings.num_simulations:
             leaf = self._descend()
             reward = self.rewards.get(leaf.path)
             if reward is None:
                 reward = yield leaf.path
-            self._learn(leaf, reward)
+            self._backpropagate(leaf, reward)
             self.simulations += 1
             if not self.base_correct and _is_right(reward):
                 return
 
     def _descend(self) -> Node:
-        """The walk: from the root to a new child, or to a node that has none and can have none."""
-        if self.settings.policy == "greedy" and self.base_correct:
-            for node in sorted(self._right_nodes, key=lambda node: sum(node.path)):
-                if (child := self._grow(node)) is not None:
-                    return child
+        """One walk: from the root to a new child, or to a node that has no children and can have none."""
         node = self.root
         while True:
             if self._may_grow(node) and (child := self._grow(node)) is not None:
@@ -203,28 +211,20 @@ class PathSearch:
                 return len(node.children) < math.sqrt(2 * node.visits)
 
     def _grow(self, node: Node) -> Node | None:
-        """Adds a child of `node` whose path is allowed and new to the tree; None when there is none left."""
+        """Adds a child to `node` whose path is allowed and not in the tree yet; None when no such child is left."""
         if node.untried is None:
             unedited = [block for block, visits in enumerate(node.path) if visits == EXECUTE]
-            edits = (SKIP,) if self.settings.policy == "greedy" and self.base_correct else EDITS
-            node.untried = [(block, visits) for block in unedited for visits in edits]
+            node.untried = [(block, visits) for block in unedited for visits in EDITS]
             self._random.shuffle(node.untried)
         while node.untried:
-            if self.settings.policy in ("guided", "greedy"):
-                node.untried.sort(key=self._promise)  # stable: equal ones stay in random order
             block, visits = node.untried.pop()
             path = (*node.path[:block], visits, *node.path[block + 1 :])
-            # The constraints are those of the whole path, so that edits cannot add up to what none of them may do.
+            # Checked on the whole path: allowed edits can add up to a path that is not allowed.
             if path not in self.rewards and is_allowed(path, self.settings.budget):
                 child = Node(path, node)
                 node.children.append(child)
                 return child
         return None
-
-    def _promise(self, edit: tuple[int, int]) -> tuple[bool, float]:
-        count, total = self._edit_rewards.get(edit, (0, 0.0))
-        is_preferred = edit[1] == SKIP or not self.base_correct
-        return is_preferred, (total + 1) / (count + 1)  # an edit not tried yet counts as right
 
     def _select(self, node: Node) -> Node:
         if self._random.random() < self.settings.random_child:
@@ -237,15 +237,7 @@ class PathSearch:
         length = sum(child.path) / len(child.path)
         return value + self.settings.exploration * exploration - self.settings.length_penalty * length
 
-    def _learn(self, leaf: Node, reward: float) -> None:
-        if leaf.visits == 0:
-            if _is_right(reward):
-                self._right_nodes.append(leaf)
-            for block, visits in enumerate(leaf.path):
-                if visits != EXECUTE:
-                    counts = self._edit_rewards.setdefault((block, visits), [0, 0.0])
-                    counts[0] += 1
-                    counts[1] += reward
+    def _backpropagate(self, leaf: Node, reward: float) -> None:
         node: Node | None = leaf
         while node is not None:
             node.visits += 1

@@ -1,0 +1,72 @@
+"""How responses are limited, seeded and graded: the same in search and evaluation, so it is recorded with labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from drllm.questions.grading import can_still_be_right, grade
+from drllm.questions.math_answers import first_box
+from drllm.questions.sets import SETS, Question
+
+BOX = r"\boxed{"
+STRICT_LETTERS = ("A", "B", "C", "D")
+
+
+@dataclass(frozen=True)
+class ResponseFormat:
+    """The response format of a run; the default is ours, the options are the paper's Appendix A for base models.
+
+    Attributes:
+        max_new_tokens: set -> most new tokens of a response; sets that are missing have the limit of `SETS`.
+        inject_boxed: math prompts end with "\\boxed{", which belongs to the response when it is graded.
+        strict_letters: a multiple-choice response must begin with one of the letters A to D, standing alone. Items
+            whose answer is another label (E, or 1 to 4) are then always wrong.
+    """
+
+    max_new_tokens: Mapping[str, int] = field(default_factory=dict)
+    inject_boxed: bool = False
+    strict_letters: bool = False
+
+    @classmethod
+    def of_manifest(cls, manifest: Mapping[str, Any]) -> ResponseFormat:
+        """The response format with which labels were made: that of manifest.json, the default for what it lacks."""
+        recorded = manifest.get("arguments", {})
+        return cls(**{name: recorded[name] for name in cls.__dataclass_fields__ if name in recorded})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form in which a manifest records it, under "arguments"."""
+        return asdict(self)
+
+    def limit(self, question: Question | str, chat: bool) -> int:
+        """Most new tokens of a response to a question, or to the questions of a set."""
+        name = question if isinstance(question, str) else question.set
+        return self.max_new_tokens.get(name, SETS[name].max_new_tokens[1 if chat else 0])
+
+    def seed(self, question: Question) -> str:
+        """The start of the response that is part of the prompt; empty for most."""
+        return BOX if self.inject_boxed and SETS[question.set].kind == "math" else ""
+
+    def grade(self, question: Question, response: str) -> bool:
+        """Whether `response`, the text after prompt and seed, is right."""
+        if self._is_strict(question):
+            return _is_letter(response.lstrip(), question.answer)
+        return grade(question, self.seed(question) + response)
+
+    def is_settled(self, question: Question, partial: str) -> bool:
+        """Whether `grade` is the same for every continuation of the partial response."""
+        if self._is_strict(question):
+            text = partial.lstrip()
+            return len(text) > 1 or (bool(text) and text != question.answer)
+        text = self.seed(question) + partial
+        # The first closed box decides, whether it is right or wrong.
+        is_boxed = SETS[question.set].kind == "math" and first_box(text) is not None
+        return is_boxed or not can_still_be_right(question, text)
+
+    def _is_strict(self, question: Question) -> bool:
+        return self.strict_letters and SETS[question.set].kind == "choice"
+
+
+def _is_letter(text: str, answer: str) -> bool:
+    return text[:1] == answer and answer in STRICT_LETTERS and not text[1:2].isalnum()
