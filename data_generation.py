@@ -23,7 +23,9 @@ from transformers import AutoTokenizer
 from data_models import load_path_model
 from drllm import labels, provenance
 from drllm.arguments import MAX_SEED, check_ranges
+from drllm.checkpoints import check_finite
 from drllm.errors import UserError, main_guard
+from drllm.files import check_output_folder
 from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
 from drllm.processes import process_state
 from drllm.questions.per_set import numbers_per_set
@@ -32,7 +34,7 @@ from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import GROUPS, SETS, Question, expand_sets, load_questions
 from drllm.rollouts.engine import RolloutEngine
 from drllm.search.pool import SearchPool
-from drllm.search.report import shortfalls, table2_text
+from drllm.search.report import shortfall_lines, table2_text
 from drllm.search.run import search_labels
 from drllm.search.selection import Selection, digest_of, seeded_order
 from drllm.search.tree import DEFAULT_POLICY, POLICIES, SearchSettings
@@ -100,6 +102,7 @@ def check_arguments(args: argparse.Namespace) -> SearchSettings:
     )
     if not args.length_penalty >= 0:  # NaN too
         raise UserError(f"--lambda is {args.length_penalty}; it must be at least 0")
+    check_output_folder(args.output_dir, "--output_dir")
     if args.dtype != "auto":
         provenance.parse_dtype(args.dtype)
     if args.inject_boxed and args.chat_template == "on":
@@ -113,13 +116,14 @@ def check_arguments(args: argparse.Namespace) -> SearchSettings:
 
 
 def load(name: str, revision: str | None, dtype: torch.dtype, device: torch.device):
-    """(model, tokenizer). UserError when there is no such model or its family is not supported."""
+    """(model, tokenizer). UserError: no such model, a family that is not supported, non-finite weights."""
     try:
         model = load_path_model(name, dtype=dtype, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot load --model {name}: {reason[:300]}") from error
+    check_finite(model, name)
     return model.to(device), tokenizer
 
 

@@ -17,6 +17,8 @@ import pytest
 
 import data_generation
 from drllm import labels
+from drllm.questions.per_set import numbers_per_set
+from drllm.questions.prompts import wants_chat_template
 from tests import search_toys
 
 ROOT = Path(data_generation.__file__).parent
@@ -79,6 +81,12 @@ def wait_for_lines(process: subprocess.Popen, folder: Path, count: int) -> None:
         time.sleep(0.002)
 
 
+def searched_ids(folder: Path) -> list[str]:
+    """The ids of all searches; a question may have been visited without a search before."""
+    lines = [line for path in (folder / "progress").glob("*.jsonl") for line in path.read_bytes().splitlines()]
+    return [row["question_id"] for row in map(json.loads, lines) if row["simulations"]]
+
+
 def labels_of(folder: Path) -> bytes:
     return (folder / "labels.jsonl").read_bytes()
 
@@ -102,6 +110,7 @@ def test_labels_manifest_and_table(toy, undisturbed, tmp_path, capsys):
         else:
             assert not row["base_correct"]
         assert row["optimal_layer_config"] in row["good_paths"]
+    assert "wrong-to-right" in out[-2] or len(out) == 6
     manifest = found.manifest
     expected = {"num_layers": 6, "dtype": "float32", "chat_template": False, "seed": 0}
     assert {key: manifest[key] for key in expected} == expected
@@ -146,12 +155,10 @@ def test_killed_and_interrupted_runs_continue(toy, undisturbed, tmp_path):
     assert "Traceback" not in said
     last = said.strip().splitlines()[-1]
     assert last.startswith("interrupted: at least ")
-    assert last.endswith(f"finished questions are in {folder}; the same command continues")
+    assert last.endswith(f"finished questions are kept in {folder}; run the same command to resume")
     assert data_generation.main(arguments) == 0
     assert labels_of(folder) == labels_of(undisturbed)
-    # Each question was finished once.
-    records = [json.loads(line) for line in (folder / "progress" / "00000.jsonl").read_bytes().splitlines()]
-    assert len({record["question_id"] for record in records}) == len(records)
+    assert len(searched_ids(folder)) == len(set(searched_ids(folder)))
 
 
 @pytest.mark.slow
@@ -186,8 +193,7 @@ def test_several_processes_find_the_same_labels(toy, undisturbed, tmp_path):
     assert labels_of(tmp_path) == labels_of(undisturbed)
     shards = sorted((tmp_path / "progress").glob("*.jsonl"))
     assert [shard.name for shard in shards] == ["00000.jsonl", "00001.jsonl", "00002.jsonl"]
-    ids = [json.loads(line)["question_id"] for shard in shards for line in shard.read_bytes().splitlines()]
-    assert len(set(ids)) == len(ids)
+    assert len(searched_ids(tmp_path)) == len(set(searched_ids(tmp_path)))
     # One process continues where three left off: there is nothing to search, and the file stays the same.
     assert data_generation.main([*toy, *SMALL_SEARCH, "--output_dir", str(tmp_path)]) == 0
     assert labels_of(tmp_path) == labels_of(undisturbed)
@@ -203,7 +209,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(toy, undisturbed, tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"error: no space left to write {tmp_path / 'progress' / '00000.jsonl'}")
-    assert last.endswith("finished questions are safe: free some space and run the same command to resume")
+    assert last.endswith("finished questions are kept: free some space and run the same command to resume")
     content = (tmp_path / "progress" / "00000.jsonl").read_bytes()
     assert content.endswith(b"\n")
     assert content.count(b"\n") > 3
@@ -234,12 +240,31 @@ def test_a_run_with_other_arguments_is_refused_and_changes_nothing(toy, undistur
         (["--model", "/no/such/model"], "cannot load --model /no/such/model: "),
         (["--dataset", "arc,mmlu"], "unknown question set 'mmlu'; there are the groups arc, dart"),
         (["--data_dir", "/no/such/folder"], "data folder /no/such/folder does not exist"),
-        (["--budget", "0.5"], "budget is 0.5; it must be at least 1"),
+        (["--budget", "0.5"], "--budget is 0.5; it must be at least 1"),
         (["--dtype", "int7"], "unknown dtype 'int7': choose one of float32"),
         (["--samples", "many"], "--samples many: expected paper, a number, or"),
         (["--samples", "squadv2=3"], "--samples squadv2=3: expected numbers of at least 1 for sets of --dataset: arc"),
-        (["--wrong_to_right_share", "30"], "--wrong_to_right_share is 30; it must be within 0 and 1"),
+        (["--wrong_to_right_share", "30"], "--wrong_to_right_share is 30.0; it must be between 0 and 1"),
         (["--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
+        (["--concurrency", "-1"], "--concurrency is -1; it must be at least 1"),
+        (["--num_simulations", "0"], "--num_simulations is 0; it must be at least 1"),
+        (["--limit", "0"], "--limit is 0; it must be at least 1"),
+        (["--seed", "-1"], "--seed is -1; it must be between 0 and 4294967295"),
+        (["--seed", "4294967296"], "--seed is 4294967296; it must be between 0 and 4294967295"),
+        (["--c", "nan"], "--c is nan; it must be"),
+        (["--c", "inf"], "exploration is inf; it must be a number of at least 0"),
+        (["--lambda", "nan"], "--lambda is nan; it must be at least 0"),
+        (["--budget", "inf"], "budget is inf; it must be"),
+        (["--p_rand", "1.5"], "--p_rand is 1.5; it must be between 0 and 1"),
+        (["--samples", "dart=0"], "--samples dart=0: expected numbers of at least 1"),
+        (["--samples", "arc=3=4"], "--samples arc=3=4: expected paper, a number, or name=number"),
+        (["--samples", "-5"], "--samples -5: expected numbers of at least 1"),
+        (["--max_new_tokens", "0"], "--max_new_tokens 0: expected numbers of at least 1"),
+        (["--max_new_tokens", "dart:3"], "--max_new_tokens dart:3: expected default, a number, or name=number"),
+        (["--max_new_tokens", "dart-5=20"], "--max_new_tokens dart-5=20: expected numbers of at least 1 for sets of"),
+        (["--inject_boxed", "--chat_template", "on"], "--inject_boxed is for base models"),
+        (["--output_dir", __file__], f"--output_dir {__file__} is a file"),
+        (["--output_dir", f"{__file__}/below/it"], f"--output_dir {__file__}/below/it is below the file {__file__}"),
         (["--chat_template", "on"], "--chat_template on: the tokenizer of"),
     ],
 )
@@ -278,7 +303,7 @@ def test_questions_longer_than_the_context_are_left_out_and_said(toy, tmp_path, 
     arguments = [*toy[:2], "--data_dir", str(data), "--dataset", "arc_easy", "--num_simulations", "2"]
     assert data_generation.main([*arguments, "--output_dir", str(tmp_path / "out")]) == 0
     captured = capsys.readouterr()
-    assert "left out 1 questions longer than the model's context of 256 tokens" in captured.err
+    assert "left out 1 questions that exceed the model's context of 256 tokens" in captured.err
     assert captured.out.splitlines()[1].split()[:4:3] == ["arc_easy", "40"]  # visited all others
 
 
@@ -297,14 +322,15 @@ def test_chat_templates_are_for_instruct_models_in_any_spelling(setting, name, h
     class Tokenizer:
         chat_template = "{{ messages }}" if has_template else None
 
-    assert data_generation.wants_chat_template(setting, name, Tokenizer()) is expected
+    assert wants_chat_template(setting, name, Tokenizer()) is expected
 
 
-def test_samples_a_set():
-    sets = ["arc_easy", "dart-5", "squadv2"]
-    assert data_generation.samples_of("paper", sets) == {"arc_easy": 400, "dart-5": 1000, "squadv2": 1000}
-    assert data_generation.samples_of("7", sets) == dict.fromkeys(sets, 7)
-    assert data_generation.samples_of("dart-5=3, squadv2=4", sets) == {"arc_easy": 400, "dart-5": 3, "squadv2": 4}
+def test_numbers_per_set():
+    sets = ["arc_easy", "dart-1", "dart-5"]
+    assert numbers_per_set("--samples", "paper", sets, "paper") == {}
+    assert numbers_per_set("--samples", "7", sets, "paper") == dict.fromkeys(sets, 7)
+    assert numbers_per_set("--samples", "dart-5=3, arc_easy=4", sets, "paper") == {"dart-5": 3, "arc_easy": 4}
+    assert numbers_per_set("--samples", "dart-5=3,dart=4", sets, "paper") == {"dart-1": 4, "dart-5": 3}
 
 
 def test_the_paper_s_values_are_the_defaults():
