@@ -33,8 +33,9 @@ from benchmarks.shapes import SHAPES  # noqa: E402
 from data_models import load_path_model, path_model_class  # noqa: E402
 from drllm import provenance  # noqa: E402
 from drllm.errors import UserError, main_guard  # noqa: E402
+from drllm.questions.grading import grade  # noqa: E402
 from drllm.questions.prompts import Prompt  # noqa: E402
-from drllm.questions.sets import expand_sets, grade, load_questions  # noqa: E402
+from drllm.questions.sets import expand_sets, load_questions  # noqa: E402
 from drllm.rollouts.engine import Request, RolloutEngine  # noqa: E402
 from drllm.search.pool import SearchedQuestion, SearchPool  # noqa: E402
 from drllm.search.selection import seeded_order  # noqa: E402
