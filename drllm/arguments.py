@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+
 from drllm.errors import UserError
 
 MAX_SEED = 2**32 - 1  # of numpy
@@ -51,3 +53,18 @@ def parse_list(name: str, text: str, of: Callable[[str], Number], example: str) 
     except ValueError:
         kind = "whole numbers" if of is int else "numbers"
         raise UserError(f"--{name} {text}: expected comma-separated {kind}, e.g. --{name}={example}") from None
+
+
+def check_device(name: str | None) -> None:
+    """Checks that the device of --device exists; None is not checked.
+
+    Raises:
+        UserError: not a device's name, or a GPU that this machine does not have.
+    """
+    if name is None:
+        return
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):  # by torch: an unknown name, no CUDA, no such GPU
+        raise UserError(f"--device {name} is not a device of this machine; e.g. cpu, cuda or cuda:0") from None

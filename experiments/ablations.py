@@ -96,15 +96,14 @@ def source_of(
     """
     manifests = [part.manifest for part in labels]
     if data_dir is None:
-        if any("data_dir" not in manifest for manifest in manifests):
+        folders = [manifest.get("data_dir", 0) for manifest in manifests]
+        if any(not isinstance(folder, str | None) for folder in folders):
             raise UserError(
                 "the manifest of the labels names no 'data_dir'; pass --data_dir, the folder of the questions"
             )
-        folders = {manifest["data_dir"] for manifest in manifests}
-        if len(folders) > 1:
+        if len(set(folders)) > 1:
             raise UserError(f"the labels come from questions of {', '.join(map(str, folders))}; pass --data_dir")
-        (folder,) = folders
-        data_dir = None if folder is None else Path(folder)
+        data_dir = None if folders[0] is None else Path(folders[0])
     if data_dir is not None and not data_dir.is_dir():
         raise UserError(f"the folder of questions {data_dir} does not exist; pass the one to test on as --data_dir")
     if len({bool(manifest["chat_template"]) for manifest in manifests}) > 1:
@@ -174,7 +173,7 @@ def run_ablation(
     Returns:
         The content of the ablation's JSON, without provenance.
     """
-    tokenizer = load_tokenizer(base_config.model_id or manifest["model"], manifest["revision"])
+    tokenizer = load_tokenizer(base_config.model_id or manifest["model"], manifest.get("revision"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runs, engine, test = [], None, None
     for panel, label, config in settings_of(name, base_config, seeds):
@@ -200,7 +199,7 @@ def run_ablation(
         "test_data": "the Hub" if source.data_dir is None else str(source.data_dir),
         "test_questions": len(test.prompts),
         "config": dataclasses.asdict(base_config) | {"run_name": None, "seed": None},
-        "labels": {key: manifest[key] for key in ("model_fingerprint", "num_layers", "dtype", "seed", "labels")},
+        "labels": {key: manifest.get(key) for key in ("model_fingerprint", "num_layers", "dtype", "seed", "labels")},
     }
 
 
@@ -226,6 +225,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("results/ablations"), help="folder (default: %(default)s)")
     arguments = parser.parse_args(argv)
     arguments.seeds = parse_list("seeds", arguments.seeds, int, "0,1,2")
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        raise UserError(f"--seeds {arguments.seeds}: the same seed twice; the spread is over different ones")
     check_ranges(
         arguments, seeds=(0, MAX_SEED), limit=(1, math.inf), num_epochs=(1, math.inf), warmup_steps=(0, math.inf)
     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from drllm.arguments import check_ranges
+from drllm.arguments import check_device, check_ranges
 from drllm.checkpoints import load_routed_checkpoint, load_tokenizer
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.comparison import uses_chat_template
@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", help="cuda, cuda:0, cpu, ...; default: a GPU if there is one")
     arguments = parser.parse_args(argv)
     check_ranges(arguments, max_new_tokens=(1, math.inf), routing_control=(-1, 1))
+    check_device(arguments.device)
     model = load_routed_checkpoint(arguments.checkpoint, arguments.dtype, arguments.device)
     tokenizer = load_tokenizer(arguments.checkpoint)
     chat = arguments.chat_template

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 
-from drllm.arguments import check_ranges, parse_list
+from drllm.arguments import check_device, check_ranges, parse_list
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.comparison import uses_chat_template
 from drllm.evaluation.layer_counts import LayerCounts
@@ -25,7 +25,7 @@ from drllm.evaluation.lm_eval_model import RoutedLM
 from drllm.evaluation.runs import Estimate
 from drllm.files import check_output_file
 from drllm.labels import read_labels
-from drllm.provenance import command_line, write_result
+from drllm.provenance import command_line, parse_dtype, write_result
 from drllm.questions.grading import grade
 from drllm.questions.prompts import apply_template, render_prompt, response_limit
 from drllm.questions.sets import Question, expand_sets, load_questions
@@ -150,6 +150,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     arguments.knobs = parse_list("knobs", arguments.knobs, float, "-0.5,0")
     check_ranges(arguments, knobs=(-1, 1), limit=(1, math.inf), batch_size=(1, math.inf))
+    if arguments.dtype != "auto":
+        parse_dtype(arguments.dtype)
+    check_device(arguments.device)
     check_output_file(arguments.output, "--output")
     return arguments
 

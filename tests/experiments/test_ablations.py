@@ -128,6 +128,7 @@ def test_bad_seeds(command, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["--seeds", "1,2,1"], "the same seed twice"),
         (["--seeds", "0,-1"], "--seeds is -1; it must be between 0 and 4294967295"),
         (["--seeds", "4294967296"], "--seeds is 4294967296; it must be between 0 and 4294967295"),
         (["--limit", "0"], "--limit is 0; it must be at least 1"),
@@ -182,11 +183,12 @@ def test_test_questions_are_those_of_the_labels_manifest(tmp_path):
     ("labels", "sentence"),
     [
         ([labels_from()], "names no 'data_dir'; pass --data_dir"),
+        ([labels_from(data_dir=[7])], "names no 'data_dir'; pass --data_dir"),
         ([labels_from(data_dir="/nowhere")], "/nowhere does not exist; pass the one to test on as --data_dir"),
         ([labels_from(data_dir="a"), labels_from(data_dir="b")], "come from questions of"),
         ([labels_from(data_dir=None), labels_from(data_dir=None, chat_template=True)], "some of the labels"),
     ],
-    ids=["no folder", "missing folder", "two folders", "two templates"],
+    ids=["no folder", "a number", "missing folder", "two folders", "two templates"],
 )
 def test_labels_that_do_not_name_their_test_questions_are_refused(labels, sentence):
     with pytest.raises(UserError, match=sentence):

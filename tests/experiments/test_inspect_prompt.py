@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory, base):
 @pytest.fixture
 def run(capsys):
     def inspect(*arguments) -> tuple[int, str, str]:
-        status = inspect_prompt.main([*map(str, arguments), "--device", "cpu"])
+        status = inspect_prompt.main(["--device", "cpu", *map(str, arguments)])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -81,3 +81,9 @@ def test_bad_input_is_one_sentence(base, tmp_path, run):
     assert "the folder does not exist" in err
     status, _, err = run(base, "w1", "--max_new_tokens", "0")
     assert (status, err) == (2, "error: --max_new_tokens is 0; it must be at least 1\n")
+    for device in ("nonsense", "cuda:99"):
+        status, _, err = run(base, "w1", "--device", device)
+        assert (status, err) == (
+            2,
+            f"error: --device {device} is not a device of this machine; e.g. cpu, cuda or cuda:0\n",
+        )

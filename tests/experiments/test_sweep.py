@@ -27,7 +27,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def run():
     def run(*arguments) -> int:
-        return sweep.main([*map(str, arguments), "--device", "cpu"])
+        return sweep.main(["--device", "cpu", *map(str, arguments)])
 
     return run
 
@@ -101,6 +101,9 @@ def test_labelled_questions_are_left_out(data, monkeypatch):
         (["--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
         (["--limit", "0"], "--limit is 0; it must be at least 1"),
         (["--dataset", "none_such"], "none_such"),
+        (["--dtype", "int7"], "unknown dtype 'int7'"),
+        (["--device", "nonsense"], "--device nonsense is not a device of this machine"),
+        (["--device", "cuda:99"], "--device cuda:99 is not a device of this machine"),
     ],
 )
 def test_bad_arguments_end_before_the_model_is_loaded(arguments, sentence, data, tmp_path, run, capsys, monkeypatch):
