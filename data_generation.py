@@ -28,11 +28,13 @@ from drllm.errors import UserError, main_guard
 from drllm.files import check_output_folder
 from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
 from drllm.processes import process_state
+from drllm.questions.likelihood import REWARDS, LikelihoodPrompt
 from drllm.questions.per_set import numbers_per_set
 from drllm.questions.prompts import Prompt, split_by_context, wants_chat_template
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import GROUPS, SETS, Question, expand_sets, load_questions
 from drllm.rollouts.engine import RolloutEngine
+from drllm.rollouts.likelihood import LikelihoodEngine
 from drllm.search.pool import SearchPool
 from drllm.search.report import shortfall_lines, table2_text
 from drllm.search.run import search_labels
@@ -77,6 +79,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default="default",
         help="of a response: a number, or e.g. arc=10,dart=20; default: ARC 10 with a chat template, else 2; DART 15",
     )
+    add(
+        "--reward",
+        choices=REWARDS,
+        default="generation",
+        help="generation: the response is graded, as published; likelihood: the right option of a multiple-choice "
+        "question must be the most probable one, as in lm-eval's acc (_norm: acc_norm)",
+    )
     add("--inject_boxed", action="store_true", help=r"end math prompts with \boxed{ (Appendix A, for base models)")
     add("--strict_letters", action="store_true", help="multiple choice: only a leading A, B, C or D is an answer")
     add("--batch_size", type=int, default=BATCH_SIZE, help="rows per batch; halved when memory runs out")
@@ -105,6 +114,8 @@ def check_arguments(args: argparse.Namespace) -> SearchSettings:
     check_output_folder(args.output_dir, "--output_dir")
     if args.dtype != "auto":
         provenance.parse_dtype(args.dtype)
+    if args.reward != "generation":
+        check_likelihood(args)
     if args.inject_boxed and args.chat_template == "on":
         raise UserError(
             "--inject_boxed is for base models, whose prompts have no chat template; use --chat_template off"
@@ -113,6 +124,20 @@ def check_arguments(args: argparse.Namespace) -> SearchSettings:
         return SearchSettings(args.num_simulations, args.budget, args.c, args.length_penalty, args.p_rand, args.policy)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def check_likelihood(args: argparse.Namespace) -> None:
+    """Refuses arguments that a log-likelihood reward cannot follow."""
+    for name in ("inject_boxed", "strict_letters"):
+        if getattr(args, name):
+            raise UserError(f"--{name} shapes responses, but --reward {args.reward} generates none; omit it")
+    if args.chat_template == "on":
+        raise UserError(f"--reward {args.reward} uses lm-eval's prompts, which have no chat template; omit it")
+    for set_name in expand_sets(args.dataset):
+        if SETS[set_name].kind != "choice":
+            raise UserError(
+                f"--reward {args.reward} is for multiple choice, but --dataset has {set_name}; name other sets"
+            )
 
 
 def load(name: str, revision: str | None, dtype: torch.dtype, device: torch.device):
@@ -169,11 +194,16 @@ def main(arguments: list[str] | None = None) -> None:
     with state.main_process_first():  # so that a download happens once per machine
         questions = {set_name: load_questions(set_name, "train", data_dir) for set_name in sets}
     model, tokenizer = load(name, args.revision, dtype, state.device)
-    chat = wants_chat_template(args.chat_template, name, tokenizer)
+    chat = args.reward == "generation" and wants_chat_template(args.chat_template, name, tokenizer)
     if args.inject_boxed and chat:
         raise UserError(f"--inject_boxed is for base models, but {name} gets a chat template; use --chat_template off")
     limits = {set_name: response_format.limit(set_name, chat) for set_name in sets}
-    prompt_of = functools.partial(Prompt.of, tokenizer=tokenizer, chat=chat, response_format=response_format)
+    if args.reward == "generation":
+        prompt_of = functools.partial(Prompt.of, tokenizer=tokenizer, chat=chat, response_format=response_format)
+        engine = RolloutEngine(model, tokenizer, args.batch_size)
+    else:
+        prompt_of = functools.partial(LikelihoodPrompt.of, tokenizer=tokenizer)
+        engine = LikelihoodEngine(model, tokenizer, args.batch_size, args.reward == "likelihood_norm")
     orders = order_questions(questions, args, prompt_of, model.config, state.is_main_process)
 
     manifest = make_manifest(
@@ -184,13 +214,12 @@ def main(arguments: list[str] | None = None) -> None:
         num_layers=model.config.num_hidden_layers,
         dtype=provenance.dtype_name(dtype),
         chat_template=chat,
+        reward=args.reward,
         data_dir=None if data_dir is None else str(data_dir),
         questions={set_name: digest_of(order) for set_name, order in orders.items()},
         arguments={"samples": samples} | response_format.as_dict() | {"max_new_tokens": limits},
     )
-    pool = SearchPool(
-        RolloutEngine(model, tokenizer, args.batch_size), settings, args.seed, args.concurrency or 2 * args.batch_size
-    )
+    pool = SearchPool(engine, settings, args.seed, args.concurrency or 2 * args.batch_size)
     selection = Selection(orders, samples, args.wrong_to_right_share)
     completed = search_labels(Path(args.output_dir), manifest, selection, pool, prompt_of, state)
     if completed is not None:

@@ -357,3 +357,39 @@ def test_peak_memory_does_not_grow_with_the_number_of_questions(toy, tmp_path):
         peaks[count] = int(done.stdout.split()[-1]) / 1024
     # Twenty times the questions; what is known of each, and its text, are a few hundred bytes.
     assert peaks[1000] - peaks[50] < 25, peaks
+
+
+LIKELIHOOD_SEARCH = ["--reward", "likelihood", "--dataset", "arc", "--num_simulations", "8", "--samples", "12"]
+
+
+def test_a_log_likelihood_reward_is_recorded_and_gives_the_same_labels_at_any_batch_size(toy, tmp_path, capsys):
+    for name, batch_size in (("a", "16"), ("b", "3")):
+        arguments = [*toy, *LIKELIHOOD_SEARCH, "--batch_size", batch_size, "--output_dir", str(tmp_path / name)]
+        assert data_generation.main(arguments) == 0
+    assert (tmp_path / "a" / "labels.jsonl").read_bytes() == (tmp_path / "b" / "labels.jsonl").read_bytes()
+    found = labels.read_labels(tmp_path / "a")
+    assert found.rows
+    assert found.manifest["reward"] == "likelihood"
+    assert found.manifest["chat_template"] is False
+    for row in found.rows:
+        assert row["prompt"] == f"Question: {row['question']}\nAnswer:"
+        assert row["path_response"] == row["answer"]  # the label of the chosen option
+        assert (row["base_response"] == row["answer"]) == row["base_correct"]
+    arguments = [*toy, *LIKELIHOOD_SEARCH, "--reward", "likelihood_norm", "--output_dir", str(tmp_path / "a")]
+    assert data_generation.main(arguments) == 2
+    assert 'reward was "likelihood" and is now "likelihood_norm"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        (["--dataset", "arc,dart-1"], "is for multiple choice, but --dataset has dart-1"),
+        (["--inject_boxed"], "--inject_boxed shapes responses, but --reward likelihood generates none"),
+        (["--strict_letters"], "--strict_letters shapes responses"),
+        (["--chat_template", "on"], "uses lm-eval's prompts, which have no chat template"),
+    ],
+)
+def test_what_a_log_likelihood_reward_cannot_follow_is_refused(toy, tmp_path, capsys, extra, sentence):
+    arguments = [*toy, *LIKELIHOOD_SEARCH, *extra, "--output_dir", str(tmp_path)]
+    assert data_generation.main(arguments) == 2
+    assert sentence in capsys.readouterr().err

@@ -98,9 +98,9 @@ class LikelihoodPrompt:
         return cls(question, context, input_ids, rows, scored, lengths, question.labels.index(question.answer))
 
     @property
-    def max_new_tokens(self) -> int:
-        """Tokens of the longest option."""
-        return max(self.scored)
+    def total_tokens(self) -> int:
+        """Tokens of the context and the longest option together."""
+        return max(map(len, self.rows))
 
     def is_right(self, log_likelihoods: Sequence[float], normalised: bool) -> bool:
         """Whether the right option alone has the highest summed log-probability: lm-eval's `acc`, ties counted wrong.

@@ -167,7 +167,8 @@ def begin(folder: Path, manifest: dict[str, Any]) -> None:
     """
     path = folder / "manifest.json"
     if path.exists():
-        differences = _differences(read_manifest(folder), manifest)
+        published = {"reward": "generation"}  # what a manifest without the field means
+        differences = _differences(published | read_manifest(folder), published | manifest)
         if differences:
             raise UserError(
                 f"{folder} holds labels of another run: {'; '.join(differences[:3])}; repeat that run's arguments, or "
