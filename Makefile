@@ -8,7 +8,7 @@ COMPARE := runs/compare_methods
 ABLATIONS := figure5 figure7 figure8 table6 teacher_forcing bias_init
 SEEDS := 0 1 2
 SEARCH = $(BIN)/python data_generation.py --data_dir miniature/data --samples 60 --limit 120 --output_dir $(DEMO)/data
-TRAIN = $(BIN)/python train.py --data $(DEMO)/data --output_dir $(DEMO)/checkpoints --warmup_steps 50
+TRAIN = $(BIN)/python train.py --data $(DEMO)/data --output_dir $(DEMO)/checkpoints --num_epochs 15 --warmup_steps 50
 EVALUATE = PYTHON=$(BIN)/python ./eval.sh --data_dir miniature/data --labels $(DEMO)/data
 
 

@@ -24,17 +24,12 @@ IMPORTED_PROGRAMS: dict[str, str] = {
 LONG_FILES: dict[str, str] = {
     "benchmarks/latency.py": "to be split: timing apart from report",
     "drllm/evaluation/lm_eval_model.py": "to be split",
-    "drllm/training/trainer.py": "to be split: configuration, resuming",
 }
 LONG_FUNCTIONS: dict[str, str] = {
-    "drllm.training.features.compute_features": "to be split",
-    "drllm.training.trainer.train_routers": "to be split",
     "train_models.following.FollowsPaths.forward": "one forward pass, read from top to bottom",
 }
 OVERRIDES = "overrides a method of transformers, whose parameters it repeats"
 MANY_PARAMETERS: dict[str, str] = {
-    "drllm.training.features.compute_features": "to be split",
-    "drllm.training.trainer.fit": "to be split",
     "train_models.following.CausalLMOverPaths.forward": OVERRIDES,
     "train_models.following.FollowsPaths.forward": OVERRIDES,
 }
