@@ -35,7 +35,7 @@ def spoil(folder, number, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda row: json.dumps(row)[:30], r"labels\.jsonl:3: not valid JSON .*run the same data_generation.py command again"),
+        (lambda row: json.dumps(row)[:30], r"labels\.jsonl:3: not valid JSON .*run the same data_generation.py"),
         (lambda row: "[1]", r"labels\.jsonl:3: not an object with the columns question"),
         (lambda row: json.dumps({k: v for k, v in row.items() if k != "prompt"}), r":3: no column 'prompt'"),
         (lambda row: json.dumps(row | {"prompt": ""}), r""":3: 'prompt' is "", expected text"""),
