@@ -72,7 +72,7 @@ llm: $(VENV)/.installed-llm $(if $(MODEL),,$(LLM)/model)
 	$(BIN)/python train.py --data $(LLM)/labels --model_id $(LLM_MODEL) --output_dir $(LLM)/checkpoints \
 	  --run_name published --warmup_steps 100
 	$(LLM_RUN) -m experiments.group_paths --reward likelihood --model $(LLM_MODEL) $(LLM_DATA) --dataset $(LLM_SETS) \
-	  --train_questions $(LIMIT) --groups 6 --price 0.002 --batch_size 8 --output_dir $(LLM)/checkpoints/groups
+	  --train_questions $(LIMIT) --groups 4 --price 0.01 --most_skips 3 --candidates 4 --batch_size 8 --output_dir $(LLM)/checkpoints/groups
 	for name in published groups; do \
 	  PYTHON=$(BIN)/python ./eval.sh $(LLM)/checkpoints/$$name $(LLM_DATA) --limit $(TEST) --num_processes $(PROCESSES) \
 	    --batch_size 8 --output_dir $(LLM)/results/$$name || exit; \
