@@ -90,6 +90,7 @@ from transformers import (
 
 from benchmarks.shapes import SHAPES
 from drllm.errors import UserError, main_guard
+from drllm.evaluation.experiment_figures import draw_latency
 from drllm.provenance import commit, parse_dtype, versions
 from train_models import routed_classes
 from train_models.cache import PathCache
@@ -633,30 +634,6 @@ def machine(device: str) -> str:
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
 
 
-def draw(rows: list[dict], path: str) -> None:
-    """Time saved against layers saved; the diagonal is perfect."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5, 4))
-    styles = {"shared": "o", "mixed": "x", "two paths": "^", "split": "s"}
-    for batch_size in sorted({row["batch_size"] for row in rows}):
-        for kind, marker in styles.items():
-            chosen = (row for row in rows if row["batch_size"] == batch_size and row["rows"] == kind)
-            points = sorted((row for row in chosen if "total_ratio" in row), key=lambda row: row["layers_saved"])
-            if points:
-                xs = [100 * row["layers_saved"] for row in points]
-                ys = [100 * (1 - row["total_ratio"]) for row in points]
-                axes.plot(xs, ys, marker=marker, linestyle=":", label=f"batch {batch_size}, {kind}")
-    axes.axline((0, 0), slope=1, color="black", linewidth=0.8)
-    axes.set(xlabel="block applications saved (%)", ylabel="total time saved (%)")
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
 @main_guard
 def main() -> None:
     arguments = parse_arguments()
@@ -700,7 +677,7 @@ def main() -> None:
         Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
     if arguments.figure:
-        draw(rows, arguments.figure)
+        draw_latency(rows, Path(arguments.figure))
 
 
 if __name__ == "__main__":

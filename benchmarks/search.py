@@ -33,6 +33,7 @@ from benchmarks.shapes import SHAPES  # noqa: E402
 from data_models import load_path_model, path_model_class  # noqa: E402
 from drllm import provenance  # noqa: E402
 from drllm.errors import UserError, main_guard  # noqa: E402
+from drllm.evaluation.experiment_figures import draw_search_concurrency  # noqa: E402
 from drllm.questions.grading import grade  # noqa: E402
 from drllm.questions.prompts import Prompt  # noqa: E402
 from drllm.questions.sets import expand_sets, load_questions  # noqa: E402
@@ -255,26 +256,8 @@ def concurrency(args: argparse.Namespace) -> dict[str, Any]:
                     break
         points.append({"questions_at_once": at_once, "simulations_per_s": simulations / watch.seconds})
         print(f"{at_once:4d} questions at once  {points[-1]['simulations_per_s']:10.1f} simulations/s", flush=True)
-    _plot_concurrency(points, args)
+    print(f"figure: {draw_search_concurrency(points, args.output_dir / 'search_concurrency.png')}")
     return {"points": points}
-
-
-def _plot_concurrency(points: list[dict[str, float]], args: argparse.Namespace) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    axes.plot(*zip(*(point.values() for point in points), strict=True), marker="o")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set(xlabel="questions searched at once", ylabel="simulations / s", title="Search throughput")
-    axes.grid(alpha=0.3, which="both")
-    path = args.output_dir / "search_concurrency.png"
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    print(f"figure: {path}")
 
 
 def shortcuts(args: argparse.Namespace) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,18 +35,20 @@ import torch
 from drllm.arguments import MAX_SEED, check_ranges, parse_list
 from drllm.checkpoints import join_routers, load_tokenizer
 from drllm.errors import UserError, main_guard
-from drllm.evaluation.ablation_report import ROUTER_METRICS, ablation_table, draw_ablation, summarise
+from drllm.evaluation.ablation_report import ROUTER_METRICS, ablation_table, summarise
+from drllm.evaluation.experiment_figures import CURVES, draw_experiment
 from drllm.evaluation.outcomes import EvaluationQuestions, answer_along, load_test_questions
 from drllm.files import check_output_file, check_output_folder, read_json, write_json
 from drllm.labels import LabelSet, read_labels
 from drllm.provenance import command_line, write_result
-from drllm.questions.sets import expand_sets
+from drllm.questions.sets import GROUPS, expand_sets
 from drllm.rollouts.engine import RolloutEngine
 from drllm.rollouts.routed_paths import routed_paths
 from drllm.training.trainer import RouterTrainingConfig, quiet_libraries, train_routers
 
 PROGRAM = "python -m experiments.ablations"
 BATCH_SIZE = 64  # questions per forward pass
+TEST_FORMAT = 2  # of test.json in a checkpoint; 2 has accuracy by group
 
 # Panel -> settings, each a label and the fields of RouterTrainingConfig that it changes.
 ABLATIONS: dict[str, dict[str, list[tuple[str, dict]]]] = {
@@ -113,12 +116,22 @@ def source_of(
 
 
 def evaluate(routed, engine: RolloutEngine, test: EvaluationQuestions) -> dict[str, float]:
-    """Accuracy and layers per forward pass of the routers' own decisions, beside the base model's."""
+    """Accuracy and layers per forward pass of the routers' own decisions, beside the base model's.
+
+    Names that end in a group, e.g. "accuracy_arc", are means over the group's sets, every set with the same weight.
+    """
     paths = routed_paths(routed, test.prompts, BATCH_SIZE)
     engine.model = routed
     outcome = answer_along(engine, test.prompts, paths)
     pairs = list(zip(test.base.right, outcome.right, strict=True))
-    return {
+    per_set = test.per_set(outcome)
+    by_group = {
+        f"{measure}_{group}": statistics.mean(per_set[name][measure] for name in sets if name in per_set)
+        for group, sets in GROUPS.items()
+        if per_set.keys() & set(sets)
+        for measure in ("accuracy", "base_accuracy", "layers")
+    }
+    return by_group | {
         "accuracy": outcome.accuracy,
         "base_accuracy": test.base.accuracy,
         "layers": outcome.mean_layers,
@@ -134,10 +147,10 @@ def _evaluate_once(routed, engine: RolloutEngine, test: EvaluationQuestions, pat
     questions = sorted(prompt.question.id for prompt in test.prompts)
     with contextlib.suppress(UserError):  # missing or damaged: evaluated again
         stored = read_json(path, "it is evaluated again")
-        if stored.get("questions") == questions and "result" in stored:
+        if stored.get("questions") == questions and stored.get("format") == TEST_FORMAT:
             return stored["result"]
     result = evaluate(routed, engine, test)
-    write_json(path, {"result": result, "questions": questions})
+    write_json(path, {"format": TEST_FORMAT, "result": result, "questions": questions})
     return result
 
 
@@ -145,6 +158,19 @@ def _changed(changes: dict) -> list[tuple[str, object]]:
     """The changes that differ from the default, so that the published setting is trained once for all ablations."""
     default = RouterTrainingConfig()
     return sorted((key, value) for key, value in changes.items() if value != getattr(default, key))
+
+
+def training_history(record: dict[str, Any]) -> list[dict[str, float]]:
+    """Epoch, accuracy of each class and macro F1 on held-out labels after each epoch, for Figures 7 and 8.
+
+    Args:
+        record: training.json of a checkpoint.
+    """
+    epochs = [entry for entry in record["history"] if "eval_macro_f1" in entry]
+    return [
+        {"epoch": entry["epoch"]} | {name: entry[f"eval_{name}"] for name in CURVES if f"eval_{name}" in entry}
+        for entry in epochs
+    ]
 
 
 def settings_of(name: str, base_config: RouterTrainingConfig, seeds: Sequence[int]):
@@ -190,7 +216,8 @@ def run_ablation(
             flush=True,
         )
         metrics = {metric: record["metrics"][metric] for metric in ROUTER_METRICS}
-        runs.append({"panel": panel, "setting": label, "seed": config.seed, **metrics, **result})
+        history = training_history(record)
+        runs.append({"panel": panel, "setting": label, "seed": config.seed, **metrics, **result, "history": history})
     return {
         "ablation": name,
         "runs": runs,
@@ -199,7 +226,9 @@ def run_ablation(
         "test_data": "the Hub" if source.data_dir is None else str(source.data_dir),
         "test_questions": len(test.prompts),
         "config": dataclasses.asdict(base_config) | {"run_name": None, "seed": None},
-        "labels": {key: manifest.get(key) for key in ("model_fingerprint", "num_layers", "dtype", "seed", "labels")},
+        "labels": {
+            key: manifest.get(key) for key in ("model", "model_fingerprint", "num_layers", "dtype", "seed", "labels")
+        },
     }
 
 
@@ -262,8 +291,8 @@ def main(argv: list[str] | None = None) -> None:
         seed=arguments.seeds,
         seconds=time.perf_counter() - start,
     )
-    draw_ablation(result, output.with_suffix(".png"))
-    print(f"\n{ablation_table(result)}\nwrote {output}.json and .png")
+    drawn = draw_experiment(result, output.with_suffix(".png"))
+    print(f"\n{ablation_table(result)}\nwrote {output}.json, {', '.join(map(str, drawn))}")
 
 
 if __name__ == "__main__":

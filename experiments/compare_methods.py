@@ -39,7 +39,8 @@ import torch
 from drllm.arguments import check_ranges
 from drllm.checkpoints import join_routers, load_routed, load_tokenizer
 from drllm.errors import UserError, main_guard
-from drllm.evaluation.method_report import draw_methods, methods_table
+from drllm.evaluation.experiment_figures import draw_methods
+from drllm.evaluation.method_report import methods_table
 from drllm.evaluation.outcomes import Outcome, answer_along, load_test_questions, method_row
 from drllm.files import check_output_file, check_output_folder
 from drllm.group_paths.margin_rewards import Answered, MarginRewards, RoundStore

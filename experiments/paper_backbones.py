@@ -10,7 +10,6 @@ Every step continues where it was stopped and does nothing where it has ended, s
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shlex
@@ -26,9 +25,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from drllm.errors import UserError, main_guard
+from drllm.evaluation import paper
 from drllm.evaluation.comparison import IN_DOMAIN
 from drllm.evaluation.runs import benchmarks
-from drllm.evaluation.tables import PAPER_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATIONS = {"in_domain": 3, "table4": 4, "aime24": 4, "table5": 5}  # step -> table of the paper
@@ -72,8 +71,7 @@ class Step:
 
 def paper_models() -> dict[str, dict[str, Any]]:
     """The paper's models by short name, e.g. "llama-3.2-3b-instruct"."""
-    models = json.loads(PAPER_FILE.read_text())["models"]
-    return {model["id"].rpartition("/")[2].lower(): model for model in models}
+    return {model["id"].rpartition("/")[2].lower(): model for model in paper.paper_models()}
 
 
 def find_backbones(names: str) -> list[Backbone]:
@@ -103,14 +101,14 @@ class Costs:
 
     def __init__(self, backbone: Backbone, args: argparse.Namespace) -> None:
         self.backbone, self.args = backbone, args
-        paper = json.loads(PAPER_FILE.read_text())["table2"]
-        sampled = paper["sampled"]
-        wanted = sum(sampled.values()) if args.samples is None else args.samples * len(sampled)
-        visited = wanted / sum(sampled.values()) * paper["inferences"] / paper["inferences_per_visited_question"]
+        rows = paper.paper_table(2).rows
+        sets, total = len(rows) - 1, {name: cell["value"] for name, cell in rows["Total"].items()}
+        wanted = total["Sampled"] if args.samples is None else args.samples * sets
+        visited = wanted / total["Sampled"] * total["Visited"]
         if args.limit is not None:
-            visited = min(visited, args.limit * len(sampled))
+            visited = min(visited, args.limit * sets)
         self.visited, self.labels = visited, min(wanted, visited)
-        self.inferences = visited * paper["inferences_per_visited_question"] * args.num_simulations / 50
+        self.inferences = visited * total["#Inferences"] / total["Visited"] * args.num_simulations / 50
 
     def a_pass(self, tokens: float) -> float:
         """Seconds of a forward pass over `tokens` tokens: products, reading the weights, or launching, the slowest."""
@@ -191,7 +189,7 @@ def plan(backbone: Backbone, args: argparse.Namespace) -> list[Step]:
         names = IN_DOMAIN if step == "in_domain" else ",".join(task["task"] for task in tasks)
         rows = LONG_ROWS if step == "aime24" else EVAL_ROWS
         found[step] = (evaluate(step, names, rows), *costs.evaluation(tasks, rows), args.gpus)
-    found["tables"] = (["python", "-m", "drllm.tables", str(folder)], 0.0, 0.0, 0)
+    found["tables"] = (["python", "-m", "experiments.paper_tables", str(folder)], 0.0, 0.0, 0)
     steps = []
     for name in STEPS:
         if name not in args.steps:

@@ -31,7 +31,7 @@ from drllm.questions.prompts import apply_template, render_prompt, response_limi
 from drllm.questions.sets import Question, expand_sets, load_questions
 
 PROGRAM = "python -m experiments.sweep"
-KNOBS = (-0.9, -0.7, -0.6, -0.55, -0.5, -0.45, -0.4, -0.3, -0.2, -0.1, 0.0, 0.25, 0.5)
+KNOBS = (-1.0, -0.9, -0.7, -0.6, -0.55, -0.5, -0.45, -0.4, -0.3, -0.2, -0.1, 0.0, 0.25, 0.5, 0.6, 0.75, 1.0)
 BINS = 20
 
 

@@ -221,13 +221,14 @@ def main() -> None:
         shutil.copyfile(manifest, output / manifest.name)
     for name, run in runs.items():
         run_lm_eval(name, run, output / name, args)
-    from drllm.evaluation import figures, tables
+    from drllm.evaluation.comparison_table import write_comparison
+    from drllm.evaluation.figures import draw_comparison, write_label_counts
 
     print()
-    print(tables.write_comparison(output))
-    drawn = figures.draw_comparison(output, output / "figures")
+    print(write_comparison(output))
     if args.labels is not None:
-        drawn.append(figures.draw_labels(Path(args.labels), output / "figures" / "labels.png"))
+        write_label_counts(Path(args.labels), output)
+    drawn = draw_comparison(output, output / "figures")
     print("\ntable:   " + str(output / "table.md"))
     for path in drawn:
         print(f"figure:  {path}")

@@ -69,6 +69,18 @@ class Estimate:
         return cls(mean, math.sqrt(squares / (count - 1) / count), count)
 
     @classmethod
+    def equally_weighted(cls, parts: Sequence[Estimate | None]) -> Estimate | None:
+        """The mean of `parts`, each with the same weight regardless of its number of queries.
+
+        The parts are estimates over different queries, so their errors are independent. None when a part is missing.
+        """
+        if not parts or None in parts:
+            return None
+        errors = [part.stderr for part in parts]
+        stderr = None if None in errors else math.hypot(*errors) / len(parts)
+        return cls(statistics.mean(part.mean for part in parts), stderr, sum(part.count for part in parts))
+
+    @classmethod
     def over_checkpoints(cls, estimates: Sequence[Estimate | None]) -> Estimate | None:
         """The mean over checkpoints that were evaluated on the same questions.
 
@@ -195,6 +207,10 @@ class Run:
 
     def share(self, tasks: Sequence[str], action: int) -> float:
         """Share of blocks skipped (0), executed (1) or repeated (2), over the queries of `tasks`."""
+        if not self.queries:
+            counts = [self._counted[task] for task in tasks if task in self._counted]
+            shares = [part["queries"] * part["share"][("skip", "execute", "repeat")[action]] for part in counts]
+            return sum(shares) / max(sum(part["queries"] for part in counts), 1)
         paths = [path for task in tasks for query in self.queries.get(task, {}).values() for path in query["paths"]]
         return sum(path.count(str(action)) for path in paths) / max(sum(map(len, paths)), 1)
 
@@ -209,13 +225,24 @@ def _paired(first: dict[str, dict[int, float]], second: dict[str, dict[int, floa
     )
 
 
+def _unpaired(base: Estimate | None, other: Estimate | None) -> Estimate | None:
+    """The difference of two means over the same queries, without an error: that needs the values by query."""
+    if base is None or other is None:
+        return None
+    return Estimate(other.mean - base.mean, None, base.count)
+
+
 def accuracy_difference(base: Run, other: Run, tasks: Sequence[str]) -> Estimate | None:
-    """Accuracy of `other` minus that of `base`, paired by question."""
+    """Accuracy of `other` minus that of `base`, paired by question where both logged their questions."""
+    if not (base.correct and other.correct):
+        return _unpaired(base.accuracy(tasks), other.accuracy(tasks))
     return _paired(base.correct, other.correct, tasks)
 
 
 def layers_difference(base: Run, other: Run, tasks: Sequence[str]) -> Estimate | None:
-    """Layers per query of `other` minus those of `base`, paired by query."""
+    """Layers per query of `other` minus those of `base`, paired by query where both logged their queries."""
+    if not (base.queries and other.queries):
+        return _unpaired(base.layers(tasks), other.layers(tasks))
     blocks = [
         {task: {document: query["blocks"] for document, query in rows.items()} for task, rows in run.queries.items()}
         for run in (base, other)
@@ -240,7 +267,7 @@ def rows_of(run: Run) -> dict[str, list[str]]:
     in_domain = {task_name(name) for name in SETS}
     rows = {}
     for name in run.record["run"]["tasks"].split(","):
-        leaves = [leaf for leaf in run.leaves(name) if leaf in run.queries]
+        leaves = [leaf for leaf in run.leaves(name) if leaf in run.tasks]
         if in_domain.issuperset(leaves):
             rows |= {leaf: [leaf] for leaf in leaves}
         else:

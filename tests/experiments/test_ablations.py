@@ -67,6 +67,16 @@ def test_an_ablation_from_labels_to_figure(command, tmp_path, capsys):
     out = capsys.readouterr().out
     result = json.loads((tmp_path / "results" / "bias_init.json").read_text())
     assert (tmp_path / "results" / "bias_init.png").stat().st_size > 10_000
+    assert (tmp_path / "results" / "bias_init_curves.png").stat().st_size > 10_000
+    # The only set is one of ARC, so the group's numbers, of Table 6, are those of all questions.
+    for run in result["runs"]:
+        assert [run[f"{name}_arc"] for name in ("accuracy", "base_accuracy", "layers")] == [
+            run[name] for name in ("accuracy", "base_accuracy", "layers")
+        ]
+        assert "accuracy_dart" not in run
+        assert run["history"][-1]["macro_f1"] == run["macro_f1"]
+    assert {"mean", "std"} == result["summary"][0]["accuracy_arc"].keys()
+    assert result["labels"]["model"]
     assert [(run["setting"], run["seed"]) for run in result["runs"]] == [
         ("zero", 0),
         ("zero", 1),

@@ -52,7 +52,7 @@ def test_dry_run_prints_every_command_with_its_cost(capsys):
     assert "--batch_size 4 " in commands[4]
     assert "humaneval" not in printed
     assert printed.count("A100 hours") == len(paper_backbones.STEPS) + 1
-    assert "961,000 inferences on 24,329 questions for 4,000 labels" in " ".join(printed.split("\n# "))
+    assert "961,000 inferences on 24,330 questions for 4,000 labels" in " ".join(printed.split("\n# "))
     assert not (ROOT / "runs" / "backbones").exists()
     assert paper_backbones.main(["--model", "llama-3.2-3b", "--unsafe_code"]) == 0
     printed = capsys.readouterr().out

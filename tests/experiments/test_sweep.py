@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from drllm.evaluation import figures
+from drllm.evaluation.experiment_figures import draw_sweep
 from drllm.questions.prompts import render_prompt
 from drllm.questions.sets import load_questions
 from experiments import sweep
@@ -49,7 +49,7 @@ def test_sweep_from_skip_to_the_base_model(checkpoint, data, tmp_path, run, caps
     for action in ("skip", "execute", "repeat"):
         assert sum(histogram[action]) == 8 * BLOCKS
     assert "keeps the base accuracy with the fewest layers" in capsys.readouterr().out
-    path = figures.draw_sweep(output, tmp_path / "sweep.png")
+    path = draw_sweep(json.loads(output.read_text()), tmp_path / "sweep.png")
     assert path.read_bytes()[:4] == b"\x89PNG"
 
 

@@ -79,7 +79,7 @@ def test_both_runs_a_table_and_figures_and_again_nothing(checkpoint, data, tmp_p
         assert all(query["blocks"] == BLOCKS * query["passes"] for query in base_run.queries[task].values())
     difference = layers_difference(base_run, router, tasks)
     assert difference.mean == pytest.approx(router.layers(tasks).mean - base_run.layers(tasks).mean)
-    for name in ("accuracy_layers", "decisions_by_task", "decisions"):
+    for name in ("accuracy_layers", "usage", "usage_thirds"):
         assert f"figures/{name}.png" in printed
         assert (tmp_path / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert not list(tmp_path.glob("*/answers.db*"))

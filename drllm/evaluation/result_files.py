@@ -1,0 +1,105 @@
+"""What lies in a folder of results: evaluations, searches and the JSON files of the programs in experiments/."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drllm.evaluation.paper import paper_models
+from drllm.evaluation.runs import BASE, ROUTER, Run, load_runs
+from drllm.files import read_json
+
+# Files of eval.sh, which `find_evaluations` reads.
+_FILES_OF_RUNS = {"results.json", "run.json", "labels_manifest.json"}
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One folder of eval.sh.
+
+    Attributes:
+        model: the paper's name of the base model in Table 3; for other base models, the folder's path in the results.
+        folder: where the runs are.
+        base, routers: the base run, and those of the checkpoints.
+    """
+
+    model: str
+    folder: Path
+    base: Run
+    routers: tuple[Run, ...]
+
+    def runs(self, row: str) -> tuple[Run, ...]:
+        """The runs whose mean is shown in `row`: "base" or "+ router"."""
+        return (self.base,) if row == BASE else self.routers
+
+    @property
+    def command(self) -> str | None:
+        """The command line of eval.sh."""
+        path = self.folder / "command.txt"
+        return path.read_text().strip() if path.is_file() else None
+
+
+def find_evaluations(results: Path) -> list[Evaluated]:
+    """All folders of eval.sh below `results`, by path.
+
+    Raises:
+        UserError: a folder has a routed run without its base, or a damaged file.
+    """
+    names = {model["id"]: model["paper"] for model in paper_models()}
+    evaluations = []
+    for record in sorted(results.rglob(f"{ROUTER}/run.json")):
+        folder = record.parent.parent
+        base, *others = load_runs(folder)
+        routers = tuple(run for run in others if run.name.startswith(ROUTER))
+        base_model = routers[0].results["config"]["routing"].get("base_model_name")
+        path = folder.relative_to(results) if folder != results else Path(folder.resolve().name)
+        evaluations.append(Evaluated(names.get(base_model, str(path)), folder, base, routers))
+    return evaluations
+
+
+def find_searches(evaluations: list[Evaluated]) -> list[dict[str, Any]]:
+    """The manifests of the labels behind `evaluations`, each search once."""
+    searches: dict[str, dict[str, Any]] = {}
+    for evaluated in evaluations:
+        path = evaluated.folder / "labels_manifest.json"
+        if not path.is_file():
+            continue
+        manifest = json.loads(path.read_text())
+        for part in manifest if isinstance(manifest, list) else [manifest]:
+            if "table2" in part:
+                identity = [part.get(name) for name in ("model_fingerprint", "arguments", "seed", "table2")]
+                searches.setdefault(json.dumps(identity), part)
+    return list(searches.values())
+
+
+def search_command(manifest: dict[str, Any]) -> str | None:
+    """The command that repeats the search of a labels' manifest, None for manifests without arguments."""
+    if "arguments" not in manifest:
+        return None
+    options = dict(manifest["arguments"])
+    options["dataset"] = ",".join(options["dataset"])
+    options["samples"] = ",".join(f"{name}={count}" for name, count in options["samples"].items())
+    options |= {name: manifest.get(name) for name in ("revision", "data_dir", "seed", "dtype")}
+    options["chat_template"] = "on" if manifest["chat_template"] else "off"
+    command = ["python", "data_generation.py", "--model", manifest["model"]]
+    for name, value in options.items():
+        command += [] if value is None else [f"--{name}", str(value)]
+    return shlex.join(command)
+
+
+def experiment_files(results: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(path, content) of the other JSON objects below `results`, by path; checkpoints are left out.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    for path in sorted(results.rglob("*.json")):
+        if path.name in _FILES_OF_RUNS or (path.parent / "config.json").is_file():
+            continue
+        content = read_json(path, "delete it, or run the command that wrote it again", object)
+        if isinstance(content, dict):
+            yield path, content
