@@ -8,7 +8,7 @@ COMPARE := runs/compare_methods
 ABLATIONS := figure5 figure7 figure8 table6 teacher_forcing bias_init
 SEEDS := 0 1 2
 SEARCH = $(BIN)/python data_generation.py --data_dir miniature/data --samples 60 --limit 120 --output_dir $(DEMO)/data
-TRAIN = $(BIN)/python train.py --data $(DEMO)/data --output_dir $(DEMO)/checkpoints --warmup_steps 50
+TRAIN = $(BIN)/python train.py --data $(DEMO)/data --output_dir $(DEMO)/checkpoints --num_epochs 15 --warmup_steps 50
 EVALUATE = PYTHON=$(BIN)/python ./eval.sh --data_dir miniature/data --labels $(DEMO)/data
 
 
@@ -72,7 +72,7 @@ llm: $(VENV)/.installed-llm $(if $(MODEL),,$(LLM)/model)
 	$(BIN)/python train.py --data $(LLM)/labels --model_id $(LLM_MODEL) --output_dir $(LLM)/checkpoints \
 	  --run_name published --warmup_steps 100
 	$(LLM_RUN) -m experiments.group_paths --reward likelihood --model $(LLM_MODEL) $(LLM_DATA) --dataset $(LLM_SETS) \
-	  --train_questions $(LIMIT) --groups 6 --price 0.002 --batch_size 8 --output_dir $(LLM)/checkpoints/groups
+	  --train_questions $(LIMIT) --groups 4 --price 0.01 --most_skips 3 --candidates 4 --batch_size 8 --output_dir $(LLM)/checkpoints/groups
 	for name in published groups; do \
 	  PYTHON=$(BIN)/python ./eval.sh $(LLM)/checkpoints/$$name $(LLM_DATA) --limit $(TEST) --num_processes $(PROCESSES) \
 	    --batch_size 8 --output_dir $(LLM)/results/$$name || exit; \

@@ -73,7 +73,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train_questions", type=int, default=120, help="per set, as given to experiments.group_paths (default: 120)")
     add("--train_sets", help="as given to experiments.group_paths; default: --sets")
     add("--train_seed", type=int, default=0, help="as given to experiments.group_paths (default: 0)")
-    add("--price", type=float, default=0.002, help="reward that one block less may cost the static path")
+    add("--price", type=float, default=0.01, help="reward that one block less may cost the static path")
     add("--most_edits", type=int, default=4, help="of the static path, and skips of influence and early exit")
     add("--normalised", action="store_true", help="judge by acc_norm instead of acc")
     add("--batch_size", type=int, default=8, help="questions per forward pass (default: 8)")

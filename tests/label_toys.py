@@ -49,7 +49,9 @@ def new_selection(samples: int = 6, count: int = 60, seed: int = 0, share: float
 
 def manifest(**changes) -> dict:
     arguments = {"budget": 2.0, "c": 1.8, "samples": {"arc_easy": 6}} | changes.pop("arguments", {})
-    return {"format": labels.FORMAT, "num_layers": NUM_BLOCKS, "commit": "abc", "arguments": arguments} | changes
+    model = {"model": "m", "model_fingerprint": "f", "dtype": "float32", "chat_template": False}
+    model["num_layers"] = NUM_BLOCKS
+    return {"format": labels.FORMAT, **model, "commit": "abc", "arguments": arguments} | changes
 
 
 def run(folder, selection, order, rank=0, stop=None):

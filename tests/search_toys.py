@@ -40,7 +40,7 @@ def make_model(folder: Path, stock_model) -> Path:
 
 
 def make_data(folder: Path, count: int, seed: int = 0) -> Path:
-    """`count` questions a set, of different lengths, in the Hub's schemas: both ARC sets and DART levels 1 and 2."""
+    """`count` questions per set, of different lengths, in the Hub's schemas: both ARC sets and DART levels 1 and 2."""
     choose = random.Random(seed)
 
     def text() -> str:

@@ -188,7 +188,7 @@ def test_another_run_of_the_same_name(failing, tmp_path, capsys, data):
     arguments = ["--data", str(data), "--output_dir", str(tmp_path), "--num_epochs", "1"]
     assert train.main(arguments) == 0
     assert train.main(arguments) == 0
-    assert "is trained already" in capsys.readouterr().out
+    assert "is already trained" in capsys.readouterr().out
     assert train.main([*arguments, "--seed", "1"]) == 2
     assert "holds another run (seed 0 there, 1 here)" in capsys.readouterr().err
 

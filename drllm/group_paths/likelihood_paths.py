@@ -39,7 +39,7 @@ class Growth:
         keep: edits that are measured on all questions.
         candidates: edits that a group tries before each further step.
         max_edits: of a path.
-        price: reward that one block application less may cost.
+        price: reward that one block application less may cost, and that one more must gain.
     """
 
     groups: int = 6
@@ -47,7 +47,7 @@ class Growth:
     keep: int = 12
     candidates: int = 6
     max_edits: int = 4
-    price: float = 0.002
+    price: float = 0.01
 
     def __post_init__(self) -> None:
         for name in ("groups", "pilot", "keep", "candidates"):
@@ -145,7 +145,9 @@ class LikelihoodPaths:
         measured = self.rewards.around(default, wanted, with_windows=False, title="pilot: every edit")
         effects = measured.rewards - measured.own()[:, None, None]
         effects[:, :, EXECUTE] = torch.nan
-        return promising_edits(effects, sets, self.growth.keep)
+        # An edit is worth its effect less the price of the block applications that it adds.
+        prices = self.growth.price * torch.tensor([action - EXECUTE for action in (SKIP, EXECUTE, REPEAT)])
+        return promising_edits(effects - prices, sets, self.growth.keep)
 
     def _grow(self, first: RewardRound) -> list[list[GroupPath]]:
         groups = self.groups.tolist()

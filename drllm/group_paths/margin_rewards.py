@@ -211,7 +211,7 @@ def _measure_batch(
         output_router_inputs=with_windows,
     )
 
-    # A head in bfloat16 would round logits to steps of an eighth of a nat, more than many a block's effect.
+    # A head in bfloat16 would round logits to steps of an eighth of a nat, more than the effect of many blocks.
     head = routed.lm_head.weight.float()
 
     def reward(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

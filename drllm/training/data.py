@@ -7,13 +7,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from drllm.errors import UserError
-from drllm.labels import read_labels
-from drllm.questions.prompts import adds_special_tokens
+from drllm.files import shorten
+from drllm.labels import LABELS, MANIFEST, plain_label_files, read_labels, read_plain_labels
+from drllm.questions.prompts import adds_special_tokens, apply_template
 from drllm.training.features import Example
 
 OPTIONAL_SETS = {"squadv2": "with_squad", "commonsense": "with_commonsense"}
+# The folder of the authors' first step, and that of ours.
+DEFAULT_FOLDERS = ("data/mcts_paths", "data")
 
 
 @dataclass(frozen=True)
@@ -22,88 +26,160 @@ class TrainingLabels:
 
     Attributes:
         rows: of the sets in use.
-        manifests: one a folder.
+        manifests: one per folder; empty for labels without a manifest, and then the remaining fields but `num_layers`
+            are None.
         model, revision, model_fingerprint, num_layers, dtype, chat_template: what all manifests agree on.
     """
 
-    rows: list[dict]
-    manifests: list[dict]
-    model: str
-    revision: str | None
-    model_fingerprint: str
+    rows: list[dict[str, Any]]
+    manifests: list[dict[str, Any]]
     num_layers: int
-    dtype: str
-    chat_template: bool
+    model: str | None = None
+    revision: str | None = None
+    model_fingerprint: str | None = None
+    dtype: str | None = None
+    chat_template: bool | None = None
+
+
+def holds_labels(source: Path) -> bool:
+    """Whether a folder holds labels, of data_generation.py or of another program."""
+    return source.is_dir() and ((source / MANIFEST).exists() or bool(plain_label_files(source)))
+
+
+def default_folder() -> str:
+    """Where labels are read from without --data: data/mcts_paths or data, whichever holds labels.
+
+    Raises:
+        UserError: neither does, or both do.
+    """
+    filled = [name for name in DEFAULT_FOLDERS if holds_labels(Path(name))]
+    if len(filled) == 1:
+        return filled[0]
+    names = " and ".join(DEFAULT_FOLDERS)
+    if filled:
+        raise UserError(f"{names} both hold labels; pass one of them with --data")
+    raise UserError(
+        f"no labels in {' or '.join(DEFAULT_FOLDERS)}: make them with data_generation.py, or pass their folder with "
+        "--data"
+    )
 
 
 def load_labels(
-    directories: Sequence[str],
+    sources: Sequence[str],
     with_squad: bool = False,
     with_commonsense: bool = False,
     say: Callable[[str], None] = print,
 ) -> TrainingLabels:
-    """Read label folders, drop the optional sets that were not asked for, check that the folders belong together.
+    """Read labels, drop the optional sets that are not wanted, check that the sources belong together.
+
+    Args:
+        sources: label folders of data_generation.py, or folders and files of labels without a manifest
+            (`read_plain_labels`), not both.
+        with_squad, with_commonsense: keep the rows of these sets.
+        say: prints what is left out.
 
     Raises:
-        UserError: folders of different models, layer counts, dtypes or templates; a question labelled twice; no row
-            left.
+        UserError: damaged labels; folders of different models, layer counts, dtypes or templates; a question labelled
+            twice; no row left.
     """
     wanted = {"squadv2": with_squad, "commonsense": with_commonsense}
+    shown = " ".join(sources)
+    plain = [_is_plain(Path(source)) for source in sources]
+    if any(plain) and not all(plain):
+        raise UserError(f"{shown}: labels with and without a {MANIFEST} cannot be mixed; train on one kind at a time")
     rows, manifests, left_out = [], [], Counter()
-    for directory in directories:
-        labels = read_labels(Path(directory))
-        manifests.append(labels.manifest)
-        for row in labels.rows:
+    for source in sources:
+        if plain[0]:
+            source_rows = read_plain_labels(source)
+        else:
+            label_set = read_labels(source)
+            source_rows = label_set.rows
+            manifests.append(label_set.manifest)
+        for row in source_rows:
             if wanted.get(row["set"], True):
                 rows.append(row)
             else:
                 left_out[row["set"]] += 1
     for set_name, count in left_out.items():
         say(f"labels: leaving out {count} rows of {set_name}; --{OPTIONAL_SETS[set_name]} uses them")
-    first = manifests[0]
-    for directory, manifest in zip(directories[1:], manifests[1:], strict=True):
-        for name in ("model_fingerprint", "num_layers", "dtype", "chat_template"):
-            if manifest[name] != first[name]:
-                raise UserError(
-                    f"the labels in {directory} have {name} {manifest[name]!r}, those in {directories[0]} "
-                    f"{first[name]!r}; labels of different models cannot train one set of routers"
-                )
+    _check_same_model(sources, manifests)
     for set_name, flag in OPTIONAL_SETS.items():
         if wanted[set_name] and not any(row["set"] == set_name for row in rows):
             raise UserError(
-                f"--{flag} was given, but {' '.join(directories)} has no rows of {set_name}; make them with "
+                f"--{flag} was given, but {shown} has no rows of {set_name}; make them with "
                 f"data_generation.py --dataset {set_name}"
             )
+    if not rows:
+        raise UserError(f"no labels to train on in {shown}")
+    _check_rows_together(rows, shown)
+    num_layers = len(rows[0]["optimal_layer_config"])
+    if not manifests:
+        return TrainingLabels(rows, manifests, num_layers)
+    first = manifests[0]
+    return TrainingLabels(
+        rows,
+        manifests,
+        num_layers,
+        model=first["model"],
+        revision=first.get("revision"),
+        model_fingerprint=first["model_fingerprint"],
+        dtype=first["dtype"],
+        chat_template=first["chat_template"],
+    )
+
+
+def _is_plain(source: Path) -> bool:
+    """Whether `source` holds labels without a manifest; UserError when it holds none at all."""
+    if source.is_dir():
+        return not (source / MANIFEST).exists() and not (source / "progress").exists() and holds_labels(source)
+    if source.exists() and source.suffix not in (".jsonl", ".json"):
+        raise UserError(f"--data {source} is a file; pass the folder that data_generation.py wrote, or a .jsonl file")
+    if source.name == LABELS and (source.parent / MANIFEST).exists():
+        raise UserError(f"--data {source}: pass its folder, {source.parent}, which holds the {MANIFEST} too")
+    return source.exists()
+
+
+def _check_same_model(sources: Sequence[str], manifests: Sequence[dict[str, Any]]) -> None:
+    for source, manifest in zip(sources[1:], manifests[1:], strict=False):
+        for name in ("model_fingerprint", "num_layers", "dtype", "chat_template"):
+            if manifest[name] != manifests[0][name]:
+                raise UserError(
+                    f"the labels in {source} have {name} {manifest[name]!r}, those in {sources[0]} "
+                    f"{manifests[0][name]!r}; labels of different models cannot train one set of routers"
+                )
+
+
+def _check_rows_together(rows: Sequence[dict[str, Any]], shown: str) -> None:
     identities = Counter((row["set"], row["question_id"]) for row in rows)
     repeated = [identity for identity, count in identities.items() if count > 1]
     if repeated:
         raise UserError(
-            f"question {'/'.join(repeated[0])} has labels twice in {' '.join(directories)}; name each "
-            "folder once, and label each question once"
+            f"question {shorten('/'.join(repeated[0]))} has labels twice in {shown}; name each folder once, and label "
+            "each question once"
         )
-    if not rows:
-        raise UserError(f"no labels to train on in {' '.join(directories)}")
-    return TrainingLabels(
-        rows,
-        manifests,
-        model=first["model"],
-        revision=first.get("revision"),
-        model_fingerprint=first["model_fingerprint"],
-        num_layers=first["num_layers"],
-        dtype=first["dtype"],
-        chat_template=bool(first["chat_template"]),
-    )
+    lengths = {len(row["optimal_layer_config"]) for row in rows}
+    if len(lengths) > 1:
+        raise UserError(f"{shown}: the paths have {min(lengths)} to {max(lengths)} entries; one model has one number")
 
 
-def make_examples(labels: TrainingLabels, tokenizer, paths: str = "best") -> list[Example]:
-    """One example a question (its best path) or one a good path (`paths="all"`).
+def make_examples(
+    labels: TrainingLabels, tokenizer, paths: str = "best", chat_template: bool | None = None
+) -> list[Example]:
+    """One example per question (its best path), or one per good path (`paths="all"`).
 
-    Prompts are tokenised as the search did: special tokens are added unless a chat template brought its own BOS.
+    Prompts are tokenised as in the search: special tokens are added unless a chat template brought its own BOS.
+
+    Args:
+        labels: rows with a `prompt`, or rows without one, whose question is then the prompt.
+        tokenizer: of the base model.
+        paths: "best" or "all".
+        chat_template: for rows without a prompt: whether the question is rendered as the user's turn.
     """
     examples = []
     for row in labels.rows:
-        special = adds_special_tokens(row["prompt"], tokenizer)
-        token_ids = tokenizer(row["prompt"], add_special_tokens=special)["input_ids"]
+        prompt = row["prompt"] if "prompt" in row else apply_template(row["question"], tokenizer, bool(chat_template))
+        special = adds_special_tokens(prompt, tokenizer)
+        token_ids = tokenizer(prompt, add_special_tokens=special)["input_ids"]
         best = tuple(row["optimal_layer_config"])
         chosen = [best]
         if paths == "all":
@@ -114,9 +190,9 @@ def make_examples(labels: TrainingLabels, tokenizer, paths: str = "best") -> lis
 
 
 def split_by_question(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """(training, held-out) indices; all examples of a question land on one side.
+    """(training, held-out) indices; all examples of a question are on the same side.
 
-    At least one question is held out when fraction > 0 and there are two; one question alone stays in training.
+    At least one question is held out when fraction > 0 and there are two; a single question is a training question.
     """
     questions = sorted({e.question for e in examples})
     random.Random(seed).shuffle(questions)

@@ -2,33 +2,32 @@
 
 Under teacher forcing the hidden states follow the labelled path, so what a router sees does not depend on the
 routers. One pass over the questions therefore yields the router inputs of every epoch: W pooled windows of d numbers
-for each of the L routers. They are kept on disk in shards of safetensors and memory-mapped by the training.
+for each of the L routers. They are stored on disk in shards of safetensors and memory-mapped in training.
 
 A store lives in a folder named after its key (model weights, tokens and paths, windows, dtype, kind of input), so
-features of other settings are never mistaken for these. Shards are written whole or not at all: an interrupted pass
-continues where it stopped, and a shard that was cut off or belongs to another key is computed again.
+features of other settings are never mistaken for these. Shards are written atomically: an interrupted pass is resumed
+where it stopped, and a shard that is cut off or belongs to another key is computed again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from drllm.errors import UserError
-from drllm.files import write_whole
-from drllm.provenance import dtype_name
+from drllm.files import disk_errors, write_json, write_tensors
+from drllm.provenance import dtype_name, fingerprint
 from drllm.questions.padding import pad_ids
 from train_models.paths import path_to_layer_indices
 
@@ -86,7 +85,7 @@ def key_digest(key: dict) -> str:
 
 @dataclass
 class FeatureStore:
-    """Memory-mapped router inputs, one entry an example.
+    """Memory-mapped router inputs, one entry per example.
 
     Attributes:
         directory: the folder of the shards.
@@ -117,7 +116,7 @@ class FeatureStore:
         """Router inputs of some examples.
 
         Returns:
-            windows [B, L, W, d] in the dtype of the model ([B, 1, W, d] when all routers see the embeddings),
+            windows [B, L, W, d] in the dtype of the model ([B, 1, W, d] when all routers read the embeddings),
             window_mask bool [B, W], labels int64 [B, L].
         """
         rows = torch.as_tensor(indices)
@@ -130,12 +129,38 @@ class FeatureStore:
         }
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """The shards of a store: where they are, and what they hold (windows [n, *shape] in `dtype`, key `digest`)."""
+
+    folder: Path
+    digest: str
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    shards: list[range]
+
+    def path(self, shard: int) -> Path:
+        return shard_path(self.folder, shard, len(self.shards))
+
+    def open(self, shard: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(windows, num_valid), memory-mapped; None when the shard is missing, cut off or of another key."""
+        rows = len(self.shards[shard])
+        try:
+            with safe_open(self.path(shard), framework="pt") as file:
+                if (file.metadata() or {}).get("key") != self.digest:
+                    return None
+                windows, num_valid = file.get_tensor("windows"), file.get_tensor("num_valid")
+        except (SafetensorError, OSError):
+            return None
+        if tuple(windows.shape) != (rows, *self.shape) or windows.dtype != self.dtype or len(num_valid) != rows:
+            return None
+        return windows, num_valid
+
+
 def compute_features(
     model,
     examples: Sequence[Example],
     directory: Path,
-    *,
-    model_fingerprint: str,
     pad_token_id: int = 0,
     batch_size: int = 16,
     state: PartialState | None = None,
@@ -143,71 +168,70 @@ def compute_features(
 ) -> FeatureStore:
     """Run the frozen model once along the labelled paths, or reuse what an earlier run stored.
 
-    Each example runs through each block as often as its path says, once, whatever the number of epochs. Rows of
-    a batch follow different paths. Several processes (accelerate launch) take turns over the shards.
+    Each example runs through each block as often as its path says, once, regardless of the number of epochs. Rows of
+    a batch follow different paths. Several processes (accelerate launch) share the shards.
 
     Args:
         model: a routed model (train_models); its config names the windows and the routers' input.
         examples: what to compute.
-        directory: where stores live; this one gets a subfolder named after its key.
-        model_fingerprint: of the base weights.
-        pad_token_id: fills up batches; masked.
-        batch_size: prompts a forward pass.
+        directory: folder of stores; this one gets a subfolder named after its key.
+        pad_token_id: padding token; masked.
+        batch_size: prompts per forward pass.
         state: the processes at work; None for one process.
         say: prints progress, on the main process.
 
     Raises:
-        UserError: not enough room on the disk, hidden states that are not finite, a prompt without tokens.
+        UserError: not enough space on the disk, hidden states that are not finite, a prompt without tokens.
     """
     state = state or PartialState()
     config = model.config
+    model_fingerprint = config.base_model_fingerprint or fingerprint(model)
     key = feature_key(examples, model_fingerprint, config.num_windows, config.router_input, model.dtype)
-    digest = key_digest(key)
-    store_dir = Path(directory) / digest
-    layers = config.num_hidden_layers
-    stored_layers = 1 if config.router_input == "embeddings" else layers
-    shape = (stored_layers, config.num_windows, config.hidden_size)
-    shards = shard_ranges(len(examples))
+    stored_layers = 1 if config.router_input == "embeddings" else config.num_hidden_layers
+    layout = _Layout(
+        Path(directory) / key_digest(key),
+        key_digest(key),
+        (stored_layers, config.num_windows, config.hidden_size),
+        model.dtype,
+        shard_ranges(len(examples)),
+    )
     for example in examples:
         if not example.token_ids:
             raise UserError(f"question {example.question}: its prompt has no tokens; remove it from the labels")
 
     if state.is_main_process:
-        store_dir.mkdir(parents=True, exist_ok=True)
-        manifest = store_dir / "features.json"
+        with disk_errors(layout.folder):
+            layout.folder.mkdir(parents=True, exist_ok=True)
+        manifest = layout.folder / "features.json"
         if not manifest.exists():
-            write_whole(manifest, json.dumps({"key": key, "shape": ["examples", *shape]}, indent=2) + "\n")
+            write_json(manifest, {"key": key, "shape": ["examples", *layout.shape]})
     state.wait_for_everyone()
-
-    missing = [
-        s
-        for s, rows in enumerate(shards)
-        if _open_shard(store_dir, s, len(shards), digest, rows, shape, model.dtype) is None
-    ]
-    # Everybody looks before anybody writes, so that all agree on what is missing.
+    missing = [shard for shard in range(len(layout.shards)) if layout.open(shard) is None]
+    # All processes look before any of them writes, so that they agree on what is missing.
     state.wait_for_everyone()
     statistics = PassStatistics()
     if not missing:
         if state.is_main_process:
-            say(f"features: all {len(examples)} examples are stored in {store_dir}, nothing to compute")
+            say(f"features: all {len(examples)} examples are stored in {layout.folder}, nothing to compute")
     else:
-        todo = sum(len(shards[s]) for s in missing)
         if state.is_main_process:
-            _announce(say, store_dir, shape, todo, len(examples), model.dtype)
-        mine = missing[state.process_index :: state.num_processes]
-        statistics = _run_shards(
-            model, examples, store_dir, shards, mine, digest, shape, pad_token_id, batch_size, state, say
+            _announce(say, layout, sum(len(layout.shards[shard]) for shard in missing), len(examples))
+        statistics = _ShardPass(model, examples, layout, pad_token_id, batch_size, state, say).run(
+            missing[state.process_index :: state.num_processes]
         )
         state.wait_for_everyone()
         if state.num_processes > 1:
             statistics = _of_all_processes(statistics)
+    return _open_store(layout, examples, config.num_hidden_layers, statistics)
 
-    store = FeatureStore(store_dir, examples, layers, statistics)
+
+def _open_store(layout: _Layout, examples: Sequence[Example], layers: int, statistics: PassStatistics) -> FeatureStore:
+    store = FeatureStore(layout.folder, examples, layers, statistics)
     num_valid = []
-    for s, rows in enumerate(shards):
-        shard = _open_shard(store_dir, s, len(shards), digest, rows, shape, model.dtype)
+    for number in range(len(layout.shards)):
+        shard = layout.open(number)
         if shard is None:
-            raise UserError(f"{shard_path(store_dir, s, len(shards))} cannot be read back; is the disk full?")
+            raise UserError(f"{layout.path(number)} cannot be read back; is the disk full?")
         store._windows.append(shard[0])
         num_valid.append(shard[1])
     store._num_valid = torch.cat(num_valid).long()
@@ -230,72 +254,92 @@ def router_inputs(model, examples: Sequence[Example], pad_token_id: int = 0) -> 
     return output.router_inputs, output.window_mask
 
 
-def _run_shards(
-    model, examples, store_dir, shards, mine, digest, shape, pad_token_id, batch_size, state, say
-) -> PassStatistics:
-    statistics = PassStatistics()
-    total = sum(len(shards[s]) for s in mine)
-    start = last_report = time.perf_counter()
-    eta_said = False
-    for s in mine:
-        rows = shards[s]
-        windows = torch.zeros((len(rows), *shape), dtype=model.dtype)
-        num_valid = torch.zeros(len(rows), dtype=torch.uint8)
-        # Prompts of like length share a batch, so little of the work goes into padding.
-        order = sorted(rows, key=lambda i: len(examples[i].token_ids))
-        for b in range(0, len(order), batch_size):
-            picked = order[b : b + batch_size]
-            batch = [examples[i] for i in picked]
-            pooled, mask = router_inputs(model, batch, pad_token_id)
-            if not torch.isfinite(pooled).all():
-                bad = (~torch.isfinite(pooled)).flatten(1).any(1).nonzero()[0].item()
-                raise UserError(
-                    f"question {batch[bad].question}: the model's hidden states are not finite in "
-                    f"{dtype_name(model.dtype)}; make the labels in another dtype (--dtype bfloat16 or float32)"
-                )
-            where = torch.tensor([i - rows.start for i in picked])
-            pooled = pooled.masked_fill(~mask[:, None, :, None], 0)
-            windows[where, :, : pooled.shape[2]] = pooled[:, : shape[0]].to("cpu", windows.dtype)
-            num_valid[where] = mask.sum(1).to("cpu", torch.uint8)
-            statistics.examples += len(batch)
-            statistics.forward_passes += 1
-            statistics.block_applications += int(model.block_applications.sum())
-            now = time.perf_counter()
-            if state.is_main_process and (not eta_said or now - last_report > 10):
-                left = (now - start) / statistics.examples * (total - statistics.examples)
-                whose = " of the first process" if state.num_processes > 1 else ""
-                say(f"features: {statistics.examples} of {total} examples{whose}, about {duration(left)} left")
-                eta_said, last_report = True, now
-        write_shard(shard_path(store_dir, s, len(shards)), windows, num_valid, digest)
-    statistics.seconds = time.perf_counter() - start
-    if state.is_main_process:
-        say(f"features: done in {duration(statistics.seconds)}")
-    return statistics
+@dataclass
+class _ShardPass:
+    """One process's share of the pass over the examples."""
+
+    model: Any
+    examples: Sequence[Example]
+    layout: _Layout
+    pad_token_id: int
+    batch_size: int
+    state: PartialState
+    say: Callable[[str], None]
+    statistics: PassStatistics = field(default_factory=PassStatistics)
+    last_report: float | None = None
+
+    def run(self, shards: Sequence[int]) -> PassStatistics:
+        """Computes and writes `shards`."""
+        start = time.perf_counter()
+        total = sum(len(self.layout.shards[shard]) for shard in shards)
+        for shard in shards:
+            rows = self.layout.shards[shard]
+            windows = torch.zeros((len(rows), *self.layout.shape), dtype=self.layout.dtype)
+            num_valid = torch.zeros(len(rows), dtype=torch.uint8)
+            # Prompts of similar length share a batch, so that there is little padding.
+            order = sorted(rows, key=lambda i: len(self.examples[i].token_ids))
+            for b in range(0, len(order), self.batch_size):
+                indices = order[b : b + self.batch_size]
+                batch_windows, batch_valid = self._batch([self.examples[i] for i in indices])
+                where = torch.tensor([i - rows.start for i in indices])
+                windows[where, :, : batch_windows.shape[2]] = batch_windows
+                num_valid[where] = batch_valid
+                self._report(start, total)
+            write_shard(self.layout.path(shard), windows, num_valid, self.layout.digest)
+        self.statistics.seconds = time.perf_counter() - start
+        if self.state.is_main_process:
+            self.say(f"features: done in {duration(self.statistics.seconds)}")
+        return self.statistics
+
+    def _batch(self, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(windows [B, L, W, d], number of valid ones uint8 [B]) on the CPU."""
+        windows, mask = router_inputs(self.model, batch, self.pad_token_id)
+        if not torch.isfinite(windows).all():
+            bad = (~torch.isfinite(windows)).flatten(1).any(1).nonzero()[0].item()
+            raise UserError(
+                f"question {batch[bad].question}: the model's hidden states are not finite in "
+                f"{dtype_name(self.model.dtype)}; make the labels in another dtype (--dtype bfloat16 or float32)"
+            )
+        self.statistics.examples += len(batch)
+        self.statistics.forward_passes += 1
+        self.statistics.block_applications += int(self.model.block_applications.sum())
+        windows = windows.masked_fill(~mask[:, None, :, None], 0)[:, : self.layout.shape[0]]
+        return windows.to("cpu", self.layout.dtype), mask.sum(1).to("cpu", torch.uint8)
+
+    def _report(self, start: float, total: int) -> None:
+        now = time.perf_counter()
+        if not self.state.is_main_process or (self.last_report is not None and now - self.last_report < 10):
+            return
+        done = self.statistics.examples
+        left = (now - start) / done * (total - done)
+        whose = " of the first process" if self.state.num_processes > 1 else ""
+        self.say(f"features: {done} of {total} examples{whose}, about {duration(left)} left")
+        self.last_report = now
 
 
 def _of_all_processes(own: PassStatistics) -> PassStatistics:
-    everybody = gather_object([own])
+    gathered = gather_object([own])
     return PassStatistics(
-        examples=sum(s.examples for s in everybody),
-        forward_passes=sum(s.forward_passes for s in everybody),
-        block_applications=sum(s.block_applications for s in everybody),
-        seconds=max(s.seconds for s in everybody),
+        examples=sum(s.examples for s in gathered),
+        forward_passes=sum(s.forward_passes for s in gathered),
+        block_applications=sum(s.block_applications for s in gathered),
+        seconds=max(s.seconds for s in gathered),
     )
 
 
-def _announce(say, store_dir: Path, shape, todo: int, total: int, dtype: torch.dtype) -> None:
-    example_bytes = shape[0] * shape[1] * shape[2] * dtype.itemsize
-    needed = todo * example_bytes
-    reused = f", {total - todo} more are stored already" if todo < total else ""
+def _announce(say: Callable[[str], None], layout: _Layout, todo: int, total: int) -> None:
+    layers, windows, width = layout.shape
+    needed = todo * layers * windows * width * layout.dtype.itemsize
+    reused = f", {total - todo} more are already stored" if todo < total else ""
     say(
-        f"features: {todo} examples x {shape[0]} routers x {shape[1]} windows x {shape[2]} numbers in "
-        f"{dtype_name(dtype)}: {size(needed)} in {store_dir}{reused}"
+        f"features: {todo} examples x {layers} routers x {windows} windows x {width} numbers in "
+        f"{dtype_name(layout.dtype)}: {size(needed)} in {layout.folder}{reused}"
     )
-    free = shutil.disk_usage(store_dir).free
+    free = shutil.disk_usage(layout.folder).free
     if needed > free:
         raise UserError(
-            f"the features need {size(needed)}, but only {size(free)} are free in {store_dir}; "
-            "name a larger disk with --features_dir"
+            f"the features need {size(needed)}, but only {size(free)} are free in {layout.folder}; pass a folder on a "
+            "larger disk with --features_dir"
         )
 
 
@@ -326,22 +370,5 @@ def shard_path(store_dir: Path, shard: int, shards: int) -> Path:
 
 
 def write_shard(path: Path, windows: torch.Tensor, num_valid: torch.Tensor, digest: str) -> None:
-    """Write windows [n, L, W, d] and the number of valid ones uint8 [n] under a key, whole or not at all."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({"windows": windows, "num_valid": num_valid}, partial, metadata={"key": digest})
-    os.replace(partial, path)
-
-
-def _open_shard(store_dir, shard, shards, digest, rows, shape, dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(windows, num_valid), memory-mapped; None when the shard is missing, cut off or another key's."""
-    path = shard_path(store_dir, shard, shards)
-    try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("key") != digest:
-                return None
-            windows, num_valid = file.get_tensor("windows"), file.get_tensor("num_valid")
-    except (FileNotFoundError, SafetensorError, OSError):
-        return None
-    if tuple(windows.shape) != (len(rows), *shape) or windows.dtype != dtype or len(num_valid) != len(rows):
-        return None
-    return windows, num_valid
+    """Write windows [n, L, W, d] and the number of valid ones uint8 [n] under a key, atomically."""
+    write_tensors(path, {"windows": windows, "num_valid": num_valid}, metadata={"key": digest})

@@ -1,4 +1,4 @@
-"""Losses of router training: focal loss with effective-number class weights, and its two rivals (Figure 7).
+"""Focal loss with effective-number class weights, and the two losses it is compared with (Figure 7).
 
 All three are one formula,
 
@@ -10,7 +10,7 @@ with p the softmax of a router's three logits (skip, execute, repeat) and y its 
     weighted_ce  alpha from the class counts, gamma 0
     ce           alpha 1, gamma 0
 
-The mean runs over routers and examples alike, so every decision counts the same.
+The mean is over routers and examples, so all decisions have equal weight.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def effective_number_weights(counts: torch.Tensor, beta: float = 0.999) -> torch
     """Class weights from the effective number of samples (Cui et al. 2019; Section 3 of the paper).
 
     alpha_c = (1 - beta) / (1 - beta^{n_c}), then divided by their mean over the classes that occur. beta = 0
-    gives equal weights; beta = 1 is the limit, inverse frequency. A class without a single label has no
-    effective number; it gets the neutral weight 1 and takes no part in the mean.
+    gives equal weights; beta = 1 is the limit, inverse frequency. A class without labels has no
+    effective number; it gets the neutral weight 1 and is left out of the mean.
 
     Args:
-        counts: [3] labels a class, from the training split.
+        counts: [3] labels per class, from the training split.
         beta: in [0, 1].
 
     Returns:
@@ -49,7 +49,7 @@ def effective_number_weights(counts: torch.Tensor, beta: float = 0.999) -> torch
     counts = torch.as_tensor(counts, dtype=torch.float64)
     present = counts > 0
     if not present.any():
-        raise ValueError("cannot weigh classes: there are no labels")
+        raise ValueError("cannot weight classes: there are no labels")
     n = counts[present]
     # -expm1(n log beta) = 1 - beta^n without losing digits for beta close to 1.
     effective = n if beta == 1.0 else -torch.expm1(n * torch.log(torch.tensor(beta, dtype=torch.float64)))

@@ -14,7 +14,7 @@ from train_models.paths import path_to_layer_indices
 
 
 class StackedRouters(nn.Module):
-    """All L routers of a model as one: weights stacked over routers, one batched matrix product a linear layer.
+    """All L routers of a model as one: weights stacked over routers, one batched matrix product per linear layer.
 
     Starts from the weights of the given RouterBlocks, in float32; `copy_to` writes them back. Logits and gradients are
     those of the separate routers.
@@ -35,7 +35,7 @@ class StackedRouters(nn.Module):
         """Logits of every router.
 
         Args:
-            windows: [B, L, W, d], or [B, 1, W, d] when all routers read the same.
+            windows: [B, L, W, d], or [B, 1, W, d] when all routers read the embeddings.
             window_mask: bool [B, W].
 
         Returns:
@@ -65,9 +65,9 @@ class StackedRouters(nn.Module):
 
 
 class FullModelRouters(nn.Module):
-    """The slow path: the whole routed model at every step; only its routers are parameters.
+    """The full routed model at every step; only its routers are parameters.
 
-    With teacher forcing the model follows the labelled paths, without it the routers' own decisions. No gradient goes
+    With teacher forcing the model follows the labelled paths, without it the routers' own decisions. No gradient flows
     through a decision or through the hidden states: each router learns from its own loss.
     """
 
@@ -75,7 +75,7 @@ class FullModelRouters(nn.Module):
         super().__init__()
         self.routers = routed.model.routers
         self.teacher_forcing = teacher_forcing
-        self._routed = (routed,)  # in a tuple, torch doesn't register the base weights
+        self._routed = (routed,)  # inside a tuple, so that torch does not register the base weights
         self.statistics = PassStatistics()
 
     def forward(

@@ -35,7 +35,7 @@ def spoil(folder, number, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda row: json.dumps(row)[:30], r"labels\.jsonl:3: not valid JSON .*repeat the data_generation.py command"),
+        (lambda row: json.dumps(row)[:30], r"labels\.jsonl:3: not valid JSON .*run the same data_generation.py"),
         (lambda row: "[1]", r"labels\.jsonl:3: not an object with the columns question"),
         (lambda row: json.dumps({k: v for k, v in row.items() if k != "prompt"}), r":3: no column 'prompt'"),
         (lambda row: json.dumps(row | {"prompt": ""}), r""":3: 'prompt' is "", expected text"""),
@@ -70,7 +70,7 @@ def test_missing_empty_and_cut_off_files_are_named(finished, tmp_path):
     with pytest.raises(UserError, match="is empty: the search kept no label"):
         labels.read_labels(finished)
     path.unlink()
-    with pytest.raises(UserError, match=r"unfinished run; repeat its data_generation\.py command"):
+    with pytest.raises(UserError, match=r"unfinished run; run the same data_generation\.py command again to resume it"):
         labels.read_labels(finished)
     (finished / "manifest.json").write_text('{"format": 1')
     with pytest.raises(UserError, match=r"manifest\.json: not valid JSON"):

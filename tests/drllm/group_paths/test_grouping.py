@@ -22,9 +22,9 @@ def test_neighbours_see_what_is_shared_and_not_luck():
     windows, mask = toy_windows(400)
     shared = torch.stack([windows[:, 0, 0, 0].sign(), -windows[:, 0, 0, 0].sign()], dim=1)
     luck = torch.randn(400, 2, generator=torch.Generator().manual_seed(2))
-    found = smoothed(shared + luck, windows, mask)
-    assert torch.corrcoef(torch.stack([found[:, 0], shared[:, 0]]))[0, 1] > 0.8
-    assert torch.corrcoef(torch.stack([found[:, 0], luck[:, 0]]))[0, 1].abs() < 0.15
+    predicted = smoothed(shared + luck, windows, mask)
+    assert torch.corrcoef(torch.stack([predicted[:, 0], shared[:, 0]]))[0, 1] > 0.8
+    assert torch.corrcoef(torch.stack([predicted[:, 0], luck[:, 0]]))[0, 1].abs() < 0.15
 
 
 def test_groups_are_the_clusters():

@@ -149,3 +149,11 @@ def test_the_program_makes_a_checkpoint_and_resumes(toy, tmp_path, monkeypatch):
     assert sorted((tmp_path / "again-measured" / "00000.jsonl").read_bytes().splitlines(keepends=True)) == sorted(lines)
     first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("groups", "again"))
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_the_price_decides_which_edits_stay():
+    rewards = KnownRewards(40)
+    # repeating block 5 gains 0.03 for half of the questions, which a block application at 0.25 outweighs
+    paths = LikelihoodPaths(rewards, Growth(groups=2, pilot=20, keep=6, max_edits=1, price=0.25))
+    assert not paths.edits[:, 2].any()
+    assert set(paths.labels()) == {(1, 1, 0, 1, 1, 1), (1, 1, 1, 1, 0, 1)}

@@ -21,12 +21,12 @@ NUM_BLOCKS = 6
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_rewards_equal_whole_passes(family, stock_checkpoint):
     routed = retrofit(stock_checkpoint(family), dtype=torch.float32).eval()
-    asked = questions(5)
+    gold = questions(5)
     paths = [(1,) * 6, (0, 1, 2, 1, 1, 1), (2, 0, 0, 1, 1, 2), (1, 1, 1, 1, 0, 0), (0, 0, 0, 0, 1, 0)]
-    measured = MarginRewards(routed, asked, batch_size=3).around(paths, actions=(0, 1, 2))
-    for number, (each, path) in enumerate(zip(asked, paths, strict=True)):
-        ids = torch.tensor([[*each.prompt.input_ids, *each.answer_ids]])
-        start = len(each.prompt.input_ids)
+    measured = MarginRewards(routed, gold, batch_size=3).around(paths, actions=(0, 1, 2))
+    for number, (answered, path) in enumerate(zip(gold, paths, strict=True)):
+        ids = torch.tensor([[*answered.prompt.input_ids, *answered.answer_ids]])
+        start = len(answered.prompt.input_ids)
         for block in range(NUM_BLOCKS):
             for action in range(3):
                 changed = (*path[:block], action, *path[block + 1 :])
@@ -58,10 +58,10 @@ def test_actions_that_were_not_measured_are_nan(stock_checkpoint):
 
 def test_windows_are_those_of_a_question_alone(stock_checkpoint):
     routed = retrofit(stock_checkpoint("llama"), dtype=torch.float32).eval()
-    asked, paths = questions(3), [(1,) * 6, (0, 1, 2, 1, 1, 1), (1, 1, 0, 0, 1, 1)]
-    along = MarginRewards(routed, asked, batch_size=2).around(paths, actions=())
-    for number, (each, path) in enumerate(zip(asked, paths, strict=True)):
-        ids = torch.tensor([each.prompt.input_ids])
+    gold, paths = questions(3), [(1,) * 6, (0, 1, 2, 1, 1, 1), (1, 1, 0, 0, 1, 1)]
+    along = MarginRewards(routed, gold, batch_size=2).around(paths, actions=())
+    for number, (answered, path) in enumerate(zip(gold, paths, strict=True)):
+        ids = torch.tensor([answered.prompt.input_ids])
         with torch.no_grad():
             alone = routed(ids, layer_indices=path_to_layer_indices(path), output_router_inputs=True)
         torch.testing.assert_close(along.windows[number], alone.router_inputs[0], rtol=1e-4, atol=1e-5)
@@ -86,7 +86,7 @@ def measured_questions(monkeypatch, stock_checkpoint):
     """(a function that measures into a store and returns the round and how many questions it had to run)."""
     monkeypatch.setattr(margin_rewards, "PART_QUESTIONS", 2)
     routed = retrofit(stock_checkpoint("llama"), dtype=torch.float32).eval()
-    asked = questions(7)
+    gold = questions(7)
     paths = [
         (1,) * 6,
         (0, 1, 2, 1, 1, 1),
@@ -110,7 +110,7 @@ def measured_questions(monkeypatch, stock_checkpoint):
     def call(store, paths=paths, stops=False, **arguments):
         ran[:] = ["stop"] if stops else ["run"]
         try:
-            return MarginRewards(routed, asked, store=store).around(paths, **arguments), sum(ran[1:])
+            return MarginRewards(routed, gold, store=store).around(paths, **arguments), sum(ran[1:])
         except KeyboardInterrupt:
             return None, sum(ran[1:])
 

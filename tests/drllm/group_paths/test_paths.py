@@ -16,13 +16,13 @@ NUM_BLOCKS = 6
 
 def test_groups_grow_the_skips_that_cost_least(stock_checkpoint):
     routed = retrofit(stock_checkpoint("llama"), dtype=torch.float32).eval()
-    asked = questions(6)
+    gold = questions(6)
     groups = torch.tensor([0, 1, 0, 1, 0, 1])
-    rewards = MarginRewards(routed, asked)
+    rewards = MarginRewards(routed, gold)
     first = rewards.around([(1,) * NUM_BLOCKS] * 6)
     chains = grow(lambda paths, _skips: rewards.around(paths), groups, first, most_skips=3)
     for group, chain in enumerate(chains):
-        members = [each for each, number in zip(asked, groups.tolist(), strict=True) if number == group]
+        members = [answered for answered, number in zip(gold, groups.tolist(), strict=True) if number == group]
         assert [each.path.count(0) for each in chain] == [0, 1, 2, 3]
         for before, after in itertools.pairwise(chain):
             assert is_allowed(after.path)
@@ -38,8 +38,8 @@ def test_groups_grow_the_skips_that_cost_least(stock_checkpoint):
 
 def test_a_chain_ends_where_no_skip_is_allowed(stock_checkpoint):
     routed = retrofit(stock_checkpoint("llama", num_hidden_layers=3), dtype=torch.float32).eval()
-    asked = questions(2)
-    rewards = MarginRewards(routed, asked)
+    gold = questions(2)
+    rewards = MarginRewards(routed, gold)
     first = rewards.around([(1, 1, 1)] * 2)
     together = torch.zeros(2, dtype=torch.long)
     (chain,) = grow(lambda paths, _skips: rewards.around(paths), together, first, most_skips=9)

@@ -119,7 +119,7 @@ def test_another_run_is_refused_with_the_difference_named(finished):
         ({"arguments": {"c": 2.5}}, r"arguments\.c was 1\.8 and is now 2\.5"),
         ({"arguments": {"samples": {"arc_easy": 7}}}, r"arguments\.samples\.arc_easy was 6 and is now 7"),
         ({"num_layers": 5}, r"num_layers was 4 and is now 5"),
-        ({"dtype": "bfloat16"}, r'dtype was null and is now "bfloat16"'),
+        ({"dtype": "bfloat16"}, r'dtype was "float32" and is now "bfloat16"'),
     ):
         with pytest.raises(UserError, match=rf"holds labels of another run: {message}; repeat .*--output_dir"):
             begin(finished, manifest(**changes))

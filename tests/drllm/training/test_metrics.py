@@ -33,6 +33,7 @@ def check(predicted, labels):
         assert metrics[f"count_{name}"] == (y == c).sum()
     assert metrics["acc"] == pytest.approx(accuracy_score(y, p))
     assert metrics["acc_skip"] == pytest.approx(recall[0])
+    assert metrics["acc_execute"] == pytest.approx(recall[1])
     assert metrics["acc_repeat"] == pytest.approx(recall[2])
     assert metrics["avg_layers"] == pytest.approx(predicted.sum(1).double().mean().item())
 

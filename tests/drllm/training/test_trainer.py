@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from drllm import files
 from drllm.errors import UserError
-from drllm.training import trainer
+from drllm.training import resuming, trainer
+from drllm.training.config import RouterTrainingConfig
 from drllm.training.data import load_labels, make_examples, split_by_question
 from drllm.training.losses import effective_number_weights, routing_loss
 from drllm.training.metrics import routing_metrics
-from drllm.training.trainer import RouterTrainingConfig, is_complete_checkpoint, train_routers
+from drllm.training.resuming import is_complete_checkpoint
+from drllm.training.trainer import train_routers
 from train_models.paths import path_to_layer_indices
 
 ROOT = Path(__file__).parents[3]
@@ -85,8 +87,8 @@ def test_checkpoint_holds_all_it_should(run, tiny_base, tiny_labels):
         "README.md",
         "labels_manifest.json",
     }
-    names = ["macro_f1", "f1_skip", "f1_execute", "f1_repeat", "acc_skip", "acc_repeat", "avg_layers", "routers_loss"]
-    assert set(names) <= record["metrics"].keys()
+    names = ["macro_f1", "f1_skip", "f1_execute", "f1_repeat", "acc_skip", "acc_execute", "acc_repeat", "avg_layers"]
+    assert {*names, "routers_loss"} <= record["metrics"].keys()
     assert "labels: 24 paths of 24 questions, 18 to train on, 6 held out" in out
     assert sum(record["class_counts"]) == 18 * 5
 
@@ -286,7 +288,7 @@ def test_a_run_killed_while_it_notes_its_arguments_keeps_its_checkpoints(run, mo
         write(path, half())
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer, "write_whole", cut_off)
+        patched.setattr(resuming, "write_whole", cut_off)
         with pytest.raises(KeyboardInterrupt):
             run(run_name="killed")
     _, killed, out = run(run_name="killed")
@@ -363,7 +365,7 @@ def test_a_finished_run_is_not_repeated(run):
     stamp = (checkpoint / "model.safetensors").stat().st_mtime_ns
     again, _, out = run()
     assert again == json.loads(json.dumps(record))
-    assert "is trained already" in out
+    assert "is already trained" in out
     assert (checkpoint / "model.safetensors").stat().st_mtime_ns == stamp
 
 
@@ -378,7 +380,7 @@ def test_another_run_in_the_folder_is_refused(run):
 def test_another_unfinished_run_in_the_folder_is_refused(run):
     with pytest.raises(KeyboardInterrupt):
         run(callbacks=[_Stop(1)])
-    with pytest.raises(UserError, match=r"unfinished other run \(learning_rate 0.001 there, 0.1 here\)"):
+    with pytest.raises(UserError, match=r"another, unfinished run \(learning_rate 0.001 there, 0.1 here\)"):
         run(learning_rate=0.1)
 
 
@@ -461,7 +463,7 @@ def test_a_prompt_longer_than_the_context(run, tiny_base, labels_maker, tmp_path
         ({"learning_rate": 0.0}, "--learning_rate is 0.0; it must be greater than 0"),
         ({"learning_rate": float("nan")}, "--learning_rate is nan"),
         ({"eval_fraction": 1.0}, "--eval_fraction is 1.0"),
-        ({"micro_batch_size": 5}, "--gradient_accumulation 16 .* is no multiple of --micro_batch_size 5"),
+        ({"micro_batch_size": 5}, "--gradient_accumulation 16 .* is not a multiple of --micro_batch_size 5"),
     ],
 )
 def test_bad_arguments(fields, message, run):
@@ -477,7 +479,7 @@ def test_logging_to_tensorboard(run):
 def test_published_defaults():
     config = RouterTrainingConfig()
     published = {
-        "num_epochs": 15,
+        "num_epochs": 25,
         "learning_rate": 1e-3,
         "weight_decay": 0.01,
         "warmup_steps": 500,
