@@ -5,7 +5,7 @@ from importlib import import_module
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-FAMILIES = {"llama": "PathLlamaForCausalLM", "qwen2": "PathQwen2ForCausalLM", "qwen3": "PathQwen3ForCausalLM"}
+from train_models import FAMILIES
 
 
 def path_model_class(model_type: str) -> type:
@@ -15,7 +15,7 @@ def path_model_class(model_type: str) -> type:
             f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}, and "
             "data_models/README.md shows how to add a family"
         )
-    return getattr(import_module(f"data_models.modeling_{model_type}"), FAMILIES[model_type])
+    return getattr(import_module(f"data_models.modeling_{model_type}"), f"Path{FAMILIES[model_type]}ForCausalLM")
 
 
 def load_path_model(

@@ -1,10 +1,12 @@
-"""Patched Hugging Face models with a RouterBlock per block: for training, evaluation and use.
+"""Patched Hugging Face models with one RouterBlock per block: for training, evaluation and use.
 
 This folder imports only torch and transformers, and its files only each other, because they are copied into every
 checkpoint. Names are loaded on first use, so that `train_models.paths` costs the search no torch.
 """
 
 from importlib import import_module
+
+FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type: name in the classes of transformers
 
 _HOME = {
     "RouterBlock": "routing",
@@ -14,13 +16,13 @@ _HOME = {
     "retrofit": "retrofitting",
     "routed_classes": "retrofitting",
     **{
-        f"Routed{family}{kind}": f"modeling_{family.lower()}"
-        for family in ("Llama", "Qwen2", "Qwen3")
+        f"Routed{family}{kind}": f"modeling_{model_type}"
+        for model_type, family in FAMILIES.items()
         for kind in ("Config", "Model", "ForCausalLM")
     },
 }
 
-__all__ = sorted(_HOME)
+__all__ = ["FAMILIES", *sorted(_HOME)]
 
 
 def __getattr__(name: str):

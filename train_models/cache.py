@@ -32,7 +32,7 @@ class RowSchedule:
 
     @classmethod
     def of(cls, paths: Sequence[Path], num_blocks: int, device: torch.device) -> "RowSchedule":
-        """The schedule of known paths, one a row."""
+        """The schedule of known paths, one per row."""
         schedule = cls(len(paths), device)
         for block in range(num_blocks):
             schedule.append([path[block] for path in paths])
@@ -155,8 +155,8 @@ class PathCache(DynamicCache):
         if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
             kind = "an offloaded cache" if getattr(cache, "offloading", False) else f"a {type(cache).__name__}"
             raise ValueError(
-                f"past_key_values is {kind}, which has no room for the second visit of a repeated block; leave "
-                "past_key_values and cache_implementation away, or pass a DynamicCache(), StaticCache() or PathCache()"
+                f"past_key_values is {kind}, which has no room for the second visit of a repeated block; omit "
+                "past_key_values and cache_implementation, or pass a DynamicCache(), StaticCache() or PathCache()"
             )
         if cache.get_seq_length() > 0:
             raise ValueError(
@@ -178,7 +178,7 @@ class PathCache(DynamicCache):
         return self._slots[block][visit]
 
     def advance(self, schedule: RowSchedule, num_tokens: int) -> None:
-        """Notes that a forward pass over `num_tokens` new tokens a row has ended."""
+        """Notes that a forward pass over `num_tokens` new tokens per row has ended."""
         self.schedule = schedule
         self.tokens_seen += num_tokens
         self.forward_passes += 1
@@ -200,7 +200,7 @@ class PathCache(DynamicCache):
         return self.tokens_seen + query_length, 0
 
     def reset(self) -> None:
-        """Empties the cache; the next forward pass is a prefill and decides anew."""
+        """Empties the cache; the next forward pass is a prefill and decides again."""
         self._start(self._config, self._max_cache_len)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -221,26 +221,26 @@ class PathCache(DynamicCache):
         """Keeps the rows `indices` [new batch], in that order, with their paths; rows may repeat."""
         if self.schedule is None:
             return
-        wanted = indices.nonzero().flatten().tolist() if indices.dtype == torch.bool else indices.tolist()
+        selected = indices.nonzero().flatten().tolist() if indices.dtype == torch.bool else indices.tolist()
         old, paths = self.schedule, self.schedule.paths()
         for block in range(len(old)):
             for visit in range(len(old[block])):
                 # A slot is compact: it holds only the rows of this visit, in the order of the batch.
-                position = {row: place for place, row in enumerate(old.rows_of(block, visit))}
-                chosen = [position[row] for row in wanted if row in position]
+                position = {row: index for index, row in enumerate(old.rows_of(block, visit))}
+                chosen = [position[row] for row in selected if row in position]
                 slot = self.layers[block + visit * self._config.num_hidden_layers]
                 if not chosen:
                     slot.keys = slot.values = None
                     slot.is_initialized = False
                 elif chosen != list(range(len(position))):
                     slot.reorder_cache(torch.tensor(chosen, device=slot.keys.device))
-        self.schedule = RowSchedule.of([paths[row] for row in wanted], len(old), old.device)
+        self.schedule = RowSchedule.of([paths[row] for row in selected], len(old), old.device)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rows in the order of the surviving beams."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times in a row."""
+        """Repeats each row `repeats` times, consecutively."""
         if self.schedule is not None:
             self.batch_select_indices(torch.arange(self.schedule.batch_size).repeat_interleave(repeats))

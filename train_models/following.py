@@ -1,4 +1,4 @@
-"""Decoder models whose forward pass follows a path a row of the batch.
+"""Decoder models whose forward pass follows one path per row of the batch.
 
 `FollowsPaths` goes before a stock base model (`class LlamaModel(FollowsPaths, transformers.LlamaModel)`) and replaces
 only the loop over its blocks; `CausalLMOverPaths` does the same for the model with the language-model head. Blocks,
@@ -46,7 +46,7 @@ class PathCausalLMOutput(CausalLMOutputWithPast):
 
 
 def has_a_path_per_row(layer_indices: LayerIndices) -> bool:
-    """Whether `layer_indices` lists one path a row rather than one for the whole batch."""
+    """Whether `layer_indices` lists one path per row rather than one for the whole batch."""
     return len(layer_indices) > 0 and hasattr(layer_indices[0], "__len__") and getattr(layer_indices[0], "ndim", 1) > 0
 
 
@@ -71,10 +71,10 @@ def check_attention(implementation: str, device: torch.device) -> None:
 
 def _block_mask_of_rows(mask: BlockMask, rows: torch.Tensor) -> BlockMask:
     """Flex attention's mask for `rows` of the batch; indexing alone would leave it without its function."""
-    whole = mask.mask_mod
+    mask_mod = mask.mask_mod
 
     def mask_of_rows(row, head, query, key):
-        return whole(rows[row], head, query, key)
+        return mask_mod(rows[row], head, query, key)
 
     mask = mask[rows]
     mask.mask_mod = mask_of_rows
@@ -82,10 +82,10 @@ def _block_mask_of_rows(mask: BlockMask, rows: torch.Tensor) -> BlockMask:
 
 
 class _RowViews:
-    """Masks, positions and rotary embeddings for subsets of the batch, each subset made once a forward pass."""
+    """Masks, positions and rotary embeddings for subsets of the batch, each subset made once per forward pass."""
 
     def __init__(self, masks: dict, position_ids: torch.Tensor, position_embeddings: tuple, batch_size: int):
-        self._whole = (masks, position_ids, position_embeddings)
+        self._full_batch = (masks, position_ids, position_embeddings)
         self._batch_size = batch_size
         self._views: dict[tuple[int, str], dict] = {}
 
@@ -94,7 +94,7 @@ class _RowViews:
         the set of that number in the schedule."""
         key = (row_set, kind)
         if key not in self._views:
-            masks, position_ids, position_embeddings = self._whole
+            masks, position_ids, position_embeddings = self._full_batch
             self._views[key] = {
                 "attention_mask": self._select(masks[kind], rows),
                 "position_ids": self._select(position_ids, rows),
@@ -113,7 +113,7 @@ class _RowViews:
 
 
 class FollowsPaths:
-    """Mixin for a stock base model (LlamaModel, Qwen2Model, ...): the forward pass follows a path a row.
+    """Mixin for a stock base model (LlamaModel, Qwen2Model, ...): the forward pass follows one path per row.
 
     Each application of a block has its own keys and values (`PathCache`). Block l runs once over the rows with
     y_l >= 1, then once more over those with y_l = 2. With every block executed once the logits equal the stock model's.
@@ -143,12 +143,12 @@ class FollowsPaths:
                 None.
             past_key_values: a `PathCache`, or an empty `DynamicCache`, which becomes one. Once it holds tokens, its
                 paths are followed.
-            layer_indices: a non-decreasing list of block indices for the whole batch ([0, 1, 1, 3]), or one such list a
-                row. None: the cache's paths, else what `decide` says.
+            layer_indices: a non-decreasing list of block indices for the whole batch ([0, 1, 1, 3]), or one such list
+                per row. None: the cache's paths, else what `decide` says.
 
         Raises:
-            ValueError: for `layer_indices` that are no path or contradict the cache, for kinds of caches without room
-                for a second visit, for attention back ends that do not run, and for `output_attentions`.
+            ValueError: for `layer_indices` that are not a path or contradict the cache, for kinds of caches without
+                room for a second visit, for attention back ends that do not run, and for `output_attentions`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -266,7 +266,7 @@ class FollowsPaths:
     def _decider(
         self, known: RowSchedule | None, is_decoding: bool, inputs_embeds, attention_mask, position_ids, kwargs: dict
     ):
-        """Who is asked before each block: appends to the schedule when no path is known, and may record; or None."""
+        """The object called before each block: extends the schedule when no path is known, and may record; or None."""
         return None
 
     def _output(self, decider, **fields) -> PathModelOutput:
@@ -280,7 +280,7 @@ class FollowsPaths:
         if len(as_list) != batch_size:
             raise ValueError(
                 f"layer_indices gives paths for {len(as_list)} rows, but the batch has {batch_size}; pass one list for "
-                "the batch or one a row"
+                "the batch or one per row"
             )
         return [layer_indices_to_path([int(index) for index in row], num_blocks) for row in as_list]
 
@@ -293,7 +293,7 @@ class FollowsPaths:
         return ["sliding_attention" if is_sliding else "full_attention"] * len(self.layers)
 
     def _masks(self, kinds: set[str], inputs_embeds, attention_mask, cache, position_ids) -> dict:
-        if isinstance(attention_mask, dict):  # prepared by the caller, one mask a kind
+        if isinstance(attention_mask, dict):  # prepared by the caller, one mask per kind
             return attention_mask
         return {
             kind: MASK_FACTORIES[kind](
@@ -378,8 +378,8 @@ class CausalLMOverPaths:
 
         Pass a static cache (`PathCache(max_cache_len=...)`, or cache_implementation="static" to `generate`), so that
         shapes stay the same. Forward passes over several tokens are not compiled: every length of a prompt would
-        compile anew, and the slots of the cache, which the first pass allocates, get fixed addresses only outside of
-        compiled code.
+        be compiled again, and the slots of the cache, which the first pass allocates, get fixed addresses only outside
+        of compiled code.
         """
         for block in self.model.layers:
             block.compile(**compile_arguments)
@@ -416,10 +416,10 @@ class CausalLMOverPaths:
         )
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
-        """Whether `generate` compiles the whole decoding step. It would anew for each path, and torch gives up after
-        eight: so only where `compile_config` asks for it, as for a path that many prompts follow."""
-        asked = generation_config.compile_config is not None
-        return asked and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        """Whether `generate` compiles the whole decoding step. Each set of paths needs a compilation of its own,
+        and torch stops after eight: so only where `compile_config` is given, for paths that many prompts follow."""
+        is_requested = generation_config.compile_config is not None
+        return is_requested and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, past_key_values=None, **kwargs):
         """With a static cache `generate` prepares the masks of the blocks outside of its compiled forward pass. Not at

@@ -29,7 +29,7 @@ def path_to_layer_indices(path: Sequence[int]) -> list[int]:
 def layer_indices_to_path(layer_indices: Sequence[int], num_blocks: int) -> Path:
     """(1, 2, 0, 1) for [0, 1, 1, 3] and four blocks.
 
-    Raises ValueError when the list decreases, names a block that is not there, or visits one more than twice.
+    Raises ValueError when the list decreases, names a block that does not exist, or visits one more than twice.
     """
     visits = [0] * num_blocks
     previous = 0
@@ -50,7 +50,7 @@ def layer_indices_to_path(layer_indices: Sequence[int], num_blocks: int) -> Path
 def path_violation(path: Sequence[int], budget: float = DEFAULT_BUDGET) -> str | None:
     """The first constraint of the search space that the whole path breaks, in words, or None (section 3.2).
 
-    The constraints hold for the path, not for one edit: values 0, 1 or 2 (at most one repeat a block), at least one
+    The constraints hold for the path, not for one edit: values 0, 1 or 2 (at most one repeat per block), at least one
     block, at most two consecutive skips, and a length (sum of visits) of at most `budget` times the number of blocks.
     """
     skipped_in_a_row = 0
@@ -59,7 +59,8 @@ def path_violation(path: Sequence[int], budget: float = DEFAULT_BUDGET) -> str |
             return f"block {block} has the value {visits}; allowed are 0 (skip), 1 (execute) and 2 (repeat)"
         skipped_in_a_row = skipped_in_a_row + 1 if visits == SKIP else 0
         if skipped_in_a_row > MAX_CONSECUTIVE_SKIPS:
-            return f"blocks {block - MAX_CONSECUTIVE_SKIPS} to {block} are all skipped; at most two in a row may be"
+            first = block - MAX_CONSECUTIVE_SKIPS
+            return f"blocks {first} to {block} are all skipped; at most two consecutive blocks may be"
     length = sum(path)
     if length == 0:
         return "no block is executed"

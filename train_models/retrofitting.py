@@ -7,9 +7,8 @@ from importlib import import_module
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from . import FAMILIES
 from .routed import UNSAVED
-
-FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
 def routed_classes(model_type: str) -> tuple[type, type]:
@@ -85,14 +84,14 @@ def routed_config(base_config: PreTrainedConfig, config_class: type, router_conf
 
 @contextmanager
 def _quiet_about_new_routers():
-    """Silences the report that the routers are newly initialised: here they are meant to be."""
+    """Silences the report that the routers are newly initialised: here that is intended."""
     loading_logger = logging.getLogger("transformers.modeling_utils")
 
-    def says_nothing_of_routers(record: logging.LogRecord) -> bool:
+    def is_not_about_routers(record: logging.LogRecord) -> bool:
         return "routers" not in record.getMessage()
 
-    loading_logger.addFilter(says_nothing_of_routers)
+    loading_logger.addFilter(is_not_about_routers)
     try:
         yield
     finally:
-        loading_logger.removeFilter(says_nothing_of_routers)
+        loading_logger.removeFilter(is_not_about_routers)

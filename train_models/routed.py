@@ -1,4 +1,4 @@
-"""What turns a stock decoder into a routed one: configuration fields, a RouterBlock a block, decisions at prefill.
+"""What turns a stock decoder into a routed one: configuration fields, one RouterBlock per block, decisions at prefill.
 
 A family needs three short classes, see `modeling_llama.py`. Nothing here knows the family.
 """
@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from .cache import RowSchedule
 from .following import CausalLMOverPaths, FollowsPaths, PathCausalLMOutput, PathModelOutput
@@ -31,8 +31,8 @@ class RoutedConfigFields:
 
     Attributes:
         num_windows: windows per prompt, W.
-        trained_num_windows: W at training, None before; a difference is warned of when a model is built.
-        is_static_routing: execute every block once, whatever the routers say; the logits equal the base model's.
+        trained_num_windows: W at training, None before; a difference triggers a warning when a model is built.
+        is_static_routing: execute every block once, regardless of the routers; the logits equal the base model's.
         routing_control: the knob p of Appendix B; -0.5 is the pure router.
         router_width, router_depth: shape of the routers; depth counts linear layers.
         router_input: "previous_layer" (published) or "embeddings" (Table 6).
@@ -75,7 +75,7 @@ class RoutedConfigFields:
 
 @dataclass
 class RoutedModelOutput(PathModelOutput):
-    """`PathModelOutput` and, when asked for, what the routers saw and said.
+    """`PathModelOutput` and, on request, the inputs and outputs of the routers.
 
     router_logits: float32 [batch, L, 3]; router_inputs: window means [batch, L, W, d]; window_mask: bool [batch, W].
     """
@@ -105,7 +105,7 @@ def prompt_mask_of(
     """bool [batch, T]: the tokens that the routers may read.
 
     `prompt_mask` as it is; else the real tokens by `attention_mask` (all tokens without one), of these the first
-    `prompt_length` a row. Padding is never guessed from token ids. Raises ValueError for shapes that don't fit.
+    `prompt_length` per row. Padding is never guessed from token ids. Raises ValueError for shapes that don't fit.
     """
     if prompt_mask is None:
         if attention_mask is None:
@@ -124,7 +124,7 @@ def prompt_mask_of(
         return prompt_mask
     prompt_length = torch.as_tensor(prompt_length, device=device)
     if tuple(prompt_length.shape) != (batch_size,):
-        raise ValueError(f"prompt_length needs one length a row, {batch_size} in all, not {prompt_length.tolist()}")
+        raise ValueError(f"prompt_length needs one length per row, {batch_size} in all, not {prompt_length.tolist()}")
     return prompt_mask & (prompt_mask.cumsum(1) <= prompt_length[:, None])
 
 
@@ -141,21 +141,29 @@ def _check_unpacked(position_ids: torch.Tensor | None, kwargs: dict) -> None:
 
 
 class _Routers:
-    """Asks the routers during one prefill: decides blocks that no known path covers, and records what is wanted."""
+    """Evaluates the routers during one prefill: decides where no path is known, and records what is requested."""
 
-    def __init__(self, model: "RoutedModel", windows: PromptWindows, embeddings, decides: bool, logits, inputs):
+    def __init__(
+        self,
+        model: "RoutedModel",
+        windows: PromptWindows,
+        embeddings,
+        decides: bool,
+        record_logits: bool,
+        record_inputs: bool,
+    ):
         self._model = model
         self._windows = windows
         self._decides = decides
         self._has_no_prompt = ~windows.valid.any(1)
-        self._logits: list[torch.Tensor] | None = [] if logits else None
-        self._inputs: list[torch.Tensor] | None = [] if inputs else None
-        self._wants_logits = logits or decides
+        self._logits: list[torch.Tensor] | None = [] if record_logits else None
+        self._inputs: list[torch.Tensor] | None = [] if record_inputs else None
+        self._needs_logits = record_logits or decides
         self._pooled_embeddings = windows.pool(embeddings) if model.config.router_input == "embeddings" else None
         self._actions: list[list[int]] | None = None  # [block][row], where all are known before the first block
         if decides and self._pooled_embeddings is not None:
             pooled = self._pooled_embeddings
-            actions = [self._actions_for(self._ask(block, pooled)) for block in range(len(model.routers))]
+            actions = [self._actions_for(self._evaluate(block, pooled)) for block in range(len(model.routers))]
             self._actions = torch.stack([part.to(actions[0].device) for part in actions]).tolist()
 
     def before_block(self, block: int, hidden_states: torch.Tensor, schedule: RowSchedule) -> None:
@@ -165,13 +173,13 @@ class _Routers:
             self._inputs.append(pooled)
         if self._actions is not None:
             schedule.append(self._actions[block])
-        elif self._wants_logits:
-            logits = self._ask(block, pooled)
+        elif self._needs_logits:
+            logits = self._evaluate(block, pooled)
             if self._decides:
-                # The host waits here, once a block: it has to know what to run next.
+                # The host waits here, once per block: it has to know what to run next.
                 schedule.append(self._actions_for(logits).tolist())
 
-    def _ask(self, block: int, pooled: torch.Tensor) -> torch.Tensor:
+    def _evaluate(self, block: int, pooled: torch.Tensor) -> torch.Tensor:
         logits = self._model.routers[block](pooled, self._windows.valid)
         if self._logits is not None:
             self._logits.append(logits)
@@ -197,14 +205,14 @@ class _Routers:
 
 
 class RoutedModel(FollowsPaths):
-    """Mixin for a stock base model: one RouterBlock a block decides, once a sequence, at prefill.
+    """Mixin for a stock base model: one RouterBlock per block decides, once per sequence, at prefill.
 
     `forward` takes these arguments on top of those of `FollowsPaths.forward`:
         prompt_mask: bool [batch, T], the tokens that routers may read at prefill; default: the attention mask.
         prompt_length: [batch], only the first so many real tokens of a row are prompt (for log-likelihoods, where
             context and continuation come together).
         output_router_logits, output_router_inputs: fill these fields of the output. With `layer_indices` given the
-            execution follows those paths and the routers only look on: teacher forcing.
+            execution follows those paths and the routers decide nothing: teacher forcing.
     """
 
     def __init__(self, config):
@@ -232,7 +240,7 @@ class RoutedModel(FollowsPaths):
             super()._init_weights(module)
 
     def init_routers(self, seed: int | None = None) -> None:
-        """Initialises every router anew (Xavier-uniform weights, zero biases); a seed makes it repeatable."""
+        """Initialises every router again (Xavier-uniform weights, zero biases); a seed makes it repeatable."""
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         for router in self.routers:
             weight = router.layers[0].weight
@@ -279,9 +287,9 @@ class RoutedModel(FollowsPaths):
 
     def _decider(self, known, is_decoding, inputs_embeds, attention_mask, position_ids, kwargs) -> _Routers | None:
         prompt = {name: kwargs.pop(name, None) for name in ("prompt_mask", "prompt_length")}
-        wants_logits = kwargs.pop("output_router_logits", False)
-        wants_inputs = kwargs.pop("output_router_inputs", False)
-        if is_decoding or (known is not None and not wants_logits and not wants_inputs):
+        record_logits = kwargs.pop("output_router_logits", False)
+        record_inputs = kwargs.pop("output_router_inputs", False)
+        if is_decoding or (known is not None and not record_logits and not record_inputs):
             return None
         if known is None and torch.compiler.is_exporting():
             raise ValueError(
@@ -299,7 +307,7 @@ class RoutedModel(FollowsPaths):
             device=inputs_embeds.device,
         )
         windows = prompt_windows(prompt_mask, self.num_windows, inputs_embeds.dtype)
-        return _Routers(self, windows, inputs_embeds, known is None, wants_logits, wants_inputs)
+        return _Routers(self, windows, inputs_embeds, known is None, record_logits, record_inputs)
 
     def _output(self, decider, **fields) -> RoutedModelOutput:
         return RoutedModelOutput(**fields, **(decider.outputs() if decider is not None else {}))
@@ -315,6 +323,7 @@ class RoutedCausalLM(CausalLMOverPaths):
         super().__init_subclass__(**kwargs)
         # Code that goes by class name: Trainer's label smoothing shifts labels for these, pipelines accept them.
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(cls.config_class.model_type, cls.__name__)
+        MODEL_MAPPING_NAMES.setdefault(cls.config_class.model_type, cls.base_model_type.__name__)
         if cls.__module__.startswith("transformers_modules."):
             return  # the code of a checkpoint: another checkpoint may bring other code of the same family
         AutoConfig.register(cls.config_class.model_type, cls.config_class, exist_ok=True)
@@ -325,7 +334,7 @@ class RoutedCausalLM(CausalLMOverPaths):
         super().__init__(config)
         self._has_noted_training = False
         if getattr(config, "quantization_config", None) is not None:
-            # The one list of modules to leave alone that every quantiser of transformers reads.
+            # The list of modules to skip that every quantiser of transformers reads.
             self._keep_in_fp32_modules = {*self._keep_in_fp32_modules, "model.routers"}
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -407,6 +416,6 @@ class RoutedCausalLM(CausalLMOverPaths):
         if generation_config.prefill_chunk_size is not None and not is_path_known:
             raise ValueError(
                 "prefill_chunk_size is set, but a router reads the whole prompt before its block runs on any of it; "
-                "leave prefill_chunk_size away, or say with layer_indices which path to follow"
+                "omit prefill_chunk_size, or pass the path to follow as layer_indices"
             )
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

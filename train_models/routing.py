@@ -12,7 +12,7 @@ NUM_ACTIONS = 3
 
 
 class PromptWindows(NamedTuple):
-    """Where the pooling windows of each row lie; made once a prompt and applied to the input of every router.
+    """Where the pooling windows of each row lie; made once per prompt and applied to the input of every router.
 
     weights: [batch, W, T], the mean over each window as a matrix; valid: bool [batch, W], False where a prompt has
     fewer than W tokens and so fewer windows.
@@ -37,8 +37,8 @@ def prompt_windows(prompt_mask: torch.Tensor, num_windows: int, dtype: torch.dty
     length = prompt_mask.sum(dim=1)  # [batch]
     windows = length.clamp(max=num_windows)
     size = (length // windows.clamp(min=1)).clamp(min=1)
-    place = prompt_mask.cumsum(dim=1) - 1  # place of each token among the prompt tokens of its row
-    window_of_token = place // size[:, None]
+    position = prompt_mask.cumsum(dim=1) - 1  # of each token among the prompt tokens of its row
+    window_of_token = position // size[:, None]
     window = torch.arange(num_windows, device=prompt_mask.device)
     valid = window[None, :] < windows[:, None]
     inside = (window_of_token[:, None, :] == window[None, :, None]) & prompt_mask[:, None, :] & valid[:, :, None]
@@ -54,7 +54,7 @@ def pool_windows(
 
 
 class RouterBlock(nn.Module):
-    """The router of one block: an MLP (Linear-GELU-Linear, 128 wide by default) over each window, one vote a window.
+    """The router of one block: an MLP (Linear-GELU-Linear, 128 wide by default) over each window, one vote per window.
 
     `depth` counts linear layers: 1 is a linear probe, 2 the published router.
     """

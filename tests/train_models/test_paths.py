@@ -33,7 +33,7 @@ def test_layer_indices_that_are_no_path_are_refused(indices, words):
     ("path", "words"),
     [
         ((1, 3, 1), "the value 3"),
-        ((1, 0, 0, 0, 1), "at most two in a row"),
+        ((1, 0, 0, 0, 1), "at most two consecutive"),
         ((0, 0), "no block"),
         ((2, 2, 1, 1), None),
         ((0, 0, 1, 0, 0), None),

@@ -118,7 +118,7 @@ def test_routers_read_the_prompt_and_not_the_completion(routed):
     assert torch.equal(model(left_padded, mask, prompt_length=lengths).paths, expected)
     with pytest.raises(ValueError, match="shape"):
         model(prompt, prompt_mask=prompt_mask)
-    with pytest.raises(ValueError, match="one length a row, 3 in all"):
+    with pytest.raises(ValueError, match="one length per row, 3 in all"):
         model(prompt, prompt_length=torch.tensor([9]))
 
 

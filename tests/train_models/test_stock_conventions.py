@@ -176,6 +176,20 @@ def test_label_smoothing_shifts_labels_as_for_the_stock_model(factor, stock_chec
     torch.testing.assert_close(*losses)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients_along_paths(use_reentrant, decisive):
+    model, input_ids = decisive().train().requires_grad_(True), prompts()
+    arguments = {"labels": input_ids, "layer_indices": [[0, 1, 1, 3], [0, 2, 3, 5, 5], [1, 2, 3, 4, 5]]}
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        model(input_ids, **arguments).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[1][name], gradient) for name, gradient in gradients[0].items())
+
+
 # Hidden states and attentions
 
 
