@@ -43,7 +43,7 @@ def spoil(folder, number, change):
         (lambda row: json.dumps(row | {"path_correct": False}), r":3: 'path_correct' is false, expected true"),
         (lambda row: json.dumps(row | {"optimal_layer_config": [1, 1, 1]}), r":3: .*has 3 entries.*4 blocks"),
         (lambda row: json.dumps(row | {"optimal_layer_config": [1, 3, 1, 1]}), r":3: .*block 1 has the value 3"),
-        (lambda row: json.dumps(row | {"optimal_layer_config": [0, 0, 0, 1]}), r":3: .*at most two in a row"),
+        (lambda row: json.dumps(row | {"optimal_layer_config": [0, 0, 0, 1]}), r":3: .*at most two consecutive"),
         (lambda row: json.dumps(row | {"optimal_layer_config": "1111"}), r"""expected a list of 0, 1 and 2"""),
         (lambda row: json.dumps(row | {"good_paths": [[1, 1, 1, 1], [9]]}), r":3: 'good_paths'"),
         (lambda row: json.dumps(row | {"question_id": "arc_easy-000"}), r":3: the question of line 1 again"),
