@@ -119,6 +119,20 @@ def test_labels_manifest_and_table(toy, undisturbed, tmp_path, capsys):
     assert sum(row["sampled"] for row in manifest["table2"]) == len(found.rows)
 
 
+def test_response_format_is_recorded_and_used(toy, tmp_path):
+    options = ["--dataset", "arc_easy", "dart-1", "--max_new_tokens", "dart=3", "--inject_boxed", "--strict_letters"]
+    small = ["--num_simulations", "2", "--limit", "4", "--output_dir", str(tmp_path)]
+    assert data_generation.main([*toy, *options, *small]) == 0
+    recorded = json.loads((tmp_path / "manifest.json").read_text())["arguments"]
+    assert recorded["max_new_tokens"] == {"arc_easy": 2, "dart-1": 3}
+    assert (recorded["inject_boxed"], recorded["strict_letters"]) == (True, True)
+    rows = [json.loads(line) for line in (tmp_path / "progress" / "00000.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["prompt"].endswith(r"Answer: \boxed{" if row["set"] == "dart-1" else "Answer:")
+        assert len(row["base_response"].split()) <= recorded["max_new_tokens"][row["set"]]
+    assert data_generation.main([*toy, *options[:3], *small]) == 2
+
+
 @pytest.mark.parametrize("changes", [["--batch_size", "3"], ["--batch_size", "64", "--concurrency", "5"]])
 def test_labels_do_not_depend_on_the_batch(toy, undisturbed, tmp_path, changes):
     assert data_generation.main([*toy, *SMALL_SEARCH, *changes, "--output_dir", str(tmp_path)]) == 0
@@ -159,6 +173,21 @@ def test_killed_and_interrupted_runs_continue(toy, undisturbed, tmp_path):
     assert data_generation.main(arguments) == 0
     assert labels_of(folder) == labels_of(undisturbed)
     assert len(searched_ids(folder)) == len(set(searched_ids(folder)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_a_run_stopped_by_a_signal_is_resumed(toy, undisturbed, tmp_path, sent):
+    arguments = [*toy, *SMALL_SEARCH, "--concurrency", "4", "--batch_size", "4", "--output_dir", str(tmp_path)]
+    for wanted in (1, 3, 6):
+        process = start(arguments)
+        wait_for_lines(process, tmp_path, wanted)
+        process.send_signal(getattr(signal, sent))
+        _, said = process.communicate()
+        assert "Traceback" not in said
+        assert process.returncode in (130, -getattr(signal, sent), 0)
+    assert data_generation.main(arguments) == 0
+    assert labels_of(tmp_path) == labels_of(undisturbed)
 
 
 @pytest.mark.slow

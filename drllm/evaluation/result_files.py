@@ -82,12 +82,16 @@ def search_command(manifest: dict[str, Any]) -> str | None:
         return None
     options = dict(manifest["arguments"])
     options["dataset"] = ",".join(options["dataset"])
-    options["samples"] = ",".join(f"{name}={count}" for name, count in options["samples"].items())
     options |= {name: manifest.get(name) for name in ("revision", "data_dir", "seed", "dtype")}
     options["chat_template"] = "on" if manifest["chat_template"] else "off"
     command = ["python", "data_generation.py", "--model", manifest["model"]]
     for name, value in options.items():
-        command += [] if value is None else [f"--{name}", str(value)]
+        if isinstance(value, dict):  # a number per set
+            value = ",".join(f"{key}={number}" for key, number in value.items())
+        if value is True:
+            command.append(f"--{name}")
+        elif value is not None and value is not False:
+            command += [f"--{name}", str(value)]
     return shlex.join(command)
 
 

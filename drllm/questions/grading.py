@@ -1,13 +1,13 @@
-"""Graders: is this response a right answer? Shared by the search, the lm-eval tasks and the tables.
+"""Graders: whether a response is right. Shared by the search, the lm-eval tasks and the tables.
 
-Three kinds of answers have a grader each:
+There is one grader per kind of answer:
 
 * `grade_label`: multiple choice by option label (ARC, CommonsenseQA),
 * `grade_math`: a final answer in LaTeX, boxed or bare (DART), in `drllm.questions.math_answers`,
 * `grade_span`: a span of a passage, or "unanswerable" (SQuAD v2).
 
-Each has a companion `*_can_still_be_right(partial)`, which is False only when no continuation of the partial response
-could be graded as right, so that a rollout may end early without changing its reward.
+Each has a companion `*_can_still_be_right(partial)`, which is False only if no continuation of the partial response
+can be graded as right. Rollouts end early on it without a change of their reward.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from drllm.questions.sets import SETS, Question
 
 
 def grade(question: Question, response: str) -> bool:
-    """Whether `response`, the text after the prompt, answers `question` rightly."""
+    """Whether `response`, the text after the prompt, is a right answer to `question`."""
     kind = SETS[question.set].kind
     if kind == "choice":
         return grade_label(response, question.labels, question.answer)
@@ -30,7 +30,7 @@ def grade(question: Question, response: str) -> bool:
 
 
 def can_still_be_right(question: Question, partial_response: str) -> bool:
-    """False only if no continuation of `partial_response` would pass `grade`; used to end rollouts early."""
+    """False only if no continuation of `partial_response` passes `grade`; used to end rollouts early."""
     kind = SETS[question.set].kind
     if kind == "choice":
         return label_can_still_be_right(partial_response, question.labels, question.answer)
@@ -42,10 +42,10 @@ def can_still_be_right(question: Question, partial_response: str) -> bool:
 # --------------------------------------------------------------------------------------------------------
 # Multiple choice by label
 
-# One word, together with what is glued to it: "A-frame", "D'accord", "3.5", "U.S.A" are single words, so that
-# their parts are not mistaken for labels.
+# One word with everything joined to it: "A-frame", "D'accord", "3.5" and "U.S.A" are single words, so that their
+# parts are not mistaken for labels.
 _WORD = re.compile(r"\w+(?:['’\-]\w+|\.\d+|\.\w\b)*")
-# The longest look beyond a word that `_WORD` needs to know where the word ends (".x" and one more).
+# Characters after a word that `_WORD` needs to see to decide where the word ends (".x" and one more).
 _WORD_LOOKAHEAD = 3
 # Labels that are also English words or numbers: "A good answer", "I think", "3 apples" name no option, while
 # "A because ..." and "1 is right" do.
@@ -57,9 +57,9 @@ _ANNOUNCED = re.compile(r"\b(?:answer|option|choice|label)(?:\s+is)?\W{0,4}\Z", 
 
 
 def _find_label(text: str, labels: tuple[str, ...]) -> tuple[str | None, int]:
-    """The label that `text` commits to and how many characters of `text` that decision needs.
+    """The label that `text` gives as its answer, and the number of characters on which that decision depends.
 
-    A decision that needs more characters than there are may still change when the text goes on.
+    A decision that depends on more characters than `text` has may change when the text continues.
     """
     text = text.lstrip()
     line, newline, _ = text.partition("\n")
@@ -110,7 +110,7 @@ def grade_label(response: str, labels: tuple[str, ...], answer: str) -> bool:
 
 
 def label_can_still_be_right(partial: str, labels: tuple[str, ...], answer: str) -> bool:
-    """False once `partial` has committed to a label other than `answer`, whatever may follow."""
+    """False once `partial` gives a label other than `answer`, regardless of its continuation."""
     label, needed = _find_label(partial, labels)
     return label is None or label == answer or needed > len(partial.lstrip())
 
@@ -120,7 +120,7 @@ def label_can_still_be_right(partial: str, labels: tuple[str, ...], answer: str)
 
 
 def normalise_span(text: str) -> str:
-    """`text` as SQuAD compares it: lower case, without punctuation, articles and extra spaces."""
+    """`text` normalised as in SQuAD: lower case, without punctuation, articles and extra spaces."""
     text = "".join(" " if character in "-–—" else character for character in text.lower())
     text = "".join(character for character in text if character not in string.punctuation)
     return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", text).split())
@@ -136,7 +136,7 @@ def grade_span(response: str, answers: tuple[str, ...]) -> bool:
 
 
 def span_f1(response: str, answers: tuple[str, ...]) -> float:
-    """Best word overlap (F1) of the first line of `response` with one of `answers`, in [0, 1]."""
+    """Word overlap (F1, in [0, 1]) of the first line of `response` with the closest of `answers`."""
     given = _span(response).split()
     best = 0.0
     for answer in answers:
@@ -150,5 +150,5 @@ def span_f1(response: str, answers: tuple[str, ...]) -> float:
 
 
 def span_can_still_be_right(partial: str, answers: tuple[str, ...]) -> bool:
-    """False once the first line of `partial` is complete and is none of `answers`."""
+    """False once the first line of `partial` is complete and not among `answers`."""
     return "\n" not in partial.lstrip() or grade_span(partial, answers)

@@ -1,8 +1,8 @@
-"""Final answers in LaTeX: which one a response gives, and whether it equals the gold answer.
+"""Final answers in LaTeX: extracting them from a response, and comparing them with the gold answer.
 
 Model output is never evaluated as Python. LaTeX is parsed by math-verify's ANTLR grammar, in a helper process with hard
-limits on time and memory: sympy can hang in C code where neither a signal nor a thread reaches it (9^{9^{9}}), and the
-grader must work from any thread.
+limits on time and memory: sympy can hang in C code (9^{9^{9}}), where neither a signal nor a thread can interrupt it,
+and the grader must work from any thread.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 
 _BOX = re.compile(r"\\boxed\s*\{")
 _SOLUTION_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[^\s{}$.,\\]+))")  # MATH also has "\boxed 5"
-# What is longer or nested deeper than any gold answer of MATH (159 characters, depth 5) is compared as a
-# string only: the grammar needs time that grows fast with depth.
+# Answers that are longer or nested deeper than any gold answer of MATH (159 characters, depth 5) are compared as
+# strings only: the parser's time grows fast with depth.
 _MAX_LENGTH = 300
 _MAX_DEPTH = 12
 
@@ -29,8 +29,8 @@ _MAX_DEPTH = 12
 def first_box(text: str) -> str | None:
     r"""Content of the first closed \boxed{...} of `text`, braces balanced, or None when there is none.
 
-    The first, not the last: answers are direct, and what a base model writes after its answer is the next
-    problem. A box that is opened and never closed is no answer.
+    The first, not the last: answers are direct, and a base model continues with the next problem. A box that is never
+    closed is not an answer.
 
     >>> first_box(r" \boxed{\frac{1}{2}} and \boxed{3}")
     '\\frac{1}{2}'
@@ -69,7 +69,7 @@ def _closed(text: str, start: int) -> str | None:
 
 
 def _candidate(response: str) -> str | None:
-    """What `response` offers as its answer: the first box, else its first line, else None."""
+    """The answer that `response` gives: the first box, else the first line, else None."""
     boxed = first_box(response)
     if boxed is not None:
         return boxed.strip()
@@ -79,8 +79,7 @@ def _candidate(response: str) -> str | None:
 
 
 def _tidy(latex: str) -> str:
-    """`latex` without what never changes its value: spacing, $ signs, size commands, a final full stop, and the command
-    around an answer in words."""
+    """`latex` without spacing, $ signs, size commands, a final full stop, and the command around an answer in words."""
     tidy = latex.strip().rstrip(".").replace("\\$", "").replace("$", "").strip()
     if words := _WORDS.fullmatch(tidy):
         tidy = words[1].strip()
@@ -105,13 +104,13 @@ def grade_math(response: str, answer: str) -> bool:
 
 
 def math_can_still_be_right(partial: str, answer: str) -> bool:
-    r"""False once a closed \boxed{} holds something else than `answer`; the first box decides."""
+    r"""False once the first closed \boxed{} of `partial` differs from `answer`."""
     return first_box(partial) is None or grade_math(partial, answer)
 
 
 @functools.lru_cache(maxsize=200_000)
 def _same_value(answer: str, candidate: str) -> bool:
-    """`grade_math` of one pair, remembered: a search sees the same few answers thousands of times."""
+    """Whether two answers are equal; cached, because a search sees the same few answers thousands of times."""
     gold, given = _tidy(answer), _tidy(candidate)
     if gold == given:
         return True
@@ -137,21 +136,21 @@ def _depth(text: str) -> int:
 
 
 def _after_announcement(candidate: str) -> str:
-    """The part after "the answer is", when a bare response begins that way."""
+    """The part of an unboxed response after "the answer is", if it has these words."""
     return re.split(r"\banswer\s*(?:is|:)\s*:?\s*", candidate, maxsplit=1, flags=re.IGNORECASE)[-1]
 
 
 def _as_latex(text: str) -> str:
-    r"""`text` as one LaTeX formula for math-verify, which reads what stands between dollar signs."""
+    r"""`text` as one LaTeX formula for math-verify, which reads text between dollar signs."""
     inner = re.sub(r"(?<!\\)\$", "", text.strip().rstrip(".")).strip()
     return f"${inner}$"
 
 
 class SymbolicChecker:
-    """A helper process that compares LaTeX answers, replaced whenever one of them makes it hang or die.
+    """A helper process that compares LaTeX answers. It is replaced when a comparison makes it hang or die.
 
-    `timeout_s` bounds one comparison, from any thread. A comparison that does not end in time, or takes the
-    helper down, counts as "not equal".
+    A comparison that takes longer than `timeout_s`, or ends the helper, counts as "not equal". May be used from any
+    thread.
     """
 
     def __init__(self, timeout_s: float = 5.0, memory_bytes: int = 4 << 30) -> None:
@@ -166,7 +165,7 @@ class SymbolicChecker:
         """Whether math-verify finds the two formulas equal, within the time limit."""
         with self._lock:
             process = self._process
-            # A forked child must not talk over its parent's pipe.
+            # A forked child must not write to its parent's pipe.
             if process is None or process.poll() is not None or self._owner != os.getpid():
                 process = self._start()
             try:
@@ -200,7 +199,7 @@ class SymbolicChecker:
         self._owner = os.getpid()
         if self._read_line(self._process, 120.0) != b"ready":
             self._kill()
-            raise RuntimeError("the helper process for symbolic grading did not start; is math-verify there?")
+            raise RuntimeError("the helper process for symbolic grading did not start; is math-verify installed?")
         return self._process
 
     @staticmethod
@@ -221,7 +220,7 @@ class SymbolicChecker:
 
 @functools.cache
 def _checker() -> SymbolicChecker:
-    """The helper of this process, started with the first comparison that needs it."""
+    """The helper of this process; it starts with the first comparison."""
     checker = SymbolicChecker()
     atexit.register(checker.close)
     return checker

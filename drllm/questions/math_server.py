@@ -13,7 +13,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 
 
 def serve(timeout_s: float, memory_bytes: int) -> None:
-    """Main loop of the helper process: one JSON pair per line in, "1" or "0" out."""
+    """Reads one JSON pair of formulas per line, and writes "1" if they are equal, else "0"."""
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     # LaTeX only: math-verify's other extraction hands text to sympy's parse_expr, which evaluates it.
