@@ -20,9 +20,7 @@ def test_the_former_name_says_the_new_one(name, capsys):
     assert error == f"error: python -m drllm.{name} is now {NEW_NAMES[name]}\n"
 
 
-@pytest.mark.parametrize(
-    "command", [new for new in NEW_NAMES.values() if new.startswith("python -m ") and "s.paper_" not in new]
-)
+@pytest.mark.parametrize("command", [new for new in NEW_NAMES.values() if new.startswith("python -m ")])
 def test_the_new_name_exists(command):
     module = importlib.util.find_spec(command.removeprefix("python -m "))
     assert module is not None, f"{command} does not exist"
