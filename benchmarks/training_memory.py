@@ -2,12 +2,12 @@
 
     python benchmarks/training_memory.py --scratch /path/with/25GB --output results/training_memory.json
 
-Makes a base model of that shape with random weights, 4,000 random labels, and router inputs of the size and in the
-place in which train.py stores them (random numbers: the pass of a 3B model over the questions needs a GPU, or hours).
-Then runs train.py for an epoch, from loading the base to the finished checkpoint, and watches that process's memory:
+Makes a base model of that shape (or of --model's) with random weights, 4,000 random labels, and random router inputs
+with the size and in the place of those that train.py stores (computing them with a 3B model takes a GPU, or hours).
+Then runs train.py for one epoch, from loading the base to the finished checkpoint, and records that process's memory:
 
-    peak resident   all of its pages in memory, mapped files included; the system takes those back when others need room
-    peak own        without mapped files; what it cannot do without
+    peak resident   all of its pages in memory, mapped files included, which the system reclaims under pressure
+    peak own        without mapped files: what it needs
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from drllm import labels
-from drllm.checkpoints import load_tokenizer
+from drllm.checkpoints import load_config, load_tokenizer
 from drllm.errors import UserError, main_guard
-from drllm.provenance import commit, fingerprint, versions
+from drllm.provenance import command_line, fingerprint, write_result
 from drllm.training import features
 from drllm.training.data import load_labels, make_examples
 
@@ -54,8 +54,23 @@ class Shape:
     vocabulary: int = 128256
 
 
+def shape_of(model: str) -> Shape:
+    """The shape of a Llama checkpoint. UserError for other families."""
+    config = load_config(model)
+    if config.model_type != "llama":
+        raise UserError(f"--model {model} is a {config.model_type}; this benchmark needs the shape of a Llama")
+    return Shape(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        vocabulary=config.vocab_size,
+    )
+
+
 def make_base(folder: Path, shape: Shape) -> None:
-    """A bfloat16 Llama of random weights, one file a tensor group, never whole in memory."""
+    """A bfloat16 Llama with random weights, one file per group of tensors, never in memory as a whole."""
     config = LlamaConfig(
         num_hidden_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -91,7 +106,7 @@ def make_base(folder: Path, shape: Shape) -> None:
 def make_labels(folder: Path, base: Path, questions: int) -> None:
     """Random labels in the schema of data_generation.py."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    layers, found = model.config.num_hidden_layers, fingerprint(model)
+    layers, model_fingerprint = model.config.num_hidden_layers, fingerprint(model)
     rng = random.Random(0)
     folder.mkdir(parents=True)
     with (folder / "labels.jsonl").open("w") as file:
@@ -117,7 +132,7 @@ def make_labels(folder: Path, base: Path, questions: int) -> None:
         "format": labels.FORMAT,
         "model": str(base),
         "revision": None,
-        "model_fingerprint": found,
+        "model_fingerprint": model_fingerprint,
         "num_layers": layers,
         "dtype": "bfloat16",
         "chat_template": False,
@@ -146,7 +161,7 @@ def make_features(folder: Path, data: Path, base: Path, num_windows: int = 8) ->
 
 
 def in_a_process(function, *arguments):
-    """The function's result; its memory is given back when its process ends."""
+    """The function's result; its memory is freed when its process ends."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -176,17 +191,19 @@ def watch(command: list[str]) -> dict[str, float]:
 
 @main_guard
 def main(argv: list[str] | None = None) -> None:
-    """Prepare, run, print, and write the result if asked to."""
+    """Prepares, runs, prints, and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scratch", type=Path, required=True, help="folder for about 25 GB, emptied afterwards")
     parser.add_argument("--questions", type=int, default=4000)
+    parser.add_argument("--model", help="folder or Hub name of a Llama: its shape instead of the arguments' below")
     for name, value in asdict(Shape()).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--output", type=Path, help="write the result there as JSON")
     args = parser.parse_args(argv)
     if not Path("/proc/self/status").exists():
         raise UserError("memory is read from /proc, which this system does not have; run it on Linux")
-    shape = Shape(**{name: getattr(args, name) for name in asdict(Shape())})
+    shape = shape_of(args.model) if args.model else Shape(**{name: getattr(args, name) for name in asdict(Shape())})
+    started = time.perf_counter()
     scratch = args.scratch / f"training_memory-{os.getpid()}"
     base, data, stored = scratch / "base", scratch / "data", scratch / "features"
     try:
@@ -206,11 +223,9 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in sizes.items():
         print(f"{name:24}{value / GB:10.2f} GB" if name.endswith("bytes") else f"{name:24}{value:10.0f}")
     if args.output:
-        result = {"command": "python benchmarks/training_memory.py " + " ".join(sys.argv[1:] if argv is None else argv)}
-        result |= {"shape": asdict(shape), "questions": args.questions, **sizes}
-        result |= {"versions": versions(), "commit": commit()}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        result = {"shape": asdict(shape), "questions": args.questions, "train_seconds": sizes.pop("seconds"), **sizes}
+        command = command_line("python benchmarks/training_memory.py", argv)
+        write_result(args.output, result, command=command, seed=0, seconds=time.perf_counter() - started)
         print(f"wrote {args.output}")
 
 

@@ -47,6 +47,8 @@ def parse_arguments() -> argparse.Namespace:
     fit.add_argument("--default_share", type=float, default=0.3, help="share of questions that follow the default path")
     fit.add_argument("--save_steps", type=int, default=250)
     fit.add_argument("--processes", type=int, default=2, help="of one thread each; changes the resulting weights")
+    fit.add_argument("--muon_dtype", choices=("bfloat16", "float32"), default="bfloat16", help="on CPUs without "
+                     "bfloat16 arithmetic float32 is several times faster")  # fmt: skip
     fit.add_argument("--seed", type=int, default=0)
     measure = commands.add_parser("evaluate", help="accuracy per set under the default path, single and random edits")
     measure.add_argument("--model", type=Path, default=HERE / "model")
@@ -67,7 +69,7 @@ def pretraining_settings(arguments: argparse.Namespace) -> PretrainingSettings:
         output_dir=arguments.output_dir, paths=paths, family=arguments.family, blocks=arguments.blocks,
         width=arguments.width, init=arguments.init, steps=arguments.steps, batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate, processes=arguments.processes, save_steps=arguments.save_steps,
-        seed=arguments.seed,
+        muon_dtype=arguments.muon_dtype, seed=arguments.seed,
     )  # fmt: skip
 
 

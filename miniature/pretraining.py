@@ -53,6 +53,7 @@ class PretrainingSettings:
         batch_size: questions per step, over all processes.
         learning_rate: peak, of both optimisers.
         processes: of one thread each; changes the result, since each draws questions of its own.
+        muon_dtype: dtype of Muon's orthogonalisation.
         save_steps: steps between checkpoints.
         seed: of weights, questions and paths.
     """
@@ -67,6 +68,7 @@ class PretrainingSettings:
     batch_size: int = 128
     learning_rate: float = 3e-3
     processes: int = 2
+    muon_dtype: str = "bfloat16"
     save_steps: int = 250
     seed: int = 0
 
@@ -133,7 +135,7 @@ class _Pretraining:
             self.model = transformers.AutoModelForCausalLM.from_pretrained(settings.init, dtype=torch.float32)
         self.parameters = list(self.model.parameters())
         named = [("layers" in name and p.ndim == 2, p) for name, p in self.model.named_parameters()]
-        self.muon = Muon([p for is_matrix, p in named if is_matrix])
+        self.muon = Muon([p for is_matrix, p in named if is_matrix], dtype=getattr(torch, settings.muon_dtype))
         rest = [p for is_matrix, p in named if not is_matrix]
         self.adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
         self.start, self.seconds = 0, 0.0
@@ -206,7 +208,7 @@ def _train_process(rank: int, meeting_point: str, settings: PretrainingSettings)
             raise SystemExit("error: the parent process is gone.")
         losses.append(run.step(step, batch, rng))
         done = step + 1
-        if rank or done % 50:
+        if rank or (done % 50 and done < settings.steps):
             continue
         elapsed = time.time() - begun
         left = elapsed / (done - run.start) * (settings.steps - done)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from benchmarks import latency
+from benchmarks import latency, latency_runs
 from train_models.paths import SKIP
 
 
@@ -32,9 +32,10 @@ def test_a_run_reports_every_case(run, tmp_path):
     figure = tmp_path / "figure.png"
     result, printed = run("--skip", "0,2", "--repeat", "0,1", "--batch_sizes", "1,3", "--figure", str(figure))
     assert figure.stat().st_size > 1000
-    assert "figures of a GPU are missing" in printed
-    assert "decoding saved at batch 3, 2 skipped" in printed
-    for field in ("command", "seed", "machine", "versions", "commit"):
+    assert "no GPU figures in it" in printed
+    assert "decoding saved at 1 threads, batch 3, 2 skipped" in printed
+    assert "UNUSABLE: path over stock at 1 threads, batch 1, 2 skipped, shared: only 2 pairs" in printed
+    for field in ("command", "seed", "machine", "versions", "commit", "seconds"):
         assert field in result
     kinds = [(row["batch_size"], row["skips"], row["repeats"], row["rows"]) for row in result["rows"]]
     assert len(kinds) == len(set(kinds)) == 4 + 4 + 3 * 3
@@ -52,15 +53,15 @@ def test_a_run_reports_every_case(run, tmp_path):
 
 def test_the_routers_decide_the_path_that_is_timed(run, monkeypatch):
     decided = []
-    generate = latency.generate
+    generate = latency_runs.generate
 
     def watched(model, input_ids, new_tokens, cache, **arguments):
         timing = yield from generate(model, input_ids, new_tokens, cache, **arguments)
-        if isinstance(cache, latency.PathCache):
+        if isinstance(cache, latency_runs.PathCache):
             decided.append((bool(arguments), cache.paths))
         return timing
 
-    monkeypatch.setattr(latency, "generate", watched)
+    monkeypatch.setattr(latency_runs, "generate", watched)
     run("--skip", "2", "--repeat", "1", "--batch_sizes", "2", "--rows", "shared", "--measure", "path,router")
     given = {tuple(paths) for was_given, paths in decided if was_given}
     routed = {tuple(paths) for was_given, paths in decided if not was_given}
@@ -86,20 +87,41 @@ def test_compiled_decoding_is_timed(run):
     assert row["stock_compiled_token_ratio"] > 0
 
 
-@pytest.mark.parametrize("source", ["--config", "--checkpoint"])
+@pytest.mark.parametrize("source", ["--config", "--model"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_both_models_have_the_attention_asked_for(source, attention, run, tmp_path, monkeypatch):
-    if source == "--checkpoint":
+    if source == "--model":
         AutoModelForCausalLM.from_config(Qwen2Config.from_pretrained(tmp_path)).save_pretrained(tmp_path)
     arguments = [source, str(tmp_path), "--device", "cpu", "--attention", attention]
     monkeypatch.setattr(sys, "argv", ["latency.py", *arguments])
-    stock, routed = latency.load_models(latency.parse_arguments())
+    stock, routed = latency_runs.load_models(latency.parse_arguments())
     for model in (stock, routed):
         assert model.config._attn_implementation == model.model.config._attn_implementation == attention
     routed.model.is_static_routing = True
     input_ids = torch.randint(61, (2, 9))
     for mask in (None, (torch.arange(9) >= 3).long().expand(2, 9)):
         assert torch.equal(stock(input_ids, mask).logits, routed(input_ids, mask).logits)
+
+
+def test_both_sides_have_the_threads_of_the_row(run, monkeypatch):
+    threads = []
+    generate = latency_runs.generate
+
+    def watched(*arguments, **named):
+        threads.append(torch.get_num_threads())
+        return (yield from generate(*arguments, **named))
+
+    monkeypatch.setattr(latency_runs, "generate", watched)
+    monkeypatch.setattr("benchmarks.pairs.usable_cores", lambda: 2)
+    result, _ = run("--skip", "1", "--batch_sizes", "1", "--measure", "path", "--threads", "1,2")
+    assert [row["threads"] for row in result["rows"]] == [1, 2]
+    assert threads == [1] * 6 + [2] * 6
+
+
+def test_seconds_stand_beside_the_papers(run):
+    _, printed = run("--skip", "2", "--batch_sizes", "1", "--measure", "router")
+    assert "paper, 1,000 tokens: stock 34.49 s, routed 29.21 s (x 0.847), of which routers 0.270 s" in printed
+    assert "here, 1 threads, 2 skipped, 4 tokens: stock 0." in printed
 
 
 def test_the_blocks_asked_for(run):
@@ -112,8 +134,8 @@ def test_the_blocks_asked_for(run):
     ("arguments", "sentence"),
     [
         (["--skip", "5"], "need more than the 4 inner blocks"),
-        (["--measure", "speed"], "--measure names speed; known are path"),
-        (["--rows", "all"], "--rows names all; known are shared"),
+        (["--measure", "speed"], "--measure speed: choose from path"),
+        (["--rows", "all"], "--rows all: choose from shared"),
     ],
 )
 def test_wrong_arguments_end_with_a_sentence(arguments, sentence, tmp_path, run, monkeypatch, capsys):
