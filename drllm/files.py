@@ -17,7 +17,15 @@ from safetensors.torch import save_file
 from drllm.errors import UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-DISK_FULL_MESSAGES = ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter failed")
+# The last three are what torch.save says.
+DISK_FULL_MESSAGES = (
+    "No space left",
+    "File too large",
+    "quota exceeded",
+    "PytorchStreamWriter failed",
+    "unexpected pos",
+    "iostream error",
+)
 
 
 @contextlib.contextmanager
