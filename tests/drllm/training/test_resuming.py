@@ -87,8 +87,8 @@ sys.exit(train.main(sys.argv[2:]))
 
 @pytest.mark.parametrize(
     ("limit", "named"),
-    [(4_000, "features"), (60_000, "trainer"), (150_000, "drllm")],
-    ids=["features", "checkpoint of an epoch", "final checkpoint"],
+    [(4_000, "features"), (60_000, "trainer"), (150_000, "trainer"), (250_000, "drllm")],
+    ids=["features", "weights of an epoch", "optimizer state of an epoch", "final checkpoint"],
 )
 def test_a_full_disk_is_one_sentence_and_the_run_is_resumed(limit, named, tiny_labels, tmp_path):
     """In a process of its own, whose files may not grow beyond `limit` bytes."""
