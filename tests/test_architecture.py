@@ -20,7 +20,6 @@ IMPORTED_PROGRAMS: dict[str, str] = {
     "drllm.evaluation.comparison": "its program becomes a file of its own",
 }
 LONG_FILES: dict[str, str] = {
-    "benchmarks/latency.py": "to be split: timing apart from report",
     "drllm/evaluation/lm_eval_model.py": "to be split",
 }
 LONG_FUNCTIONS: dict[str, str] = {
