@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from drllm.errors import UserError
 from drllm.files import check_output_folder, disk_errors, read_json, shorten, write_json, write_tensors, write_whole
+from drllm.hub import require_hub
 from drllm.model_card import missing_field, model_card
 from drllm.provenance import dtype_name, fingerprint, parse_dtype
 from train_models import retrofit, routed_classes
@@ -118,7 +119,7 @@ def checkpoint_info(name_or_path: str | Path, *, is_local: bool = False, **locat
         fields = read_json(path, "pass an undamaged checkpoint")
     else:
         path = f"{name_or_path}/config.json"
-        with _loading(name_or_path, "model"):
+        with _loading(name_or_path, "model", location.get("revision")):
             fields, _ = PretrainedConfig.get_config_dict(str(name_or_path), **location)
     model_type = fields.get("model_type", "")
     if not isinstance(model_type, str):
@@ -174,7 +175,7 @@ def check_finite(model: nn.Module, name_or_path: str | Path) -> None:
 
 def load_config(name_or_path: str, revision: str | None = None) -> PretrainedConfig:
     """The configuration of a plain model; UserError when there is none."""
-    with _loading(name_or_path, "model"):
+    with _loading(name_or_path, "model", revision):
         return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
 
 
@@ -186,7 +187,7 @@ def load_routed(
     Raises:
         UserError: a missing or damaged checkpoint, an unsupported family, non-finite weights.
     """
-    with _loading(name_or_path, "model"):
+    with _loading(name_or_path, "model", revision):
         routed = retrofit(name_or_path, dtype=dtype, revision=revision, seed=seed, router_config=router_config)
     check_finite(routed, name_or_path)
     return routed
@@ -194,7 +195,7 @@ def load_routed(
 
 def load_tokenizer(name_or_path: str | Path, revision: str | None = None):
     """The tokenizer of a plain or a routed checkpoint; UserError when there is none."""
-    with _loading(name_or_path, "tokenizer of"):
+    with _loading(name_or_path, "tokenizer of", revision):
         config = None
         with contextlib.suppress(UserError):  # a folder may hold a tokenizer alone
             info = checkpoint_info(name_or_path, revision=revision)
@@ -204,13 +205,14 @@ def load_tokenizer(name_or_path: str | Path, revision: str | None = None):
 
 
 @contextlib.contextmanager
-def _loading(name_or_path: str | Path, kind: str) -> Iterator[None]:
+def _loading(name_or_path: str | Path, kind: str, revision: str | None = None) -> Iterator[None]:
     """Turns what transformers raises for a missing or damaged checkpoint into one sentence."""
     name = str(name_or_path)
     # Hub names have the form NAME or USER/NAME.
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not Path(name).exists():
         raise UserError(f"cannot load the {kind} {name}: the folder does not exist")
+    require_hub(name, revision)
     try:
         yield
     except LOADING_ERRORS as error:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from drllm.arguments import check_device, check_ranges
 from drllm.checkpoints import load_routed_checkpoint, load_tokenizer
 from drllm.errors import UserError, main_guard
-from drllm.evaluation.comparison import uses_chat_template
+from drllm.evaluation.protocol import uses_chat_template
 from drllm.questions.prompts import adds_special_tokens, apply_template
 
 ACTIONS = ("skip", "execute", "repeat")

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from drllm.errors import UserError, main_guard
 from drllm.evaluation import paper
-from drllm.evaluation.comparison import IN_DOMAIN
+from drllm.evaluation.protocol import GENERATION_TASKS
 from drllm.evaluation.runs import benchmarks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,7 +186,7 @@ def plan(backbone: Backbone, args: argparse.Namespace) -> list[Step]:
         tasks = [task for task in tasks if args.unsafe_code or not task.get("runs_code")]
         if table == 4:
             tasks = [task for task in tasks if (task["task"] == "aime24") == (step == "aime24")]
-        names = IN_DOMAIN if step == "in_domain" else ",".join(task["task"] for task in tasks)
+        names = GENERATION_TASKS if step == "in_domain" else ",".join(task["task"] for task in tasks)
         rows = LONG_ROWS if step == "aime24" else EVAL_ROWS
         found[step] = (evaluate(step, names, rows), *costs.evaluation(tasks, rows), args.gpus)
     found["tables"] = (["python", "-m", "experiments.paper_tables", str(folder)], 0.0, 0.0, 0)

@@ -19,9 +19,9 @@ from lm_eval.api.instance import Instance
 
 from drllm.arguments import check_device, check_ranges, parse_list
 from drllm.errors import UserError, main_guard
-from drllm.evaluation.comparison import uses_chat_template
 from drllm.evaluation.layer_counts import LayerCounts
 from drllm.evaluation.lm_eval_model import RoutedLM
+from drllm.evaluation.protocol import uses_chat_template
 from drllm.evaluation.runs import Estimate
 from drllm.files import check_output_file
 from drllm.labels import read_labels

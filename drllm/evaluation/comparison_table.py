@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from drllm.evaluation.protocol import describe_parts
 from drllm.evaluation.runs import (
     ROUTER,
     Estimate,
@@ -153,6 +154,7 @@ def _notes(base: Run, router: Run) -> list[str]:
         f"dtype {router.results['config']['model_dtype']}; "
         f"base weights {router.results['config']['model_fingerprint']}.",
     ]
+    notes += describe_parts(router.record["run"].get("parts", []))
     if router.record["run"].get("limit") is not None:
         notes.append(f"Only the first {router.record['run']['limit']} questions of each task were evaluated.")
     return notes

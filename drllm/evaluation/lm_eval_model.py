@@ -29,12 +29,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from data_models import path_model_class
-from drllm.checkpoints import check_finite, checkpoint_info
+from drllm.checkpoints import LOADING_ERRORS, CheckpointInfo, check_finite, checkpoint_info
 from drllm.errors import UserError
 from drllm.evaluation.layer_counts import LayerCounts, Measurement
+from drllm.evaluation.protocol import parse_path
 from drllm.evaluation.response_cache import ResponseCache
 from drllm.files import disk_errors, write_whole
 from drllm.provenance import fingerprint
@@ -97,7 +98,7 @@ class RoutedLM(HFLM):
         if hasattr(self, "accelerator") and self._world_size == 1:  # hf distributes over GPUs only
             self._rank, self._world_size = self.accelerator.local_process_index, self.accelerator.num_processes
         self._num_blocks = self.config.num_hidden_layers
-        self._fixed_path = None if path is None else self._parse_path(path)
+        self._fixed_path = None if path is None else parse_path(path, self._num_blocks)
         self._layer_indices = None
         if self._fixed_path is not None:
             self._layer_indices = path_to_layer_indices([int(visits) for visits in self._fixed_path])
@@ -115,19 +116,25 @@ class RoutedLM(HFLM):
     def _get_config(self, pretrained: str, *, revision: str = "main", subfolder: str = "", **_: Any) -> None:
         location = {"revision": revision, "subfolder": subfolder}
         checkpoint = checkpoint_info(pretrained, **location)
+        try:
+            self._config = self._read_config(checkpoint, location)
+        except LOADING_ERRORS as error:
+            raise UserError(f"{pretrained}: {str(error) or type(error).__name__}") from error
+
+    def _read_config(self, checkpoint: CheckpointInfo, location: dict[str, str]) -> PretrainedConfig:
+        """The configuration; sets the model class, too."""
         self.is_routed = checkpoint.is_routed
         if self.is_routed:
             config_class, self.AUTO_MODEL_CLASS = checkpoint.routed_classes()
-            self._config = config_class.from_pretrained(pretrained, **location, **self._routing)
-            return
+            return config_class.from_pretrained(checkpoint.name_or_path, **location, **self._routing)
         meaningless = [name for name, value in self._routing.items() if (name, value) != ("is_static_routing", True)]
         if meaningless:
             raise UserError(
-                f"{pretrained} is a plain {checkpoint.family or 'unknown'} checkpoint without routers: omit "
-                f"{', '.join(meaningless)}, or pass a checkpoint of train.py"
+                f"{checkpoint.name_or_path} is a plain {checkpoint.family or 'unknown'} checkpoint without routers: "
+                f"omit {', '.join(meaningless)}, or pass a checkpoint of train.py"
             )
         self.AUTO_MODEL_CLASS = path_model_class(checkpoint.family)
-        self._config = AutoConfig.from_pretrained(pretrained, **location)
+        return AutoConfig.from_pretrained(checkpoint.name_or_path, **location)
 
     def _get_backend(self, *arguments: Any, **kwargs: Any) -> None:
         self.backend = "causal"
@@ -143,38 +150,20 @@ class RoutedLM(HFLM):
         super()._create_model(pretrained, **kwargs, **(self._routing if self.is_routed else {}))
         check_finite(self._model, pretrained)
 
-    def _parse_path(self, path: str | int) -> str:
-        if isinstance(path, int):  # lm-eval reads unquoted digits as a number, without its leading zeros
-            path = str(path).zfill(self._num_blocks)
-        if len(path) != self._num_blocks or not set(path) <= set("012") or not path.strip("0"):
-            raise UserError(
-                f"path={path} must have one digit 0 (skip), 1 (execute) or 2 (repeat) for each of the "
-                f"{self._num_blocks} blocks, and run at least one"
-            )
-        return path
-
     def _record_pass(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
         """Records the paths of a forward pass; UserError when the first pass of a batch has non-finite logits."""
         self._passes.append(output.paths)
         if len(self._passes) == 1 and not torch.isfinite(output.logits[:, -1]).all():
-            weights = (name for name, weight in self.model.named_parameters() if not torch.isfinite(weight).all())
-            cause = next((f"the weight {name} holds NaN or infinity" for name in weights), None)
             raise UserError(
-                f"{self.pretrained}: the logits of a batch of {len(output.logits)} prompts are not finite; "
-                + (cause or f"all weights are finite: the dtype {self.model.dtype} may overflow, try bfloat16")
+                f"{self.pretrained}: the logits of a batch of {len(output.logits)} prompts are NaN or infinite, though "
+                f"all weights are finite: its activations overflow in {self.model.dtype}, try dtype=bfloat16 or float32"
             )
 
     def _identity(self, settings: dict[str, Any]) -> str:
-        """A hash of everything that an answer depends on, other than the request.
-
-        Raises:
-            UserError: a router weight is not finite. Routers choose by argmax, so the logits would not show it.
-        """
+        """A hash of everything that an answer depends on, other than the request."""
         routers = hashlib.sha256()
         if self.is_routed:
             for name, weight in sorted(self.model.model.routers.state_dict().items()):
-                if not torch.isfinite(weight).all():
-                    raise UserError(f"{self.pretrained}: the weight routers.{name} holds NaN or infinity; train again")
                 routers.update(name.encode() + weight.float().cpu().numpy().tobytes())
         without_effect = ("batch_size", "max_batch_size", "device")
         facts = {key: str(value) for key, value in sorted(settings.items()) if key not in without_effect}

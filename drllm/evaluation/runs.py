@@ -181,7 +181,14 @@ class Run:
         return [leaf for child in children for leaf in self.leaves(child)] or [task]
 
     def score(self, task: str) -> Estimate | None:
-        """The primary metric of a task or group as lm-eval reports it, None when it was not run."""
+        """The primary metric of a task or group as lm-eval reports it, None when it was not run.
+
+        A benchmark with `"average": "subtasks"` (AGIEval) has the unweighted mean over its subtasks, each by its own
+        primary metric; the standard error takes the subtasks as independent.
+        """
+        if any(row["task"] == task and row.get("average") == "subtasks" for row in benchmarks()):
+            scores = [self.score(leaf) for leaf in self.leaves(task) if leaf != task]
+            return Estimate.equally_weighted(scores)
         metric = self.metric(task)
         if metric is None:
             return None

@@ -22,7 +22,7 @@ from drllm.checkpoints import (
     save_routers,
 )
 from drllm.errors import UserError
-from drllm.evaluation.comparison import uses_chat_template
+from drllm.evaluation.protocol import uses_chat_template
 from drllm.provenance import fingerprint
 from drllm.router_checkpoint import main
 from drllm.training.trainer import RouterTrainingConfig, train_routers

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from drllm import evaluate
-from drllm.evaluation import comparison
+from drllm.evaluation import comparison, running
 from drllm.evaluation.runs import in_domain_columns, layers_difference, load_runs
 from tests.eval_toys import make_base, make_routed, make_tasks
 
@@ -42,7 +42,7 @@ def launches(monkeypatch):
         log.write_text("")
         return evaluate.main()
 
-    monkeypatch.setattr(comparison, "_launch", launch)
+    monkeypatch.setattr(running, "launch", launch)
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # runs pip, seconds each time
     # its handlers would outlive the streams that pytest captures
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)
@@ -98,7 +98,7 @@ def test_both_runs_a_table_and_figures_and_again_nothing(checkpoint, data, tmp_p
 def test_a_stopped_evaluation_continues(base, checkpoint, data, tmp_path, launches, eval_sh, monkeypatch, capsys):
     arguments = [checkpoint, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu", "--base", base]
     arguments += ["--tasks", "drllm_arc_easy"]
-    launch = comparison._launch
+    launch = running.launch
 
     def stops_at_the_router(command, log):
         if str(checkpoint) in " ".join(command):
@@ -106,10 +106,10 @@ def test_a_stopped_evaluation_continues(base, checkpoint, data, tmp_path, launch
             return 2
         return launch(command, log)
 
-    monkeypatch.setattr(comparison, "_launch", stops_at_the_router)
+    monkeypatch.setattr(running, "launch", stops_at_the_router)
     assert eval_sh(*arguments) == 2
     assert "lm-eval ended with status 2: out of memory" in capsys.readouterr().err
-    monkeypatch.setattr(comparison, "_launch", launch)
+    monkeypatch.setattr(running, "launch", launch)
     assert eval_sh(*arguments) == 0
     assert "base: complete, kept" in capsys.readouterr().out
     assert len(launches) == 2
@@ -133,6 +133,132 @@ def test_several_checkpoints_share_the_base_run(base, checkpoint, data, tmp_path
     assert "have different base models" in capsys.readouterr().err
 
 
+def test_tasks_with_settings_of_their_own_are_one_run(checkpoint, data, tmp_path, launches, eval_sh):
+    """DART with its own limit takes a second lm-eval process; results, samples and queries are merged."""
+    arguments = [checkpoint, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu"]
+    arguments += ["--tasks", "drllm_arc_easy,drllm_dart", "--dart_max_new_tokens", 3]
+    assert eval_sh(*arguments) == 0
+    assert len(launches) == 4
+    base_run, router = load_runs(tmp_path)
+    for run in (base_run, router):
+        assert run.tasks == run.correct.keys() == {"drllm_arc_easy", *(f"drllm_dart_{n}" for n in range(1, 6))}
+        assert run.results["results"].keys() > run.tasks
+        passes = [query["passes"] for task in run.tasks for query in run.queries[task].values() if "dart" in task]
+        assert 0 < max(passes) <= 3
+        assert [part["gen_kwargs"] for part in run.record["run"]["parts"]] == [None, "max_gen_toks=3"]
+    assert base_run.layers(["drllm_dart"]) is None
+    assert (
+        "drllm_dart: without chat template, generation settings max_gen_toks=3." in (tmp_path / "table.md").read_text()
+    )
+    assert len((tmp_path / "router" / "command.txt").read_text().splitlines()) == 2
+    assert not (tmp_path / "router" / "parts").exists()
+
+
+CUT_OFF = {
+    "results.json is cut": lambda results, samples: results.write_bytes(results.read_bytes()[:1000]),
+    "results.json is missing": lambda results, samples: results.unlink(),
+    "a sample is cut": lambda results, samples: samples.write_bytes(samples.read_bytes()[:-5]),
+    "samples are missing": lambda results, samples: samples.write_text(samples.read_text().splitlines()[0] + "\n"),
+}
+
+
+@pytest.fixture(params=CUT_OFF.values(), ids=CUT_OFF.keys())
+def full_disk(request, launches, tmp_path):
+    """lm-eval logs that it could not save and exits with 0; calling the fixture frees the disk."""
+    launch = running.launch
+
+    def cut_off(command, log):
+        status = launch(command, log)
+        parts = tmp_path / "base" / "parts"
+        request.param(*parts.rglob("results_*.json"), *parts.rglob("samples_*.jsonl"))
+        return status
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "launch", cut_off)
+        yield patch.undo
+
+
+def test_what_a_full_disk_cut_off_is_not_a_result(checkpoint, data, tmp_path, launches, eval_sh, full_disk, capsys):
+    arguments = [checkpoint, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu"]
+    arguments += ["--tasks", "drllm_arc_easy"]
+    assert eval_sh(*arguments) == 2
+    assert "run the same command to resume" in capsys.readouterr().err
+    assert not (tmp_path / "base" / "run.json").exists()
+    assert (tmp_path / "base" / "answers.db").is_file()
+    full_disk()
+    assert eval_sh(*arguments) == 0
+    assert len(launches) == 3
+
+
+def test_a_damaged_record_is_named_and_may_be_replaced(checkpoint, data, tmp_path, launches, eval_sh, capsys):
+    arguments = [checkpoint, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu"]
+    arguments += ["--tasks", "drllm_arc_easy"]
+    for content in ("", "[]", "{}", '{"run": 3}'):
+        (tmp_path / "base").mkdir(exist_ok=True)
+        (tmp_path / "base" / "run.json").write_text(content)
+        assert eval_sh(*arguments) == 2
+        error = capsys.readouterr().err
+        assert "run.json" in error
+        assert "pass --overwrite" in error
+    assert not launches
+    assert eval_sh(*arguments, "--overwrite") == 0
+
+
+@pytest.mark.parametrize("name", ["results.json", "queries.jsonl", "answers.db", "run.json"])
+def test_a_folder_in_the_place_of_a_file_is_found_before_any_work(
+    checkpoint, data, tmp_path, launches, eval_sh, capsys, name
+):
+    (tmp_path / "base" / name).mkdir(parents=True)
+    arguments = [checkpoint, "--data_dir", data, "--output_dir", tmp_path, "--tasks", "drllm_arc_easy", "--overwrite"]
+    assert eval_sh(*arguments) == 2
+    error = capsys.readouterr().err
+    assert name in error
+    assert len(error.splitlines()) == 1
+    assert not launches
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--batch_size 0", "--batch_size 0: must be a positive integer, auto or auto:N"),
+        ("--batch_size x", "--batch_size x"),
+        ("--limit 0", "--limit 0: must be at least 1"),
+        ("--num_processes 0", "--num_processes 0: must be at least 1"),
+        ("--num_fewshot -1", "--num_fewshot -1: must be at least 0"),
+        ("--dart_max_new_tokens 0", "--dart_max_new_tokens 0: must be at least 1"),
+        ("--dtype float12", "unknown dtype 'float12'"),
+        ("--gen_kwargs max_new_tokens=x", "max_new_tokens=x: must be a positive integer"),
+        ("--chat_template_tasks gsm8k", "--chat_template_tasks gsm8k: not among --tasks"),
+        ("--tasks ,", "--tasks is empty"),
+        ("--path 012", "path=012: must have one digit"),
+        ("--path 000000", "run at least one"),
+        ("--data_dir {file}", "--data_dir {file} does not exist or is not a folder"),
+        ("--labels {file}", "--labels {file} does not exist or is not a folder"),
+        ("--output_dir {file}", "--output_dir {file} is a file"),
+        ("--output_dir {file}/below", "--output_dir {file}/below is below the file"),
+    ],
+)
+def test_bad_arguments_end_before_any_work(checkpoint, data, tmp_path, launches, eval_sh, capsys, arguments, message):
+    (tmp_path / "file").write_text("")
+    places = {"file": tmp_path / "file"}
+    given = ["--data_dir", data, "--output_dir", tmp_path / "out", *arguments.format(**places).split()]
+    assert eval_sh(checkpoint, *given) == 2
+    error = capsys.readouterr().err
+    assert message.format(**places) in error
+    assert len(error.splitlines()) == 1
+    assert not launches
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"model_type": 3}', '{"model_type": null}', "{"])
+def test_a_damaged_checkpoint_is_one_sentence(checkpoint, tmp_path, eval_sh, capsys, content):
+    (tmp_path / "config.json").write_text(content)
+    assert eval_sh(tmp_path, "--output_dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "config.json" in error
+    assert len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("allowed", [False, True])
 def test_generated_code_runs_only_when_asked_for(checkpoint, tmp_path, eval_sh, monkeypatch, allowed):
     launched = []
@@ -142,19 +268,11 @@ def test_generated_code_runs_only_when_asked_for(checkpoint, tmp_path, eval_sh, 
         log.write_text("error: stopped here\n")
         return 1
 
-    monkeypatch.setattr(comparison, "_launch", launch)
+    monkeypatch.setattr(running, "launch", launch)
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")  # put back afterwards
     arguments = [checkpoint, "--tasks", "humaneval", "--output_dir", tmp_path]
     assert eval_sh(*arguments, *(["--unsafe_code"] if allowed else [])) == 2
     assert launched == [(True, "1") if allowed else (False, "0")]
-
-
-def test_chat_template_follows_the_labels(checkpoint, tmp_path):
-    assert not comparison.uses_chat_template("auto", checkpoint)
-    for manifest in ({"chat_template": True}, [{"chat_template": True}, {"chat_template": True}]):
-        (tmp_path / "labels_manifest.json").write_text(json.dumps(manifest))
-        assert comparison.uses_chat_template("auto", tmp_path)
-    assert not comparison.uses_chat_template("off", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +285,7 @@ def test_chat_template_follows_the_labels(checkpoint, tmp_path):
         (["{checkpoint}", "--data_dir", "{base}", "--device", "cpu"], "has no arc_easy_test.jsonl"),
         (
             ["{checkpoint}", "--data_dir", "{data}", "--path", "0110", "--device", "cpu"],
-            "--path 0110 must have one digit",
+            "path=0110: must have one digit",
         ),
     ],
 )

@@ -9,13 +9,12 @@ from unittest import mock
 
 import pytest
 import torch
-from lm_eval import tasks as lm_eval_tasks
 from lm_eval.api.instance import Instance
 from tokenizers import processors
 from transformers import AutoTokenizer
 
+from drllm.checkpoints import load_tokenizer
 from drllm.errors import UserError
-from drllm.evaluation.launcher import TASKS_FOLDER, lm_eval_arguments, skip_catalogue
 from drllm.questions.prompts import Prompt
 from drllm.questions.sets import load_questions
 from tests.eval_toys import (
@@ -148,7 +147,7 @@ def test_options_follow_the_path_that_the_prompt_alone_gives(routed, folder):
     lm = routed_lm(routed, batch_size=4)
     results = evaluate(lm, folder, ["toy_choice"])
     model = RoutedLlamaForCausalLM.from_pretrained(routed, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(routed)
+    tokenizer = load_tokenizer(routed)
     seen = set()
     for sample, query in zip(results["samples"]["toy_choice"], lm.layer_counts.queries(), strict=True):
         tokens = tokenizer(sample["doc"]["question"], return_tensors="pt").input_ids
@@ -311,7 +310,7 @@ def test_a_process_with_nothing_left_to_score_agrees_on_the_batch_size(routed, o
 
 @pytest.mark.parametrize("begin", ["", "<s> "], ids=["no BOS in the template", "BOS in the template"])
 def test_chat_prompts_and_their_tokens_are_those_of_the_search_on_any_day(routed, folder, begin):
-    tokenizer = AutoTokenizer.from_pretrained(routed)
+    tokenizer = load_tokenizer(routed)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
@@ -357,78 +356,43 @@ def test_bad_arguments_are_refused(base, routed, folder, tmp_path):
 
 
 @pytest.mark.parametrize("weight", ["model.layers.3.mlp.down_proj.weight", "model.routers.2.layers.0.weight"])
-def test_weights_that_are_not_finite_are_named(routed, folder, tmp_path, weight):
+def test_weights_that_are_not_finite_are_named(routed, tmp_path, weight):
     model = RoutedLlamaForCausalLM.from_pretrained(routed)
     with torch.no_grad():
         model.get_parameter(weight).view(-1)[1] = float("nan")
     model.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(routed).save_pretrained(tmp_path)
-    for task in ("toy_choice", "toy_stop"):
-        with pytest.raises(UserError, match=f"{weight.removeprefix('model.routers')} holds NaN"):
-            evaluate(routed_lm(tmp_path, 4), folder, [task])
+    load_tokenizer(routed).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"the weight {weight} holds NaN"):
+        routed_lm(tmp_path, 4)
+
+
+@pytest.mark.parametrize("task", ["toy_choice", "toy_stop", "toy_rolling"])
+def test_logits_that_are_not_finite_end_the_evaluation(routed, folder, task):
+    lm = routed_lm(routed, 4)
+    lm.model.lm_head.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    with pytest.raises(UserError, match=r"logits of a batch of [0-9]+ prompts are NaN or infinite"):
+        evaluate(lm, folder, [task])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("model_type", 3), ("model_type", "drllm_gpt2"), ("hidden_size", "x"), ("num_windows", "x")]
+)
+def test_a_damaged_configuration_is_one_sentence(routed, tmp_path, name, value):
+    shutil.copytree(routed, tmp_path / "copy")
+    config = json.loads((routed / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(UserError, match=str(name if value != "drllm_gpt2" else "gpt2")):
+        routed_lm(tmp_path / "copy")
 
 
 def test_other_windows_than_in_training_are_said_aloud(routed, tmp_path, caplog):
     model = RoutedLlamaForCausalLM.from_pretrained(routed)
     model.config.trained_num_windows = 8
     model.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(routed).save_pretrained(tmp_path)
+    load_tokenizer(routed).save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING):
         assert routed_lm(tmp_path, num_windows=3).config.num_windows == 3
     assert "trained with num_windows=8" in caplog.text
-
-
-def test_launcher_arguments(tmp_path):
-    arguments = lm_eval_arguments(
-        [
-            "--model_args",
-            "pretrained=x,dtype=float32",
-            "--use_cache",
-            "c.db",
-            "--data_dir",
-            str(tmp_path),
-            "--tasks",
-            "t",
-        ]
-    )
-    joined = " ".join(arguments)
-    assert "--model drllm --model_args pretrained=x,dtype=float32,response_cache=c.db" in joined
-    assert f"--metadata data_dir={tmp_path}" in joined
-    assert "--use_cache" not in joined
-    assert "eval_tasks" in joined
-    kept = " ".join(lm_eval_arguments(["--model", "hf", "--use_cache", "c.db", "--tasks", "t"]))
-    assert "--use_cache c.db" in kept
-    assert "--batch_size 8" in joined
-    assert "--batch_size" not in kept
-    assert lm_eval_arguments(["--batch_size=2", "--tasks", "t"]).count("--batch_size") == 0
-    assert lm_eval_arguments(["-b", "2", "--tasks", "t"]).count("--batch_size") == 0
-    for flag in ("-M", "--model"):
-        others = lm_eval_arguments([flag, "hf", "-a", "pretrained=x", "--tasks", "t"])
-        assert others[-2:] == ["--model", "hf"]
-        assert "-M" not in others
-        assert "--batch_size" not in others
-    with pytest.raises(UserError, match=r"--data_dir .*nowhere does not exist"):
-        lm_eval_arguments(["--data_dir", str(tmp_path / "nowhere")])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "is_needed"),
-    [
-        ("--tasks drllm_arc,drllm_dart_1 --limit 2", False),
-        ("--tasks drllm_arc drllm_dart_1 --limit 2", False),
-        ("-t drllm_arc", False),
-        ("--tasks drllm_arc,piqa", True),
-        ("--tasks drllm_arc piqa --limit 2", True),
-        ("--tasks drllm_arc --tasks piqa", True),
-        ("--tasks drllm_arc --tasks=piqa", True),
-        ("--limit 2", True),
-    ],
-)
-def test_lm_evals_catalogue_is_read_unless_all_tasks_are_ours(arguments, is_needed, monkeypatch):
-    whole = lm_eval_tasks.TaskManager
-    monkeypatch.setattr(lm_eval_tasks, "TaskManager", whole)  # put back afterwards
-    skip_catalogue([*arguments.split(), "--include_path", str(TASKS_FOLDER)])
-    assert (lm_eval_tasks.TaskManager is whole) == is_needed
 
 
 def _launch(arguments: list[str], processes: int = 1) -> None:

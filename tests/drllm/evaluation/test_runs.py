@@ -3,7 +3,7 @@ import json
 import pytest
 
 from drllm.errors import UserError
-from drllm.evaluation.runs import Run, in_domain_columns, load_runs
+from drllm.evaluation.runs import Estimate, Run, in_domain_columns, load_runs
 from tests.eval_toys import make_run
 
 
@@ -68,3 +68,21 @@ def test_both_runs_must_be_complete(folder):
     (folder / "router" / "run.json").unlink()
     with pytest.raises(UserError, match="no complete runs base and router"):
         load_runs(folder)
+
+
+def test_agieval_is_the_mean_of_its_subtasks(tmp_path):
+    """lm-eval's group reports acc, weighted by size; the paper's table has acc_norm."""
+    correct = {"agieval_aqua_rat": [1, 0], "agieval_lsat_ar": [0, 0, 0, 1]}
+    folder = make_run(tmp_path, "base", correct, {task: [4] * len(values) for task, values in correct.items()})
+    results = json.loads((folder / "results.json").read_text())
+    results["results"] = {
+        "agieval": {"acc,none": 0.99, "acc_stderr,none": 0.01},
+        "agieval_aqua_rat": {"acc,none": 0.9, "acc_norm,none": 0.5, "acc_norm_stderr,none": 0.3},
+        "agieval_lsat_ar": {"acc,none": 0.9, "acc_norm,none": 0.25, "acc_norm_stderr,none": 0.4},
+    }
+    results["group_subtasks"] = {"agieval": list(correct)}
+    (folder / "results.json").write_text(json.dumps(results))
+    assert Run(folder).score("agieval") == Estimate(0.375, 0.25, 6)
+    del results["results"]["agieval_lsat_ar"]
+    (folder / "results.json").write_text(json.dumps(results))
+    assert Run(folder).score("agieval") is None

@@ -1,0 +1,242 @@
+"""Which settings each evaluation task gets: chat template, generation limits, and the default tasks of a checkpoint.
+
+* In-domain tasks (`drllm_arc`, `drllm_dart`, ...) repeat what the labels were made with: their chat template, and
+  limits on new tokens that `--gen_kwargs` does not change.
+* Log-likelihood tasks of the label sets (`drllm_ll_*`) have lm-eval's own prompts, without a chat template.
+* All other tasks run with lm-eval's defaults: no chat template unless it is requested, and the task's own generation
+  settings unless `--gen_kwargs` overrides them (the paper's Section 5: at most 2,048 tokens).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from drllm.errors import UserError
+from drllm.files import read_json
+
+GENERATION_TASKS = "drllm_arc,drllm_dart"
+LIKELIHOOD_PREFIX = "drllm_ll_"
+REWARDS = ("generation", "likelihood", "likelihood_norm")
+LABELS = "labels_manifest.json"
+FIX_LABELS = "copy the manifest.json of the labels there, or delete it"
+# Names for the limit on new tokens; lm-eval 0.4.13 prefers the first, which its tasks use, to the paper's spelling.
+LIMIT_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+# --------------------------------------------------------------------------------------------------------
+# What the labels of a checkpoint say
+
+
+def read_manifests(checkpoint: Path) -> list[dict[str, Any]]:
+    """The manifests of the labels that a checkpoint was trained on; empty when it has none.
+
+    Raises:
+        UserError: labels_manifest.json is damaged; the message names the field.
+    """
+    path = checkpoint / LABELS
+    if not path.exists():
+        return []
+    manifests = read_json(path, FIX_LABELS, object)
+    manifests = manifests if isinstance(manifests, list) else [manifests]
+    for manifest in manifests:
+        if not isinstance(manifest, dict):
+            raise UserError(f"{path}: expected an object or a list of objects; {FIX_LABELS}")
+        if not isinstance(manifest.get("chat_template", False), bool):
+            raise UserError(f"{path}: 'chat_template' is not true or false; {FIX_LABELS}")
+        if manifest.get("reward", REWARDS[0]) not in REWARDS:
+            raise UserError(f"{path}: 'reward' is not one of {', '.join(REWARDS)}; {FIX_LABELS}")
+    return manifests
+
+
+def uses_chat_template(setting: str, checkpoint: Path) -> bool:
+    """Whether in-domain prompts have the chat template ("auto": as the labels of the checkpoint were made)."""
+    if setting != "auto":
+        return setting == "on"
+    return any(manifest.get("chat_template", False) for manifest in read_manifests(checkpoint))
+
+
+def reward_of(checkpoint: Path) -> str:
+    """The reward that the labels of a checkpoint were searched with; labels without a record have the paper's.
+
+    Raises:
+        UserError: labels of several rewards.
+    """
+    rewards = {manifest.get("reward", REWARDS[0]) for manifest in read_manifests(checkpoint)} or {REWARDS[0]}
+    if len(rewards) > 1:
+        raise UserError(f"{checkpoint / LABELS}: labels of several rewards ({', '.join(sorted(rewards))}); train anew")
+    return rewards.pop()
+
+
+def default_tasks(checkpoint: Path) -> str:
+    """The tasks that a checkpoint was trained for: those of its reward, on the sets of its labels.
+
+    Raises:
+        UserError: labels with a likelihood reward that do not name their sets.
+    """
+    if reward_of(checkpoint) == REWARDS[0]:
+        return GENERATION_TASKS
+    sets: list[str] = []
+    for manifest in read_manifests(checkpoint):
+        arguments = manifest.get("arguments")
+        names = arguments.get("dataset") if isinstance(arguments, dict) else None
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{checkpoint / LABELS}: 'arguments.dataset' names no sets; pass --tasks")
+        sets += names
+    return ",".join(LIKELIHOOD_PREFIX + name for name in dict.fromkeys(sets))
+
+
+def reward_warning(checkpoint: Path, tasks: str) -> str | None:
+    """One sentence when in-domain `tasks` judge another reward than the checkpoint was trained for, else None."""
+    reward = reward_of(checkpoint)
+    for task in filter(is_in_domain, tasks.split(",")):
+        if is_likelihood(task) != (reward != REWARDS[0]):
+            kind = "log-likelihoods of options" if is_likelihood(task) else "generated answers"
+            return (
+                f"warning: {checkpoint} was trained with --reward {reward}, but {task} judges {kind}; the tasks of its "
+                f"reward are {default_tasks(checkpoint)}"
+            )
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------
+# Tasks
+
+
+def is_in_domain(task: str) -> bool:
+    """Whether `task` is one of ours: the sets and the reward of the labels."""
+    return task.startswith("drllm_")
+
+
+def is_likelihood(task: str) -> bool:
+    """Whether `task` scores the options of a label set by log-likelihood."""
+    return task.startswith(LIKELIHOOD_PREFIX)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tasks with the same settings: one run of lm-eval.
+
+    Attributes:
+        tasks: comma-separated.
+        chat_template: whether prompts have the model's chat template.
+        gen_kwargs: overrides the tasks' generation settings; None keeps them.
+    """
+
+    tasks: str
+    chat_template: bool
+    gen_kwargs: str | None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The part as JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How tasks are run.
+
+    Attributes:
+        chat_template: "on" or "off" for all tasks; "auto": in-domain tasks as the labels, others without.
+        chat_template_tasks: further tasks that get the chat template.
+        gen_kwargs: generation settings for out-of-domain tasks, e.g. "max_new_tokens=2048".
+        dart_max_new_tokens: limit on new tokens for DART; None: the limit of the labels, 15.
+    """
+
+    chat_template: str = "auto"
+    chat_template_tasks: tuple[str, ...] = ()
+    gen_kwargs: str | None = None
+    dart_max_new_tokens: int | None = None
+
+    def parts(self, tasks: str, checkpoint: Path) -> list[Part]:
+        """The runs of lm-eval that comma-separated `tasks` need, in the order of their first tasks.
+
+        Raises:
+            UserError: bad generation settings, a damaged manifest, a template for a task that is not run.
+        """
+        names = [name for name in tasks.split(",") if name]
+        if not names:
+            raise UserError("--tasks is empty; name tasks of lm-eval, comma-separated")
+        if missing := sorted(set(self.chat_template_tasks) - set(names)):
+            raise UserError(f"--chat_template_tasks {','.join(missing)}: not among --tasks {tasks}")
+        labels_have_template = uses_chat_template(self.chat_template, checkpoint)
+        gen_kwargs = None if self.gen_kwargs is None else canonical_gen_kwargs([self.gen_kwargs])[0]
+        grouped: dict[tuple[bool, str | None], list[str]] = {}
+        for name in names:
+            from_labels = is_in_domain(name) and not is_likelihood(name)
+            chat = labels_have_template if from_labels else self.chat_template == "on"
+            limits = None if is_in_domain(name) else gen_kwargs
+            if name.startswith("drllm_dart") and self.dart_max_new_tokens is not None:
+                limits = f"{LIMIT_NAMES[0]}={self.dart_max_new_tokens}"
+            grouped.setdefault((chat or name in self.chat_template_tasks, limits), []).append(name)
+        return [Part(",".join(members), *settings) for settings, members in grouped.items()]
+
+
+def parse_path(path: str | int, num_blocks: int) -> str:
+    """A static path, one digit 0 (skip), 1 (execute) or 2 (repeat) per block.
+
+    Args:
+        path: the digits; lm-eval reads unquoted digits as a number, without leading zeros.
+        num_blocks: L.
+
+    Raises:
+        UserError: another number of digits, other digits, or a path that runs no block.
+    """
+    digits = str(path).zfill(num_blocks) if isinstance(path, int) else path
+    if len(digits) != num_blocks or not set(digits) <= set("012") or not digits.strip("0"):
+        raise UserError(
+            f"path={path}: must have one digit 0 (skip), 1 (execute) or 2 (repeat) for each of the {num_blocks} "
+            "blocks, and run at least one"
+        )
+    return digits
+
+
+def describe_parts(parts: Iterable[dict[str, Any]]) -> list[str]:
+    """One sentence per part of a recorded run, for the notes under a table."""
+    return [
+        f"{part['tasks'].replace(',', ', ')}: {'with' if part['chat_template'] else 'without'} chat template, "
+        + (f"generation settings {part['gen_kwargs']}." if part["gen_kwargs"] else "the tasks' generation settings.")
+        for part in parts
+    ]
+
+
+def canonical_gen_kwargs(values: Sequence[str]) -> list[str]:
+    """Values of `--gen_kwargs` with the limit on new tokens under the name that lm-eval's tasks use.
+
+    lm-eval merges `--gen_kwargs max_new_tokens=2048`, the paper's spelling, into a task that says `max_gen_toks: 256`,
+    and then prefers the latter. Under one name the command line wins.
+
+    Args:
+        values: "KEY=VALUE,KEY=VALUE" texts, or one JSON object.
+
+    Raises:
+        UserError: two limits, or a limit that is not a positive integer.
+    """
+    from lm_eval._cli.utils import split_top_level
+
+    values = list(values)
+    try:
+        settings = json.loads(values[0]) if values else {}
+    except ValueError:
+        settings = None
+    if isinstance(settings, dict):
+        items = [list(settings.items())]
+    else:
+        items = [[tuple(part.split("=", 1)) for part in split_top_level(value)] for value in values]
+        if malformed := next((item for group in items for item in group if len(item) != 2), None):
+            raise UserError(f"--gen_kwargs {malformed[0]}: expected KEY=VALUE pairs, comma-separated, or a JSON object")
+    limits = [(name, value) for group in items for name, value in group if name in LIMIT_NAMES]
+    if len(limits) > 1:
+        both = " and ".join(f"{name}={value}" for name, value in limits)
+        raise UserError(f"--gen_kwargs has several limits on new tokens ({both}); keep one")
+    for name, value in limits:
+        if not str(value).isascii() or not str(value).isdigit() or int(value) == 0:
+            raise UserError(f"--gen_kwargs {name}={value}: must be a positive integer")
+    renamed = [[(LIMIT_NAMES[0] if name in LIMIT_NAMES else name, value) for name, value in group] for group in items]
+    if isinstance(settings, dict):
+        return [json.dumps(dict(renamed[0]))] if values else []
+    return [",".join(f"{name}={value}" for name, value in group) for group in renamed]

@@ -1,0 +1,154 @@
+import json
+
+import pytest
+
+from drllm.errors import UserError
+from drllm.evaluation.protocol import (
+    Protocol,
+    canonical_gen_kwargs,
+    default_tasks,
+    describe_parts,
+    reward_of,
+    reward_warning,
+    uses_chat_template,
+)
+
+TASKS = "drllm_arc,gsm8k,drllm_dart,mmlu,drllm_ll_arc_easy"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint's folder; calling it writes what its labels were made with."""
+
+    class Folder(type(tmp_path)):
+        def __call__(self, manifest):
+            (self / "labels_manifest.json").write_text(json.dumps(manifest))
+            return self
+
+    return Folder(tmp_path)
+
+
+def _settings(parts):
+    """(task, chat template, generation settings) of every task."""
+    return {task: (part.chat_template, part.gen_kwargs) for part in parts for task in part.tasks.split(",")}
+
+
+def test_out_of_domain_tasks_run_with_lm_evals_defaults(checkpoint):
+    parts = Protocol().parts(TASKS, checkpoint({"chat_template": True}))
+    assert [part.tasks for part in parts] == ["drllm_arc,drllm_dart", "gsm8k,mmlu,drllm_ll_arc_easy"]
+    assert [part.chat_template for part in parts] == [True, False]
+    assert [part.gen_kwargs for part in parts] == [None, None]
+    assert len(Protocol().parts(TASKS, checkpoint({"chat_template": False}))) == 1
+
+
+@pytest.mark.parametrize(
+    ("protocol", "expected"),
+    [
+        (Protocol(chat_template="on"), {"mmlu": (True, None), "drllm_ll_arc_easy": (True, None)}),
+        (Protocol(chat_template="off"), {"mmlu": (False, None), "drllm_arc": (False, None)}),
+        (Protocol(chat_template_tasks=("gsm8k",)), {"gsm8k": (True, None), "mmlu": (False, None)}),
+        (
+            Protocol(gen_kwargs="max_new_tokens=2048"),
+            {
+                "gsm8k": (False, "max_gen_toks=2048"),
+                "drllm_arc": (True, None),
+                "drllm_dart": (True, None),
+                "drllm_ll_arc_easy": (False, None),
+            },
+        ),
+        (
+            Protocol(dart_max_new_tokens=20),
+            {"drllm_dart": (True, "max_gen_toks=20"), "drllm_arc": (True, None), "gsm8k": (False, None)},
+        ),
+    ],
+)
+def test_settings_by_task(checkpoint, protocol, expected):
+    settings = _settings(protocol.parts(TASKS, checkpoint({"chat_template": True})))
+    assert list(sorted(settings)) == sorted(TASKS.split(","))
+    assert expected.items() <= settings.items()
+
+
+def test_settings_are_described(checkpoint):
+    protocol = Protocol(gen_kwargs="max_new_tokens=2048")
+    parts = [part.record for part in protocol.parts("drllm_arc,gsm8k,mmlu", checkpoint({"chat_template": True}))]
+    assert describe_parts(parts) == [
+        "drllm_arc: with chat template, the tasks' generation settings.",
+        "gsm8k, mmlu: without chat template, generation settings max_gen_toks=2048.",
+    ]
+
+
+def test_chat_template_follows_the_labels(checkpoint):
+    assert not uses_chat_template("auto", checkpoint)
+    for manifest in ({"chat_template": True}, [{"chat_template": True}, {"chat_template": True}]):
+        assert uses_chat_template("auto", checkpoint(manifest))
+    assert not uses_chat_template("off", checkpoint)
+
+
+def test_default_tasks_are_those_of_the_reward(checkpoint):
+    assert (reward_of(checkpoint), default_tasks(checkpoint)) == ("generation", "drllm_arc,drllm_dart")
+    arguments = {"dataset": ["arc_easy", "openbookqa"]}
+    checkpoint([{"reward": "likelihood", "arguments": arguments}] * 2)
+    assert default_tasks(checkpoint) == "drllm_ll_arc_easy,drllm_ll_openbookqa"
+    checkpoint({"reward": "likelihood_norm", "arguments": {}})
+    with pytest.raises(UserError, match=r"'arguments\.dataset' names no sets; pass --tasks"):
+        default_tasks(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("reward", "tasks", "is_warned"),
+    [
+        ("generation", "drllm_arc,mmlu", False),
+        ("generation", "mmlu,drllm_ll_piqa", True),
+        ("likelihood", "drllm_ll_piqa,gsm8k", False),
+        ("likelihood_norm", "drllm_arc_easy", True),
+    ],
+)
+def test_another_reward_triggers_a_warning(checkpoint, reward, tasks, is_warned):
+    checkpoint({"reward": reward, "arguments": {"dataset": ["piqa"]}})
+    warning = reward_warning(checkpoint, tasks)
+    assert (warning is not None) == is_warned
+    if is_warned:
+        assert f"was trained with --reward {reward}" in warning
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not valid JSON"),
+        ("3", "expected an object or a list of objects"),
+        ("[3]", "expected an object or a list of objects"),
+        ('{"chat_template": "yes"}', "'chat_template' is not true or false"),
+        ('{"reward": "luck"}', "'reward' is not one of generation, likelihood"),
+        ('{"reward": []}', "'reward' is not one of generation, likelihood"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_a_damaged_manifest_is_one_sentence(checkpoint, content, message):
+    (checkpoint / "labels_manifest.json").write_text(content)
+    with pytest.raises(UserError, match=rf"labels_manifest\.json.*{message}"):
+        Protocol().parts(TASKS, checkpoint)
+
+
+def test_labels_of_two_rewards_are_refused(checkpoint):
+    with pytest.raises(UserError, match="several rewards"):
+        reward_of(checkpoint([{}, {"reward": "likelihood"}]))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "tasks", "message"),
+    [
+        (Protocol(), "", "--tasks is empty"),
+        (Protocol(), ",", "--tasks is empty"),
+        (Protocol(chat_template_tasks=("piqa",)), "mmlu", "--chat_template_tasks piqa: not among"),
+        (Protocol(gen_kwargs="max_new_tokens=-1"), "mmlu", "must be a positive integer"),
+    ],
+)
+def test_bad_settings_are_one_sentence(checkpoint, protocol, tasks, message):
+    with pytest.raises(UserError, match=message):
+        protocol.parts(tasks, checkpoint)
+
+
+def test_the_limit_has_one_name():
+    assert canonical_gen_kwargs(["max_new_tokens=5,do_sample=False"]) == ["max_gen_toks=5,do_sample=False"]
+    assert canonical_gen_kwargs(['{"max_tokens": 5}']) == ['{"max_gen_toks": 5}']
+    assert canonical_gen_kwargs([]) == []
