@@ -1,8 +1,12 @@
-"""The in-domain tasks of the paper for lm-eval: ARC by option label, DART levels 1 to 5 by boxed answer.
+"""The question sets of the labels as lm-eval tasks, under both rewards.
 
-Everything that gives a score its meaning (rows, prompts, response limits, graders) is `drllm/tasks.py`; this file
-only fits it to lm-eval. Rows come from the Hub, or with `--metadata data_dir=FOLDER` from local files of the
-same schema (`{FOLDER}/arc_easy_test.jsonl`, `dart_math_test.jsonl`, ...).
+* `drllm_arc_*`, `drllm_dart_*`: generated answers, ARC by option label, DART levels 1 to 5 by boxed answer.
+* `drllm_ll_*`: multiple choice by log-likelihood, with the prompts, options and metrics of lm-eval's own tasks, which
+  read the Hub only, while these also read local files.
+
+Everything that defines a score (rows, prompts, response limits, graders) is `drllm/questions/`; this file adapts it
+to lm-eval. Rows come from the Hub, or with `--metadata data_dir=FOLDER` from local files of the same schema
+(`{FOLDER}/arc_easy_test.jsonl`, `dart_math_test.jsonl`, ...).
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from lm_eval.api.task import ConfigurableTask
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from drllm.questions.grading import grade
+from drllm.questions.likelihood import likelihood_text
 from drllm.questions.prompts import render_prompt, response_limit
 from drllm.questions.sets import Question, load_questions
 
@@ -31,7 +36,7 @@ def _question(doc: dict[str, Any]) -> Question:
 
 
 def doc_to_text(doc: dict[str, Any]) -> str:
-    """The prompt of the search."""
+    """The prompt of `--reward generation`."""
     return render_prompt(_question(doc))
 
 
@@ -45,7 +50,17 @@ def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]
     return {"acc": float(grade(_question(doc), results[0]))}
 
 
-class InDomainTask(ConfigurableTask):
+def likelihood_context(doc: dict[str, Any]) -> str:
+    """The prompt of `--reward likelihood`."""
+    return likelihood_text(_question(doc))[0]
+
+
+def likelihood_target(doc: dict[str, Any]) -> int:
+    """The index of the gold option."""
+    return doc["labels"].index(doc["answer"])
+
+
+class QuestionSetTask(ConfigurableTask):
     """One question set as an lm-eval task; `dataset_kwargs.set` names the set."""
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -65,6 +80,14 @@ class InDomainTask(ConfigurableTask):
         rows = [{name: getattr(question, name) for name in _FIELDS} for question in questions]
         self.dataset = {"test": datasets.Dataset.from_list(rows, features=datasets.Features(features))}
 
+    def build_all_requests(self, **kwargs: Any) -> None:
+        """As in lm-eval, but `--cache_requests` stays out of it: its key would not know the data folder."""
+        super().build_all_requests(**(kwargs | {"cache_requests": False, "rewrite_requests_cache": False}))
+
+
+class InDomainTask(QuestionSetTask):
+    """A question set whose answers are generated."""
+
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> Instance:
         """One generation, limited as in the paper: ARC to 2 new tokens for base models and 10 with a chat template."""
         chat = kwargs.get("apply_chat_template", False)
@@ -74,7 +97,3 @@ class InDomainTask(ConfigurableTask):
         # The search is plain greedy decoding, whatever the model's generation config says (Qwen2.5's: 1.05).
         generation.setdefault("repetition_penalty", 1.0)
         return request
-
-    def build_all_requests(self, **kwargs: Any) -> None:
-        """As in lm-eval, but `--cache_requests` stays out of it: its key would not know the data folder."""
-        super().build_all_requests(**(kwargs | {"cache_requests": False, "rewrite_requests_cache": False}))

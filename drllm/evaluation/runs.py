@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from drllm.errors import UserError
+from drllm.evaluation.protocol import is_likelihood
 from drllm.files import read_json
 from drllm.questions.sets import GROUPS, SETS
 
@@ -173,6 +174,8 @@ class Run:
         """The key of the task's primary metric, e.g. "acc,none"."""
         scores = self.results["results"].get(task, {})
         paper = [benchmark["metric"] for benchmark in benchmarks() if benchmark["task"] == task]
+        if is_likelihood(task):  # the metric that the labels were searched with
+            paper = ["acc_norm,none" if self.record["run"].get("reward") == "likelihood_norm" else "acc,none"]
         return next((metric for metric in (*paper, *METRICS) if metric in scores), None)
 
     def leaves(self, task: str) -> list[str]:
