@@ -189,9 +189,9 @@ class Run:
         A benchmark with `"average": "subtasks"` (AGIEval) has the unweighted mean over its subtasks, each by its own
         primary metric; the standard error takes the subtasks as independent.
         """
-        if any(row["task"] == task and row.get("average") == "subtasks" for row in benchmarks()):
-            scores = [self.score(leaf) for leaf in self.leaves(task) if leaf != task]
-            return Estimate.equally_weighted(scores)
+        subtasks = [leaf for leaf in self.leaves(task) if leaf != task]
+        if subtasks and any(row["task"] == task and row.get("average") == "subtasks" for row in benchmarks()):
+            return Estimate.equally_weighted([self.score(leaf) for leaf in subtasks])
         metric = self.metric(task)
         if metric is None:
             return None
