@@ -51,6 +51,7 @@ from train_models.paths import Path as BlockPath
 from train_models.paths import default_path
 
 PROGRAM = "python -m experiments.compare_likelihood"
+CONTROLS = ("static", "influence", "early exit")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -69,6 +70,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data_dir", type=Path, help="local question files in the Hub's schema; without it, the Hub")
     add("--sets", default="arc,openbookqa,commonsense", help="question sets and groups, comma-separated")
     add("--test_questions", type=int, help="per set; default: all")
+    add("--controls", default="static,influence,early exit", help="static paths to compare with, comma-separated")
     add("--train_scores", type=Path, help="scores of experiments.group_paths, for the static paths; default: none")
     add("--train_questions", type=int, default=120, help="per set, as given to experiments.group_paths (default: 120)")
     add("--train_sets", help="as given to experiments.group_paths; default: --sets")
@@ -91,6 +93,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for checkpoint in arguments.checkpoint:
         if not all(checkpoint.partition("=")[::2]):
             raise UserError(f"--checkpoint {checkpoint}: expected NAME=FOLDER")
+    arguments.controls = [name for name in arguments.controls.split(",") if name]
+    if unknown := set(arguments.controls) - set(CONTROLS):
+        raise UserError(f"--controls: {sorted(unknown)[0]!r} is not a control; choose from {', '.join(CONTROLS)}")
     check_output_file(arguments.output, "--output")
     check_output_folder(arguments.work_dir, "--work_dir")
     parse_dtype(arguments.dtype)
@@ -165,10 +170,13 @@ class Comparison:
     def controls(self) -> dict[str, list[BlockPath]]:
         """Static paths by name."""
         contexts = [_Context(prompt) for prompt in self.prompts]
-        influence = BlockInfluence(self.arguments.batch_size).fit(self.routed, contexts, self.arguments.most_edits)
-        exits = EarlyExit().fit(self.routed, contexts, self.arguments.most_edits)
-        grown = self.static_paths() if self.arguments.train_scores else []
-        paths = {"static": grown[1:], "influence": influence[1:], "early exit": exits[1:]}
+        most, paths = self.arguments.most_edits, {}
+        for kind in self.arguments.controls:
+            if kind == "static":
+                paths[kind] = self.static_paths()[1:] if self.arguments.train_scores else []
+            else:
+                rival = EarlyExit() if kind == "early exit" else BlockInfluence(self.arguments.batch_size)
+                paths[kind] = rival.fit(self.routed, contexts, most)[1:]
         return {
             f"{kind}: {sum(path)} blocks, {number} edits": [path]
             for kind, members in paths.items()

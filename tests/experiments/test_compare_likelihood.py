@@ -79,6 +79,7 @@ def test_bad_input_is_one_sentence(toy, tmp_path, capsys):
         ("--checkpoint nameless", "--checkpoint nameless: expected NAME=FOLDER"),
         (f"--checkpoint x={base}", "without routers"),
         ("--batch_size 0", "--batch_size is 0"),
+        ("--controls static,luck", "'luck' is not a control; choose from static, influence, early exit"),
     ):
         assert compare_likelihood.main([*common.split(), *extra.split()]) == 2
         assert sentence in capsys.readouterr().err
