@@ -34,7 +34,8 @@ from transformers import PreTrainedModel
 from drllm.arguments import MAX_SEED, check_ranges
 from drllm.checkpoints import load_routed, load_routed_checkpoint, load_tokenizer
 from drllm.errors import UserError, main_guard
-from drllm.evaluation.method_report import draw_methods, methods_table
+from drllm.evaluation.experiment_figures import draw_methods
+from drllm.evaluation.method_report import methods_table
 from drllm.evaluation.outcomes import Outcome, method_row
 from drllm.files import check_output_file, check_output_folder
 from drllm.group_paths.likelihood_paths import Growth, LikelihoodPaths
