@@ -65,7 +65,7 @@ compare_methods: $(VENV)/.installed
 	done
 
 # A pretrained LLM, SmolLM2-135M-Instruct, on real questions: labels, published routers, routers on paths of groups, and
-# the table of both beside static paths. About 45 minutes on two cores. Run again, it resumes.
+# the table of both beside static paths. Run it again to resume.
 llm: $(VENV)/.installed-llm $(if $(MODEL),,$(LLM)/model)
 	$(LLM_RUN) data_generation.py --reward likelihood --model $(LLM_MODEL) $(LLM_DATA) --dataset $(LLM_SETS) \
 	  --limit $(LIMIT) --samples $(LIMIT) --batch_size 8 --concurrency 32 --output_dir $(LLM)/labels
