@@ -1,10 +1,10 @@
 """All steps for a backbone of the paper: labels, routers, evaluations in and out of domain, tables.
 
-    python -m drllm.backbones --model llama-3.2-3b-instruct             # prints the commands and what they would cost
-    python -m drllm.backbones --model llama-3.2-3b-instruct --run       # runs them
-    python -m drllm.backbones --model all --slurm > backbones.sbatch    # a Slurm array, one task a backbone
+    python -m experiments.paper_backbones --model llama-3.2-3b-instruct           # prints the commands and their cost
+    python -m experiments.paper_backbones --model llama-3.2-3b-instruct --run     # runs them
+    python -m experiments.paper_backbones --model all --slurm > backbones.sbatch  # a Slurm array, one task per backbone
 
-Every step continues where it was stopped and does nothing where it has ended, so the same command continues.
+Every step resumes where it was stopped and does nothing once it is complete, so run the same command to resume.
 """
 
 from __future__ import annotations
@@ -26,32 +26,36 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from drllm.errors import UserError, main_guard
 from drllm.evaluation import paper
-from drllm.evaluation.protocol import GENERATION_TASKS
+from drllm.evaluation.protocol import GENERATION_TASKS, is_in_domain, new_token_limit
 from drllm.evaluation.runs import benchmarks
+from drllm.files import check_output_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATIONS = {"in_domain": 3, "table4": 4, "aime24": 4, "table5": 5}  # step -> table of the paper
 STEPS = ("labels", "train", *EVALUATIONS, "tables")
-LONG_ROWS = 4  # rows a batch of aime24: the KV cache of 32 answers of 32768 tokens fits no GPU
+PAPER_GEN_KWARGS = "max_new_tokens=2048"  # Section 5, for out-of-domain tasks
+DART_MAX_NEW_TOKENS = 20  # the smallest limit that all rows of Table 3 allow, see docs/reproduction_notes.md
+LONG_TOKENS, LONG_ROWS = 8192, 4  # longer answers, and their rows per batch: the KV cache of 32 rows fits no GPU
 
 # What the estimates assume beside --mfu and --pass_ms.
-PEAK_FLOPS, PEAK_BYTES = 312e12, 2.0e12  # an A100 80 GB a second: bf16 matrix products, memory
-START_SECONDS = 120  # of a process, until it computes
-PROMPT_TOKENS, RESPONSE_TOKENS = 130, 14  # of a training question, the latter at most
+PEAK_FLOPS, PEAK_BYTES = 312e12, 2.0e12  # an A100 80 GB, per second: bf16 matrix products, memory
+START_SECONDS = 120  # from the start of a process to its first batch
+PROMPT_TOKENS = 130  # of a training question
 SEARCH_ROWS, TRAIN_ROWS, EVAL_ROWS = 128, 16, 32  # the steps' default batches
 WINDOWS, ROUTER_WIDTH = 8, 128
-RECORD_BYTES = 3e3  # of a searched question, an answered question
+RECORD_BYTES = 3e3  # per searched or answered question
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A base model: where it is, what it is called here, and its size."""
+    """A model of the paper, or a local one: folder or Hub name, short name, size, and whether it is a base model."""
 
     model: str
     name: str
     blocks: int
     hidden_size: int
     parameters: float
+    is_base: bool = False
 
     @property
     def router_parameters(self) -> int:
@@ -75,18 +79,22 @@ def paper_models() -> dict[str, dict[str, Any]]:
 
 
 def find_backbones(names: str) -> list[Backbone]:
-    """The backbones called `names`: by comma short names, Hub names or folders, or "all". UserError when unknown."""
-    known, found = paper_models(), []
-    for name in known if names == "all" else names.split(","):
+    """The backbones called `names`: comma-separated short names, Hub names or folders, or "all".
+
+    Raises:
+        UserError: an unknown name.
+    """
+    models, backbones = paper_models(), []
+    for name in models if names == "all" else names.split(","):
         short = name.rstrip("/").rpartition("/")[2].lower()
         if (Path(name) / "config.json").is_file():
-            found.append(_local_backbone(name, short))
-        elif name.lower() in (short, known.get(short, {"id": ""})["id"].lower()) and short in known:
-            size = {key: known[short][key] for key in ("blocks", "hidden_size", "parameters")}
-            found.append(Backbone(known[short]["id"], short, **size))
+            backbones.append(_local_backbone(name, short))
+        elif name.lower() in (short, models.get(short, {"id": ""})["id"].lower()) and short in models:
+            size = {key: models[short][key] for key in ("blocks", "hidden_size", "parameters")}
+            backbones.append(Backbone(models[short]["id"], short, **size, is_base="instruct" not in short))
         else:
-            raise UserError(f"--model {name} is neither a folder with a model nor one of {', '.join(known)}, all")
-    return found
+            raise UserError(f"--model {name} is neither a folder with a model nor one of {', '.join(models)}, all")
+    return backbones
 
 
 def _local_backbone(folder: str, name: str) -> Backbone:
@@ -94,6 +102,16 @@ def _local_backbone(folder: str, name: str) -> Backbone:
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     return Backbone(folder, name, config.num_hidden_layers, config.hidden_size, parameters)
+
+
+def answer_tokens(task: dict[str, Any], args: argparse.Namespace) -> int:
+    """Most new tokens per answer of a task of benchmarks.json under the protocol of `args`; 1 without generation."""
+    limit = task["max_new_tokens"]
+    if limit is None:
+        return 1
+    if is_in_domain(task["task"]):
+        return args.dart_max_new_tokens if "dart" in task["task"] else limit[-1]
+    return new_token_limit(args.gen_kwargs) or limit
 
 
 class Costs:
@@ -111,23 +129,27 @@ class Costs:
         self.inferences = visited * total["#Inferences"] / total["Visited"] * args.num_simulations / 50
 
     def a_pass(self, tokens: float) -> float:
-        """Seconds of a forward pass over `tokens` tokens: products, reading the weights, or launching, the slowest."""
+        """Seconds of a forward pass over `tokens` tokens: the slowest of products, reading weights and launching."""
         operations, weights = 2 * self.backbone.parameters * tokens, 2 * self.backbone.parameters
         mfu = self.args.mfu
         return max(operations / (PEAK_FLOPS * mfu), weights / (PEAK_BYTES * mfu), self.args.pass_ms / 1000)
 
     def batches(self, rows: float, batch: int, prompt: float, new: float) -> float:
-        """Seconds of answering `rows` prompts in batches, `new` tokens each (the first one comes with the prompt)."""
+        """Seconds of answering `rows` prompts in batches, `new` tokens each (the prefill yields the first)."""
         batch = max(1, min(batch, rows))
         return rows / batch * (self.a_pass(batch * prompt) + max(new - 1, 0) * self.a_pass(batch))
 
     def search(self) -> tuple[float, float]:
+        """Of the labels: seconds of one GPU, bytes on disk."""
+        # Table 2: of the sampled labels a quarter is ARC's, whose answers are short.
+        mean_tokens = 0.25 * 10 + 0.75 * self.args.dart_max_new_tokens
         return (
-            self.batches(self.inferences, SEARCH_ROWS, PROMPT_TOKENS, RESPONSE_TOKENS),
+            self.batches(self.inferences, SEARCH_ROWS, PROMPT_TOKENS, mean_tokens),
             self.visited * RECORD_BYTES,
         )
 
     def training(self) -> tuple[float, float]:
+        """Of the routers: seconds of one GPU, bytes on disk."""
         backbone, labels = self.backbone, self.labels
         features = self.batches(labels, TRAIN_ROWS, PROMPT_TOKENS, 1)
         products = 6 * backbone.router_parameters * WINDOWS * labels / (PEAK_FLOPS * self.args.mfu)
@@ -137,13 +159,12 @@ class Costs:
         return features + steps, stored + checkpoint
 
     def evaluation(self, tasks: Sequence[dict[str, Any]], rows: int) -> tuple[float, float]:
-        """Base and router on `tasks` of benchmarks.json, answers as long as they may be."""
+        """Of base and router on `tasks` of benchmarks.json with answers of full length: seconds of one GPU, bytes."""
         seconds = disk = 0.0
         for task in tasks:
             count, prompt, options = task["size"]
             count = min(count, self.args.limit or count)
-            new = task["max_new_tokens"] or 1
-            new = new[-1] if isinstance(new, list) else new
+            new = answer_tokens(task, self.args)
             seconds += 2 * (self.batches(count, rows, prompt, new) + self.batches(count, rows, options, 1))
             disk += 2 * count * RECORD_BYTES
         return seconds, disk
@@ -152,7 +173,7 @@ class Costs:
 def plan(backbone: Backbone, args: argparse.Namespace) -> list[Step]:
     """The steps of `args.steps` for one backbone, in order."""
     costs = Costs(backbone, args)
-    # commands work in the folder this is called from; in the repository they read as in the README
+    # Relative to the current folder; in the repository the commands read as in the README.
     root = os.path.relpath(ROOT)
     folder = Path(args.output_dir) / backbone.name
     checkpoint = folder / "checkpoints" / backbone.name
@@ -164,13 +185,16 @@ def plan(backbone: Backbone, args: argparse.Namespace) -> list[Step]:
         if args.gpus > 1:
             launcher += ["-m", "accelerate.commands.launch", "--num_processes", str(args.gpus)]
         command = [*launcher, f"{root}/data_generation.py", "--model", backbone.model, "--dataset", "arc,dart", *data]
-        command += ["--num_simulations", str(args.num_simulations), "--seed", str(args.seed), *limit]
-        command += [] if args.samples is None else ["--samples", str(args.samples)]
+        command += ["--num_simulations", str(args.num_simulations), "--budget", "2", "--seed", str(args.seed), *limit]
+        command += ["--samples", "paper" if args.samples is None else str(args.samples)]
+        command += ["--max_new_tokens", f"dart={args.dart_max_new_tokens}"]
+        command += ["--inject_boxed"] if backbone.is_base else []  # Appendix A
         return [*command, "--output_dir", str(folder / "labels")]
 
     def train() -> list[str]:
         command = ["python", f"{root}/train.py", "--data", str(folder / "labels"), "--run_name", backbone.name]
         command += ["--output_dir", str(folder / "checkpoints"), "--num_epochs", str(args.num_epochs)]
+        command += ["--warmup_steps", str(args.warmup_steps)]
         return [*command, "--seed", str(args.seed)]
 
     def evaluate(step: str, names: str, rows: int) -> list[str]:
@@ -178,42 +202,46 @@ def plan(backbone: Backbone, args: argparse.Namespace) -> list[Step]:
         command += ["--output_dir", str(folder / "results" / step), "--labels", str(folder / "labels")]
         command += ["--batch_size", str(rows), *(["--num_processes", str(args.gpus)] if args.gpus > 1 else [])]
         command += ["--device", "cpu"] if args.gpus == 0 else []
+        # In-domain runs have the template and the response format of the labels; others lm-eval's defaults, this limit.
+        command += ["--gen_kwargs", args.gen_kwargs] if step != "in_domain" and args.gen_kwargs else []
         return command + (["--unsafe_code"] if step == "table5" and args.unsafe_code else [])
 
-    found = {"labels": (search(), *costs.search(), args.gpus), "train": (train(), *costs.training(), 1)}
+    planned = {"labels": (search(), *costs.search(), args.gpus), "train": (train(), *costs.training(), 1)}
     for step, table in EVALUATIONS.items():
         tasks = [task for task in benchmarks() if table in task["tables"]]
         tasks = [task for task in tasks if args.unsafe_code or not task.get("runs_code")]
         if table == 4:
             tasks = [task for task in tasks if (task["task"] == "aime24") == (step == "aime24")]
         names = GENERATION_TASKS if step == "in_domain" else ",".join(task["task"] for task in tasks)
-        rows = LONG_ROWS if step == "aime24" else EVAL_ROWS
-        found[step] = (evaluate(step, names, rows), *costs.evaluation(tasks, rows), args.gpus)
-    found["tables"] = (["python", "-m", "experiments.paper_tables", str(folder)], 0.0, 0.0, 0)
+        rows = LONG_ROWS if max(answer_tokens(task, args) for task in tasks) > LONG_TOKENS else EVAL_ROWS
+        planned[step] = (evaluate(step, names, rows), *costs.evaluation(tasks, rows), args.gpus)
+    planned["tables"] = (["python", "-m", "experiments.paper_tables", str(folder)], 0.0, 0.0, 0)
     steps = []
     for name in STEPS:
         if name not in args.steps:
             continue
-        command, seconds, disk, gpus = found[name]
+        command, seconds, disk, gpus = planned[name]
         starts = 2 if name in EVALUATIONS else 1
         steps.append(Step(name, command, (seconds + starts * START_SECONDS * gpus) / 3600, gpus, disk))
     return steps
 
 
 def assumptions(backbone: Backbone, args: argparse.Namespace) -> str:
-    """What the estimates rest on, in words."""
+    """What the estimates assume, in words."""
     costs = Costs(backbone, args)
+    limit = new_token_limit(args.gen_kwargs)
+    out_of_domain = f"{limit:,} tokens" if limit else "as the tasks limit them"
     return textwrap.fill(
         f"Assumed: A100 80 GB in bf16 at {args.mfu:.0%} (--mfu) of {PEAK_FLOPS / 1e12:.0f} TFLOP/s and of "
-        f"{PEAK_BYTES / 1e12:g} TB/s; 2 FLOPs a parameter and token; at least {args.pass_ms:g} ms (--pass_ms) a "
-        f"forward pass; {START_SECONDS} s until a process computes. Search: {costs.inferences:,.0f} inferences on "
-        f"{costs.visited:,.0f} questions for {costs.labels:,.0f} labels (Table 2: 961 thousand, 39.5 a question, "
-        f"at 50 simulations), {PROMPT_TOKENS} tokens a prompt, {RESPONSE_TOKENS} an answer, {SEARCH_ROWS} rows a "
-        f"batch. Training: {args.num_epochs} epochs on stored features (questions x blocks x {WINDOWS} windows x "
-        "width x 2 bytes), the whole checkpoint in bf16. Evaluation: base and router, sizes of "
-        f"eval_tasks/benchmarks.json, answers as long as they may be, {EVAL_ROWS} rows a batch "
-        f"({LONG_ROWS} for aime24). Left out: skips, "
-        "repeats, early ends, reading the KV cache, the data sets. None of this was measured on an A100.",
+        f"{PEAK_BYTES / 1e12:g} TB/s; 2 FLOPs per parameter and token; at least {args.pass_ms:g} ms (--pass_ms) per "
+        f"forward pass; {START_SECONDS} s to start a process. Search: {costs.inferences:,.0f} inferences on "
+        f"{costs.visited:,.0f} questions for {costs.labels:,.0f} labels (Table 2: 961 thousand, 39.5 per question, "
+        f"at 50 simulations), {PROMPT_TOKENS} tokens per prompt, {args.dart_max_new_tokens} per DART answer and 10 per "
+        f"ARC answer, {SEARCH_ROWS} rows per batch. Training: {args.num_epochs} epochs on stored features (questions x "
+        f"blocks x {WINDOWS} windows x width x 2 bytes), the full checkpoint in bf16. Evaluation: base and router, "
+        f"sizes of eval_tasks/benchmarks.json, answers of full length (out of domain: {out_of_domain}), {EVAL_ROWS} "
+        f"rows per batch ({LONG_ROWS} above {LONG_TOKENS:,} tokens). Not included: skips, repeats, early ends, reading "
+        "the KV cache, the data sets. None of this was measured on an A100.",
         width=116,
     )
 
@@ -253,12 +281,12 @@ def run(backbone: Backbone, steps: list[Step]) -> None:
         command = [sys.executable if part == "python" else part for part in step.command]
         if status := subprocess.run(command, env=environment, check=False).returncode:
             raise UserError(
-                f"{backbone.name}: step {step.name} ended with exit status {status}; the same command continues there"
+                f"{backbone.name}: step {step.name} ended with exit status {status}; run the same command to resume"
             )
 
 
 def slurm_script(backbones: list[Backbone], args: argparse.Namespace, options: Sequence[str]) -> str:
-    """An sbatch script: one array task a backbone, each on one machine, with twice the estimated time."""
+    """An sbatch script: one array task per backbone, each on one machine, with twice the estimated time."""
     hours = max(sum(map(_wall_hours, plan(backbone, args))) for backbone in backbones)
     models = " ".join(shlex.quote(backbone.model) for backbone in backbones)
     return f"""#!/bin/bash
@@ -272,42 +300,65 @@ def slurm_script(backbones: list[Backbone], args: argparse.Namespace, options: S
 #SBATCH --requeue
 #SBATCH --output=%x-%a.log
 #SBATCH --open-mode=append
-# Submit from the repository's folder with its environment active. A task that is requeued continues.
+# Submit from the repository's folder with its environment active. A requeued task resumes.
 set -euo pipefail
 models=({models})
 cd "${{SLURM_SUBMIT_DIR:-.}}"
-exec python -m drllm.backbones --model "${{models[$SLURM_ARRAY_TASK_ID]}}" --run {shlex.join(options)}
+exec python -m experiments.paper_backbones --model "${{models[$SLURM_ARRAY_TASK_ID]}}" --run {shlex.join(options)}
 """
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m drllm.backbones", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m experiments.paper_backbones",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", required=True, help="by comma: " + ", ".join(paper_models()) + ", folders; or all")
+    add("--model", required=True, help="comma-separated: " + ", ".join(paper_models()) + ", folders; or all")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry_run", action="store_true", help="print commands and costs (default)")
     what.add_argument("--run", action="store_true", help="run the steps, one after the other")
     what.add_argument("--slurm", action="store_true", help="print a Slurm array script that runs them")
     add("--gpus", type=int, default=8, help="of this machine; 0: the CPU (default: 8)")
-    add("--output_dir", default="runs/backbones", help="a folder a model below it (default: runs/backbones)")
-    add("--steps", default=",".join(STEPS), help="by comma (default: %(default)s)")
+    add("--output_dir", default="runs/backbones", help="gets one folder per model (default: runs/backbones)")
+    add("--steps", default=",".join(STEPS), help="comma-separated (default: %(default)s)")
     add("--data_dir", help="local files for the in-domain questions; default: the Hub")
-    add("--samples", type=int, help="labels a set (default: the paper's)")
-    add("--limit", type=int, help="questions searched a set and asked a task, for trying things out")
-    add("--num_simulations", type=int, default=50, help="of the search, a question (default: 50)")
+    add("--samples", type=int, help="labels per set (default: the paper's)")
+    add("--limit", type=int, help="questions searched per set and evaluated per task, for a quick trial")
+    add("--num_simulations", type=int, default=50, help="of the search, per question (default: 50)")
     add("--num_epochs", type=int, default=25, help="of the training (default: 25, the paper's)")
+    add("--warmup_steps", type=int, default=500, help="of the training (default: 500, the paper's)")
+    add(
+        "--dart_max_new_tokens",
+        type=int,
+        default=DART_MAX_NEW_TOKENS,
+        help="limit on new tokens for DART, in labels and evaluation (default: %(default)s, which fits Table 3)",
+    )
+    add(
+        "--gen_kwargs",
+        default=PAPER_GEN_KWARGS,
+        help="generation settings of out-of-domain tasks (default: %(default)s, the paper's; '': lm-eval's tasks' own)",
+    )
     add("--seed", type=int, default=0, help="of search and training (default: 0)")
-    add("--unsafe_code", action="store_true", help="with humaneval, which runs generated code")
-    add("--mfu", type=float, default=0.3, help="share of an A100's peak that estimates assume (default: 0.3)")
-    add("--pass_ms", type=float, default=40, help="least time of a forward pass that estimates assume (default: 40)")
+    add("--unsafe_code", action="store_true", help="include humaneval, which runs generated code")
+    add("--mfu", type=float, default=0.3, help="fraction of an A100's peak that estimates assume (default: 0.3)")
+    add("--pass_ms", type=float, default=40, help="minimum time of a forward pass that estimates assume (default: 40)")
     args = parser.parse_args(argv)
     args.steps = args.steps.split(",")
     if unknown := set(args.steps) - set(STEPS):
-        raise UserError(f"--steps {','.join(sorted(unknown))}: there are {', '.join(STEPS)}")
+        raise UserError(f"--steps {','.join(sorted(unknown))}: choose from {', '.join(STEPS)}")
     if not 0 < args.mfu <= 1 or args.pass_ms < 0 or args.gpus < 0:
         raise UserError("--mfu must lie in (0, 1], --pass_ms and --gpus must not be negative")
+    for name in ("num_simulations", "num_epochs", "dart_max_new_tokens", "samples", "limit"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    for name in ("seed", "warmup_steps"):
+        if not 0 <= getattr(args, name) < 2**32:
+            raise UserError(f"--{name} {getattr(args, name)}: must lie in 0..{2**32 - 1}")
+    new_token_limit(args.gen_kwargs)  # raises for bad settings
+    check_output_folder(args.output_dir, "--output_dir")
     return args
 
 
@@ -318,9 +369,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(given)
     backbones = find_backbones(args.model)
     if args.slurm:
-        place = next(n for n, part in enumerate(given) if part.split("=")[0] == "--model")
-        width = 1 if "=" in given[place] else 2
-        options = [part for part in given[:place] + given[place + width :] if part != "--slurm"]
+        position = next(n for n, part in enumerate(given) if part.split("=")[0] == "--model")
+        width = 1 if "=" in given[position] else 2
+        options = [part for part in given[:position] + given[position + width :] if part != "--slurm"]
         print(slurm_script(backbones, args, options), end="")
         return
     if args.run and torch.cuda.device_count() < args.gpus:

@@ -216,19 +216,12 @@ def canonical_gen_kwargs(values: Sequence[str]) -> list[str]:
     Raises:
         UserError: two limits, or a limit that is not a positive integer.
     """
-    from lm_eval._cli.utils import split_top_level
-
     values = list(values)
     try:
         settings = json.loads(values[0]) if values else {}
     except ValueError:
         settings = None
-    if isinstance(settings, dict):
-        items = [list(settings.items())]
-    else:
-        items = [[tuple(part.split("=", 1)) for part in split_top_level(value)] for value in values]
-        if malformed := next((item for group in items for item in group if len(item) != 2), None):
-            raise UserError(f"--gen_kwargs {malformed[0]}: expected KEY=VALUE pairs, comma-separated, or a JSON object")
+    items = [list(settings.items())] if isinstance(settings, dict) else [_pairs(value) for value in values]
     limits = [(name, value) for group in items for name, value in group if name in LIMIT_NAMES]
     if len(limits) > 1:
         both = " and ".join(f"{name}={value}" for name, value in limits)
@@ -240,3 +233,24 @@ def canonical_gen_kwargs(values: Sequence[str]) -> list[str]:
     if isinstance(settings, dict):
         return [json.dumps(dict(renamed[0]))] if values else []
     return [",".join(f"{name}={value}" for name, value in group) for group in renamed]
+
+
+def new_token_limit(gen_kwargs: str | None) -> int | None:
+    """The limit on new tokens in a text of `--gen_kwargs`; None without one.
+
+    Raises:
+        UserError: see `canonical_gen_kwargs`.
+    """
+    (canonical,) = canonical_gen_kwargs([gen_kwargs or ""])
+    items = json.loads(canonical) if canonical.startswith("{") else dict(_pairs(canonical))
+    return int(items[LIMIT_NAMES[0]]) if LIMIT_NAMES[0] in items else None
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """(key, value) of "KEY=VALUE,KEY=VALUE"; UserError for another form."""
+    from lm_eval._cli.utils import split_top_level
+
+    pairs = [tuple(part.split("=", 1)) for part in split_top_level(text)]
+    if malformed := next((pair for pair in pairs if len(pair) != 2), None):
+        raise UserError(f"--gen_kwargs {malformed[0]}: expected KEY=VALUE pairs, comma-separated, or a JSON object")
+    return pairs

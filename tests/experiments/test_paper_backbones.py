@@ -1,11 +1,15 @@
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import data_generation
+import train
+from drllm.evaluation import comparison
 from experiments import paper_backbones
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +38,7 @@ def test_the_papers_six_models_are_known_by_short_and_by_hub_name():
         "Qwen/Qwen2.5-7B-Instruct",
     ]
     assert paper_backbones.find_backbones("Qwen/Qwen2.5-7B-Instruct,llama-3.2-3b") == [found[5], found[2]]
-    # the paper's 11.0 M for L=28, d=3072 and 16.8 M for L=32, d=4096
+    # The paper: 11.0 M for L=28, d=3072 and 16.8 M for L=32, d=4096
     assert [round(backbone.router_parameters / 1e6, 1) for backbone in found[:2]] == [11.0, 16.8]
 
 
@@ -47,9 +51,8 @@ def test_dry_run_prints_every_command_with_its_cost(capsys):
     assert commands[1].startswith("python ./train.py --data runs/backbones/llama-3.2-3b-instruct/labels ")
     assert "--tasks drllm_arc,drllm_dart" in commands[2]
     assert "--tasks mmlu,gsm8k,truthfulqa_mc1," in commands[3]
-    # 32 answers of 32768 tokens fit no GPU
     assert "--tasks aime24 --output_dir" in commands[4]
-    assert "--batch_size 4 " in commands[4]
+    assert "--batch_size 32 " in commands[4]
     assert "humaneval" not in printed
     assert printed.count("A100 hours") == len(paper_backbones.STEPS) + 1
     assert "961,000 inferences on 24,330 questions for 4,000 labels" in " ".join(printed.split("\n# "))
@@ -60,12 +63,86 @@ def test_dry_run_prints_every_command_with_its_cost(capsys):
     assert printed.count("--unsafe_code") == 1
 
 
+def test_long_answers_get_small_batches(capsys):
+    # 32 answers of 32768 tokens, the limit of lm-eval's aime24, do not fit on a GPU.
+    assert paper_backbones.main(["--model", "llama-3.2-3b", "--steps", "aime24,table5", "--gen_kwargs", ""]) == 0
+    aime24, table5 = [line for line in capsys.readouterr().out.splitlines() if line.startswith("./eval.sh")]
+    assert "--batch_size 4 " in aime24
+    assert "--batch_size 32 " in table5
+    assert "--gen_kwargs" not in aime24 + table5
+
+
+# The paper's settings, by step and argument of the command. Sections are the paper's.
+PAPER = {
+    "labels": {
+        "dataset": "arc,dart",  # 4
+        "samples": "paper",  # Table 2: 4,000 labels
+        "num_simulations": 50,  # 4
+        "budget": 2.0,  # 4: at most 2L blocks
+        "c": 1.8,  # 4
+        "length_penalty": 3.0,  # 4
+        "p_rand": 0.1,  # 4
+        "wrong_to_right_share": 0.3,  # 4: about 30%
+        "max_new_tokens": "dart=20",  # the smallest limit that all rows of Table 3 allow
+        "strict_letters": False,
+        "chat_template": "auto",
+        "reward": "generation",
+        "limit": None,
+    },
+    "train": {
+        "num_epochs": 25,  # 5
+        "warmup_steps": 500,  # 5
+        "learning_rate": 1e-3,  # 5
+        "weight_decay": 0.01,  # 5
+        "gradient_accumulation": 16,  # 5: the effective batch
+        "gamma": 2.0,  # 3.2
+        "beta": 0.999,  # 3.2
+        "loss": "focal",  # 3.2
+        "num_windows": 8,  # 3.1
+        "router_width": 128,  # 5
+        "router_depth": 2,  # 3.1: Linear-GELU-Linear
+        "teacher_forcing": True,  # 3.2
+    },
+    "in_domain": {"tasks": "drllm_arc,drllm_dart", "gen_kwargs": None, "dart_max_new_tokens": None},
+    "table4": {
+        "tasks": "mmlu,gsm8k,truthfulqa_mc1,gpqa_diamond_zeroshot,agieval,squadv2,piqa",
+        "gen_kwargs": "max_new_tokens=2048",  # 5
+    },
+    "aime24": {"tasks": "aime24", "gen_kwargs": "max_new_tokens=2048"},
+    "table5": {"tasks": "hellaswag,humaneval", "gen_kwargs": "max_new_tokens=2048", "unsafe_code": True},
+}
+# Out of domain, lm-eval's defaults: no chat template, the tasks' own shots, all questions, p = -0.5.
+EVALUATION = {"chat_template": "auto", "chat_template_tasks": "", "num_fewshot": None, "limit": None, "model_args": ""}
+
+
+def _parse(step, command):
+    """The arguments of a step's command as its own program reads them, defaults included."""
+    program = next(n for n, part in enumerate(command) if part.startswith("./"))
+    parse = {"labels": data_generation.parse_arguments, "train": train.parser().parse_args}
+    return vars(parse.get(step, comparison.parse_arguments)(command[program + 1 :]))
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-3b-instruct", "llama-3.1-8b", "qwen2.5-7b-instruct"])
+def test_printed_commands_have_the_papers_settings(name, capsys):
+    assert paper_backbones.main(["--model", name, "--unsafe_code"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("#")]
+    commands = dict(zip(paper_backbones.STEPS, map(shlex.split, lines), strict=True))
+    table = PAPER | {step: PAPER[step] | EVALUATION for step in paper_backbones.EVALUATIONS}
+    # Appendix A: the responses of base models begin with a box.
+    table["labels"] = table["labels"] | {"inject_boxed": "instruct" not in name}
+    for step, settings in table.items():
+        parsed = _parse(step, commands[step])
+        assert {key: parsed[key] for key in settings} == settings, step
+    checkpoint = f"runs/backbones/{name}/checkpoints/{name}"
+    assert all(_parse(step, commands[step])["checkpoint"] == [checkpoint] for step in paper_backbones.EVALUATIONS)
+
+
 def test_estimates_follow_from_sizes_and_assumptions():
     backbone, steps = _steps("--model", "llama-3.2-3b", "--pass_ms", 0, "--mfu", 0.5, "--gpus", 1)
-    # search: prompts are bound by products, decoding by reading the weights
+    # Search: prompts are bound by products, decoding by reading the weights.
     batches = 961e3 / 128
     prompts = batches * 2 * 3.21e9 * 128 * 130 / 156e12
-    decoding = batches * 13 * 2 * 3.21e9 / 1.0e12
+    decoding = batches * (0.25 * 10 + 0.75 * 20 - 1) * 2 * 3.21e9 / 1.0e12
     assert steps["labels"].gpu_hours == pytest.approx((prompts + decoding + 120) / 3600, rel=1e-3)
     features, weights = 4000 * 28 * 8 * 3072 * 2, 2 * 3.21e9
     assert steps["train"].disk == pytest.approx(features + weights + 4 * backbone.router_parameters)
@@ -87,10 +164,10 @@ def test_a_folder_is_a_backbone_too():
 
 def test_the_first_failing_step_ends_the_run_with_one_sentence(tmp_path, capfd):
     arguments = ["--model", str(MINIATURE), "--gpus", "0", "--output_dir", str(tmp_path), "--steps", "train,tables"]
-    assert paper_backbones.main([*arguments, "--run"]) == 2  # there are no labels
+    assert paper_backbones.main([*arguments, "--run"]) == 2  # no labels
     captured = capfd.readouterr()
     assert captured.err.splitlines()[-1] == (
-        "error: model: step train ended with exit status 2; the same command continues there"
+        "error: model: step train ended with exit status 2; run the same command to resume"
     )
     assert "step 2 of 2" not in captured.out
 
@@ -99,7 +176,7 @@ def test_the_first_failing_step_ends_the_run_with_one_sentence(tmp_path, capfd):
     ("arguments", "message"),
     [
         (["--model", "gpt-2"], "--model gpt-2 is neither a folder with a model nor one of llama-3.2-3b-instruct"),
-        (["--model", "all", "--steps", "train,fly"], "--steps fly: there are labels, train"),
+        (["--model", "all", "--steps", "train,fly"], "--steps fly: choose from labels, train"),
         (["--model", "all", "--mfu", "0"], "--mfu must lie in (0, 1]"),
         (["--model", "llama-3.2-3b", "--gpus", "99", "--run"], "GPUs: pass --gpus"),
     ],
@@ -111,7 +188,7 @@ def test_bad_arguments_are_one_sentence(arguments, message, capsys):
     assert len(error.splitlines()) == 1
 
 
-def test_slurm_script_runs_one_backbone_a_task(tmp_path, capsys):
+def test_slurm_script_runs_one_backbone_per_task(tmp_path, capsys):
     assert paper_backbones.main(["--slurm", "--model", "all", "--gpus", "4", "--num_epochs", "7"]) == 0
     script = capsys.readouterr().out
     assert "#SBATCH --array=0-5\n" in script
@@ -122,12 +199,14 @@ def test_slurm_script_runs_one_backbone_a_task(tmp_path, capsys):
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "5"}
     script = ["bash", str(tmp_path / "array.sbatch")]
     done = subprocess.run(script, capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout == "-m drllm.backbones --model Qwen/Qwen2.5-7B-Instruct --run --gpus 4 --num_epochs 7\n"
+    options = "--model Qwen/Qwen2.5-7B-Instruct --run --gpus 4 --num_epochs 7"
+    assert done.stdout == f"-m experiments.paper_backbones {options}\n"
 
 
 @pytest.mark.slow
 def test_the_whole_pipeline_on_the_miniature_and_again_nothing(tmp_path):
-    command = [sys.executable, "-m", "drllm.backbones", "--model", str(MINIATURE), "--data_dir", "miniature/data"]
+    command = [sys.executable, "-m", "experiments.paper_backbones", "--model", str(MINIATURE)]
+    command += ["--data_dir", "miniature/data"]
     command += ["--samples", "1", "--limit", "4", "--num_simulations", "10", "--num_epochs", "1"]
     command += ["--gpus", "0", "--run"]
     command += ["--steps", "labels,train,in_domain,tables", "--output_dir", str(tmp_path)]
