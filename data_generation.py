@@ -29,10 +29,11 @@ from drllm.files import check_output_folder
 from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
 from drllm.processes import process_state
 from drllm.questions.likelihood import REWARDS, LikelihoodPrompt
+from drllm.questions.overlap import load_training_questions
 from drllm.questions.per_set import numbers_per_set
 from drllm.questions.prompts import Prompt, split_by_context, wants_chat_template
 from drllm.questions.response_format import ResponseFormat
-from drllm.questions.sets import GROUPS, SETS, Question, expand_sets, load_questions
+from drllm.questions.sets import GROUPS, SETS, Question, expand_sets
 from drllm.rollouts.engine import RolloutEngine
 from drllm.rollouts.likelihood import LikelihoodEngine
 from drllm.search.pool import SearchPool
@@ -71,6 +72,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--wrong_to_right_share", type=float, default=0.3, help="target share of all labels")
     add("--limit", type=int, default=None, help="search at most this number of questions per set")
+    add(
+        "--unlike",
+        default="",
+        help="sets, comma-separated: no question that nearly repeats one of their test questions",
+    )
     add("--seed", type=int, default=0, help="of the order of questions and of every search")
     add("--dtype", default="auto", help="of the weights: bfloat16, float32, ...; auto: bfloat16 on a GPU, else float32")
     add("--chat_template", choices=("auto", "on", "off"), default="auto", help="auto: for models named ...instruct")
@@ -114,6 +120,8 @@ def check_arguments(args: argparse.Namespace) -> SearchSettings:
     check_output_folder(args.output_dir, "--output_dir")
     if args.dtype != "auto":
         provenance.parse_dtype(args.dtype)
+    if args.unlike:
+        expand_sets(args.unlike)
     if args.reward != "generation":
         check_likelihood(args)
     if args.inject_boxed and args.chat_template == "on":
@@ -192,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     on_gpu = state.device.type != "cpu"
     dtype = provenance.parse_dtype(("bfloat16" if on_gpu else "float32") if args.dtype == "auto" else args.dtype)
     with state.main_process_first():  # so that a download happens once per machine
-        questions = {set_name: load_questions(set_name, "train", data_dir) for set_name in sets}
+        questions = load_training_questions(sets, data_dir, expand_sets(args.unlike) if args.unlike else ())
     model, tokenizer = load(name, args.revision, dtype, state.device)
     chat = args.reward == "generation" and wants_chat_template(args.chat_template, name, tokenizer)
     if args.inject_boxed and chat:

@@ -28,6 +28,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
@@ -38,11 +39,13 @@ from drllm.evaluation.experiment_figures import draw_methods
 from drllm.evaluation.method_report import methods_table
 from drllm.evaluation.outcomes import Outcome, method_row
 from drllm.files import check_output_file, check_output_folder
-from drllm.group_paths.likelihood_paths import Growth, LikelihoodPaths
+from drllm.group_paths.growth_arguments import add_growth_arguments, check_growth_arguments, growth_of
+from drllm.group_paths.likelihood_paths import LikelihoodPaths
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.processes import process_state
 from drllm.provenance import command_line, dtype_name, fingerprint, parse_dtype, write_result
 from drllm.questions.likelihood import LikelihoodPrompt
+from drllm.questions.overlap import load_training_questions
 from drllm.questions.sets import expand_sets, load_questions
 from drllm.rivals import BlockInfluence, EarlyExit, random_paths
 from drllm.rollouts.routed_paths import routed_paths
@@ -76,6 +79,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train_questions", type=int, default=120, help="per set, as given to experiments.group_paths (default: 120)")
     add("--train_sets", help="as given to experiments.group_paths; default: --sets")
     add("--train_seed", type=int, default=0, help="as given to experiments.group_paths (default: 0)")
+    add("--unlike", default="", help="as given to experiments.group_paths")
+    add_growth_arguments(parser)
     add("--price", type=float, default=0.01, help="reward that one block less may cost the static path")
     add("--most_edits", type=int, default=4, help="of the static path, and skips of influence and early exit")
     add("--normalised", action="store_true", help="judge by acc_norm instead of acc")
@@ -83,6 +88,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--work_dir", type=Path, default=Path("runs/compare_likelihood"), help="keeps all scores")
     add("--output", type=Path, required=True, help="JSON file; a .md and a .png are written beside it")
     arguments = parser.parse_args(argv)
+    check_growth_arguments(arguments)
     check_ranges(
         arguments,
         **dict.fromkeys(("train_questions", "batch_size"), (1, math.inf)),
@@ -154,19 +160,21 @@ class Comparison:
     def static_paths(self) -> list[BlockPath]:
         """The paths of 0, 1, ... edits that one group of all training questions grows."""
         arguments = self.arguments
+        train_sets = expand_sets(arguments.train_sets or arguments.sets)
+        unlike = expand_sets(arguments.unlike) if arguments.unlike else ()
         training = [
             LikelihoodPrompt.of(question, self.tokenizer)
-            for name in expand_sets(arguments.train_sets or arguments.sets)
-            for question in seeded_order(load_questions(name, "train", arguments.data_dir), arguments.train_seed)[
-                : arguments.train_questions
-            ]
+            for of_set in load_training_questions(train_sets, arguments.data_dir, unlike).values()
+            for question in seeded_order(of_set, arguments.train_seed)[: arguments.train_questions]
         ]
         shared = {prompt.question.id for prompt in training} & {prompt.question.id for prompt in self.prompts}
         if shared:
             raise UserError(f"{len(shared)} test questions are also training questions, e.g. {sorted(shared)[0]}")
         store = ScoreStore(arguments.train_scores, self.key, self.state.process_index)
-        growth = Growth(groups=1, max_edits=arguments.most_edits, price=arguments.price)
-        return [member.path for member in LikelihoodPaths(self._rewards(training, store), growth).chains[0]]
+        growth = growth_of(arguments, arguments.most_edits)
+        one_group = torch.zeros(len(training), dtype=torch.long)
+        (chain,) = LikelihoodPaths(self._rewards(training, store), one_group, growth).chains
+        return [member.path for member in chain]
 
     def controls(self) -> dict[str, list[BlockPath]]:
         """Static paths by name."""

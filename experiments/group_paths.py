@@ -2,7 +2,7 @@
 
     python -m experiments.group_paths --data_dir miniature/data --price 0.004 --output_dir checkpoints/groups
     python -m experiments.group_paths --reward likelihood --model HuggingFaceTB/SmolLM2-135M-Instruct \
-        --dataset arc,openbookqa,commonsense --train_questions 120 --output_dir checkpoints/groups
+        --dataset arc,openbookqa,commonsense --unlike arc,openbookqa,commonsense --output_dir checkpoints/groups
     accelerate launch --num_processes 8 -m experiments.group_paths --model meta-llama/Llama-3.2-3B-Instruct \
         --output_dir checkpoints/groups
 
@@ -17,8 +17,10 @@ import argparse
 import datetime
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
@@ -26,7 +28,8 @@ from drllm.arguments import MAX_SEED, check_ranges
 from drllm.checkpoints import load_routed, load_tokenizer, save_checkpoint
 from drllm.errors import main_guard
 from drllm.files import check_output_folder
-from drllm.group_paths.likelihood_paths import Growth, LikelihoodPaths
+from drllm.group_paths.growth_arguments import add_growth_arguments, check_growth_arguments, growth_of
+from drllm.group_paths.likelihood_paths import LikelihoodPaths, groups_by_set, groups_by_states
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.group_paths.margin_rewards import Answered, MarginRewards, RoundStore
 from drllm.group_paths.paths import PathsOfGroups
@@ -34,8 +37,9 @@ from drllm.miniature import MINIATURE_MODEL
 from drllm.processes import process_state
 from drllm.provenance import commit, dtype_name, fingerprint, parse_dtype, versions
 from drllm.questions.likelihood import REWARDS, LikelihoodPrompt
+from drllm.questions.overlap import load_training_questions
 from drllm.questions.prompts import Prompt, wants_chat_template
-from drllm.questions.sets import Question, expand_sets, load_questions
+from drllm.questions.sets import Question, expand_sets
 from drllm.rollouts.scores import ScoreStore
 from drllm.search.selection import seeded_order
 from train_models.paths import Path as BlockPath
@@ -58,27 +62,38 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="auto", help="of the base; auto: bfloat16 on a GPU, float32 on a CPU")
     add("--data_dir", type=Path, help="local question files in the Hub's schema; without it, the Hub")
     add("--dataset", default="arc,dart", help="question sets and groups, comma-separated")
+    add(
+        "--unlike",
+        default="",
+        help="sets, comma-separated: no question that nearly repeats one of their test questions",
+    )
     add("--train_questions", type=int, default=800, help="most questions per set")
     add("--reward", choices=REWARDS, default="generation", help="what counts as a right answer")
     add("--groups", type=int, default=20, help="groups of similar questions")
     add("--most_skips", type=int, default=4, help="skipped blocks of a group's path; edits with --reward likelihood")
     add("--price", type=float, default=0.004, help="reward that one block application less may cost a group")
-    add("--pilot", type=int, default=40, help="--reward likelihood: questions per set on which every edit is tried")
-    add("--keep", type=int, default=12, help="--reward likelihood: edits that are tried on all questions")
-    add("--candidates", type=int, default=6, help="--reward likelihood: edits that a group tries at each further step")
+    likelihood = parser.add_argument_group("with --reward likelihood or likelihood_norm")
+    add = likelihood.add_argument
+    add("--group_by", choices=("set", "states"), default="set", help="set: a group per question set; states: --groups")
+    add("--validation_questions", type=int, default=0, help="further questions per set; they choose the edits in use")
+    add_growth_arguments(likelihood)
+    add = parser.add_argument
     add("--batch_size", type=int, default=64, help="questions per forward pass")
     add("--seed", type=int, default=0, help="of the routers' initial weights and the order of questions")
     add("--output_dir", type=Path, required=True, help="folder of the checkpoint")
     arguments = parser.parse_args(argv)
-    some = (1, math.inf)
+    check_growth_arguments(arguments)
     check_ranges(
         arguments,
-        **dict.fromkeys(("train_questions", "groups", "batch_size", "pilot", "keep", "candidates"), some),
+        **dict.fromkeys(("train_questions", "groups", "batch_size"), (1, math.inf)),
         most_skips=(0, math.inf),
         price=(-math.inf, math.inf),
+        validation_questions=(0, math.inf),
         seed=(0, MAX_SEED),
     )
     expand_sets(arguments.dataset)
+    if arguments.unlike:
+        expand_sets(arguments.unlike)
     if arguments.dtype != "auto":
         parse_dtype(arguments.dtype)
     check_output_folder(arguments.output_dir, "--output_dir")
@@ -117,24 +132,27 @@ def train_by_generation(arguments: argparse.Namespace, routed, tokenizer, measur
 
 def train_by_likelihood(arguments: argparse.Namespace, routed, tokenizer, measured: Path, state) -> list[BlockPath]:
     """Trains the routers on paths that raise the likelihood of right options; returns the labels."""
-    prompts = [
-        LikelihoodPrompt.of(question, tokenizer)
-        for of_set in read_questions(arguments, state).values()
-        for question in seeded_order(of_set, arguments.seed)[: arguments.train_questions]
+    sets = read_questions(arguments, state)
+    chosen = [
+        question
+        for of_set in sets.values()
+        for question in seeded_order(of_set, arguments.seed)[
+            : arguments.train_questions + arguments.validation_questions
+        ]
     ]
+    seen = Counter()
+    validation = []
+    for question in chosen:
+        validation.append(seen[question.set] >= arguments.train_questions)
+        seen[question.set] += 1
+    prompts = [LikelihoodPrompt.of(question, tokenizer) for question in chosen]
     key = {"model_fingerprint": routed.config.base_model_fingerprint, "dtype": dtype_name(routed.dtype)}
     store = ScoreStore(measured, key, state.process_index)
     normalised = arguments.reward == "likelihood_norm"
     rewards = LikelihoodRewards(routed, prompts, store, state, arguments.batch_size, normalised)
-    growth = Growth(
-        groups=arguments.groups,
-        pilot=arguments.pilot,
-        keep=arguments.keep,
-        candidates=arguments.candidates,
-        max_edits=arguments.most_skips,
-        price=arguments.price,
-    )
-    paths = LikelihoodPaths(rewards, growth)
+    growth = growth_of(arguments, arguments.most_skips)
+    groups = groups_by_set(prompts) if arguments.group_by == "set" else groups_by_states(rewards, arguments.groups)
+    paths = LikelihoodPaths(rewards, groups, growth, torch.tensor(validation))
     labels = paths.labels()
     describe(labels, state)
     paths.train_routers(labels, arguments.seed)
@@ -144,7 +162,8 @@ def train_by_likelihood(arguments: argparse.Namespace, routed, tokenizer, measur
 def read_questions(arguments: argparse.Namespace, state: PartialState) -> dict[str, list[Question]]:
     """The training questions of each set."""
     with state.main_process_first():  # so that a download happens once per machine
-        return {name: load_questions(name, "train", arguments.data_dir) for name in expand_sets(arguments.dataset)}
+        unlike = expand_sets(arguments.unlike) if arguments.unlike else ()
+        return load_training_questions(expand_sets(arguments.dataset), arguments.data_dir, unlike)
 
 
 def describe(labels: list[BlockPath], state: PartialState) -> None:

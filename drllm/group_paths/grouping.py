@@ -1,4 +1,4 @@
-"""Groups of questions on which skipping a block has similar effects."""
+"""Groups of questions: alike in what skipping a block does to them, or alike in what the routers read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ import torch
 
 KERNEL_WIDTH = 1.0  # of standardised states whose squared distance is a mean over features
 KERNEL_NOISE = 3.0  # variance of one question's own effect over that of what questions share
+
+
+def standardised_states(windows: torch.Tensor, window_mask: torch.Tensor) -> torch.Tensor:
+    """The last and the mean window of every router's input, standardised, [N, 2 L d].
+
+    Squared distances of rows are means over features.
+
+    Args:
+        windows, window_mask: what the routers read, [N, L, W, d] and bool [N, W].
+    """
+    last = window_mask.sum(1) - 1
+    valid = window_mask[:, None, :, None]
+    mean = (windows * valid).sum(2) / valid.sum(2)
+    features = torch.cat([windows[torch.arange(len(windows)), :, last], mean], dim=2).flatten(1).float()
+    return (features - features.mean(0)) / (features.std(0) + 1e-6) / features.shape[1] ** 0.5
 
 
 def smoothed(effects: torch.Tensor, windows: torch.Tensor, window_mask: torch.Tensor) -> torch.Tensor:
@@ -18,11 +33,7 @@ def smoothed(effects: torch.Tensor, windows: torch.Tensor, window_mask: torch.Te
         effects: [N, L], what skipping block l does to the reward of each question.
         windows, window_mask: what the routers read, [N, L, W, d] and bool [N, W].
     """
-    last = window_mask.sum(1) - 1
-    valid = window_mask[:, None, :, None]
-    mean = (windows * valid).sum(2) / valid.sum(2)
-    features = torch.cat([windows[torch.arange(len(windows)), :, last], mean], dim=2).flatten(1).float()
-    features = (features - features.mean(0)) / (features.std(0) + 1e-6) / features.shape[1] ** 0.5
+    features = standardised_states(windows, window_mask)
     kernel = torch.exp(-torch.cdist(features, features).square() / KERNEL_WIDTH)
     regularised = kernel + KERNEL_NOISE * torch.eye(len(kernel))
     smoother = torch.linalg.solve(regularised, kernel).T  # K (K + noise)^-1

@@ -1,32 +1,35 @@
-"""Paths of groups on a large model: edits that cost too much are dropped early, repeats are allowed.
+"""Paths of groups on a large model: repeats are allowed, and edits that cost too much are dropped early.
 
-All single edits of all questions would be 2 L rollouts per question and round. Most edits of a pretrained model cost
-far more than any price, and a few questions show that. So the rounds get narrower:
-
-1. Pilot: every skip and repeat, on the first `pilot` questions of each set. The `keep` most promising edits stay.
-2. First round: these edits around the default path, on all questions. Their effects, smoothed over similar questions,
-   form the groups.
-3. Growth: from the default path on, each group adds the edit that is worth most; before each step only its `candidates`
-   best edits are measured around its present path.
+Each group starts from the default path and adds one edit (a skip or a repeat) per step. To try every edit on every
+question would be 2 L rollouts per question and step, most of them for edits that cost far more than any price. So a
+step is a sequence of heats (successive halving): the first heat tries many edits on few questions, each further heat
+twice as many questions and the better half of the edits. An edit is adopted only if its gain exceeds its price by
+`caution` standard errors; otherwise the group's path is complete. Questions set aside for validation then choose how
+many of the edits a group uses.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from drllm.group_paths.grouping import groups_of, smoothed
+from drllm.group_paths.grouping import groups_of, standardised_states
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.group_paths.margin_rewards import RewardRound
 from drllm.group_paths.paths import GroupPath
 from drllm.group_paths.router_training import imitate
 from drllm.processes import from_main
+from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.training.router_modules import StackedRouters
 from train_models.paths import EXECUTE, REPEAT, SKIP, Path, default_path, is_allowed
 
-SHRINKAGE = 40  # questions of a set that weigh as much as the mean over all sets, in the pilot
+FINALISTS = 3  # edits that are measured on all questions of a group, at least
+
+Edit = tuple[int, int]  # (block, action)
 
 
 @dataclass(frozen=True)
@@ -34,81 +37,107 @@ class Growth:
     """How paths of groups are found.
 
     Attributes:
-        groups: of similar questions, at most.
-        pilot: questions per set on which every edit is tried.
-        keep: edits that are measured on all questions.
-        candidates: edits that a group tries before each further step.
+        pilot: questions per group in the first heat of a step.
+        keep: edits that survive the first heat of the first step, which tries all of them.
+        candidates: edits that a group tries in each further step.
         max_edits: of a path.
         price: reward that one block application less may cost, and that one more must gain.
+        caution: standard errors by which an edit's gain must exceed its price.
     """
 
-    groups: int = 6
     pilot: int = 40
     keep: int = 12
     candidates: int = 6
     max_edits: int = 4
     price: float = 0.01
+    caution: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("groups", "pilot", "keep", "candidates"):
+        for name in ("pilot", "keep", "candidates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_edits < 0:
             raise ValueError(f"max_edits is {self.max_edits}; it must be at least 0")
 
 
-def promising_edits(effects: torch.Tensor, sets: Sequence[str], keep: int) -> torch.Tensor:
-    """The `keep` edits with the highest mean effect in any set, each set's mean shrunk towards that of all.
+@dataclass(frozen=True)
+class Worth:
+    """What an edit adds to the value of a path (reward less price), as far as it is known.
 
-    Args:
-        effects: [N, L, 3], change of the reward by an edit; NaN where it was not measured.
-        sets: the set of each question.
-        keep: number of edits.
-
-    Returns:
-        bool [L, 3].
+    Attributes:
+        mean: over the questions of a heat.
+        error: standard error of the mean.
     """
-    overall = effects.nanmean(0)
-    best = torch.full_like(overall, -torch.inf)
-    for name in dict.fromkeys(sets):
-        members = torch.tensor([other == name for other in sets])
-        measured = effects[members]
-        count = measured.isfinite().sum(0)
-        mean = (measured.nan_to_num(0.0).sum(0) + SHRINKAGE * overall) / (count + SHRINKAGE)
-        best = torch.maximum(best, mean.nan_to_num(-torch.inf))
-    chosen = best.flatten().topk(min(keep, int(best.isfinite().sum()))).indices
-    edits = torch.zeros(best.numel(), dtype=torch.bool)
-    edits[chosen] = True
-    return edits.view_as(best)
+
+    mean: float
+    error: float
+
+    @property
+    def upper(self) -> float:
+        """What it may be worth: one standard error above the mean."""
+        return self.mean + self.error
+
+
+@dataclass
+class _Group:
+    """A group in growth: its questions in the order in which heats take them, and what it knows of its edits."""
+
+    members: list[int]
+    path: Path
+    edits: list[Edit]
+    chain: list[Path] = field(default_factory=list)
+    worth: dict[Edit, Worth] = field(default_factory=dict)
+    is_complete: bool = False
+
+    def options(self) -> dict[Edit, Path]:
+        """The paths one edit away that the search's constraints allow."""
+        paths = {(block, action): (*self.path[:block], action, *self.path[block + 1 :]) for block, action in self.edits}
+        return {
+            edit: path
+            for edit, path in paths.items()
+            if self.path[edit[0]] == EXECUTE and sum(path) and is_allowed(path)
+        }
+
+
+def groups_by_set(prompts: Sequence[LikelihoodPrompt]) -> torch.Tensor:
+    """int64 [N]: one group per question set."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(prompt.question.set for prompt in prompts))}
+    return torch.tensor([numbers[prompt.question.set] for prompt in prompts])
+
+
+def groups_by_states(rewards: LikelihoodRewards, count: int, seed: int = 0) -> torch.Tensor:
+    """int64 [N]: at most `count` groups of questions that look alike to the routers on the default path."""
+    default = [default_path(rewards.routed.config.num_hidden_layers)] * len(rewards.prompts)
+    windows, mask = rewards.windows(default)
+    return from_main(rewards.state, lambda: groups_of(standardised_states(windows, mask), count, seed))
 
 
 class LikelihoodPaths:
-    """Labels of groups of similar multiple-choice questions.
+    """One path per group of multiple-choice questions.
 
     Args:
-        rewards: of the training questions.
+        rewards: of N questions, training and validation.
+        groups: int64 [N], the group of each question, 0, 1, ...
         growth: how paths are found.
+        validation: bool [N], questions that choose among the paths of a chain; default: none, the training questions
+            choose.
 
     Attributes:
-        edits: bool [L, 3], the edits that were measured on all questions.
-        groups: int64 [N].
-        chains: for each group its paths of 0, 1, ... edits.
+        chains: for each group its paths of 0, 1, ... edits, with the mean reward of the questions that choose.
     """
 
-    def __init__(self, rewards: LikelihoodRewards, growth: Growth) -> None:
+    def __init__(
+        self,
+        rewards: LikelihoodRewards,
+        groups: torch.Tensor,
+        growth: Growth,
+        validation: torch.Tensor | None = None,
+    ) -> None:
         self.rewards = rewards
+        self.groups = groups
         self.growth = growth
-        sets = [prompt.question.set for prompt in rewards.prompts]
-        num_blocks = rewards.routed.config.num_hidden_layers
-        default = [default_path(num_blocks)] * len(sets)
-        self.edits = self._pilot(sets, default)
-        first = rewards.around(default, self.edits.expand(len(sets), -1, -1), title="first round")
-        effects = (first.rewards - first.own()[:, None, None])[:, self.edits]
-        self.groups = from_main(
-            rewards.state,
-            lambda: groups_of(smoothed(effects, first.windows, first.window_mask), growth.groups, seed=0),
-        )
-        self.chains = self._grow(first)
+        self.validation = torch.zeros(len(groups), dtype=torch.bool) if validation is None else validation
+        self.chains = self._chosen_by_validation(self._grow())
 
     def labels(self, price: float | None = None) -> list[Path]:
         """One path per question: its group's path that is worth most at `price` (default: that of the growth)."""
@@ -133,57 +162,97 @@ class LikelihoodPaths:
         routers.load_state_dict(from_main(self.rewards.state, weights))
         routers.copy_to(model.routers)
 
-    def _pilot(self, sets: list[str], default: list[Path]) -> torch.Tensor:
-        edits = torch.zeros(len(default[0]), 3, dtype=torch.bool)
-        edits[:, [SKIP, REPEAT]] = True
-        seen: dict[str, int] = {}
-        in_pilot = []
-        for name in sets:
-            seen[name] = seen.get(name, 0) + 1
-            in_pilot.append(seen[name] <= self.growth.pilot)
-        wanted = edits & torch.tensor(in_pilot)[:, None, None]
-        measured = self.rewards.around(default, wanted, with_windows=False, title="pilot: every edit")
-        effects = measured.rewards - measured.own()[:, None, None]
-        effects[:, :, EXECUTE] = torch.nan
-        # An edit is worth its effect less the price of the block applications that it adds.
-        prices = self.growth.price * torch.tensor([action - EXECUTE for action in (SKIP, EXECUTE, REPEAT)])
-        return promising_edits(effects - prices, sets, self.growth.keep)
-
-    def _grow(self, first: RewardRound) -> list[list[GroupPath]]:
-        groups = self.groups.tolist()
-        count = max(groups) + 1
-        paths = [first.paths[0]] * count
-        members = [self.groups == group for group in range(count)]
-        chains = [[GroupPath(paths[g], float(first.own()[members[g]].mean()))] for g in range(count)]
-        edits = [self.edits.clone() for _ in range(count)]
-        around = first
+    def _grow(self) -> list[list[Path]]:
+        """For each group its paths of 0, 1, ... edits."""
+        num_blocks = self.rewards.routed.config.num_hidden_layers
+        every_edit = [(block, action) for action in (SKIP, REPEAT) for block in range(num_blocks)]
+        training = [index for index in self._sets_in_turn() if not self.validation[index]]
+        groups = [
+            _Group([i for i in training if self.groups[i] == number], default_path(num_blocks), list(every_edit))
+            for number in range(int(self.groups.max()) + 1)
+        ]
+        for group in groups:
+            group.chain.append(group.path)
         for step in range(self.growth.max_edits):
-            for group in range(count):
-                means = around.rewards[members[group]].nanmean(0)
-                ranked = self._ranked(paths[group], edits[group], means)
-                # Only the best edits of this step are tried around the next path.
-                edits[group] = torch.zeros_like(self.edits)
-                for _, block, action in ranked[: self.growth.candidates + 1]:
-                    edits[group][block, action] = True
-                if ranked:
-                    _, block, action = ranked[0]
-                    paths[group] = (*paths[group][:block], action, *paths[group][block + 1 :])
-            wanted = torch.stack([edits[group] for group in groups])
-            if step + 1 == self.growth.max_edits:
-                wanted = torch.zeros_like(wanted)
-            title = f"growth, step {step + 1} of {self.growth.max_edits}"
-            around = self.rewards.around([paths[g] for g in groups], wanted, with_windows=False, title=title)
-            for group in range(count):
-                if paths[group] != chains[group][-1].path:
-                    chains[group].append(GroupPath(paths[group], float(around.own()[members[group]].mean())))
-        return chains
+            growing = [group for group in groups if group.members and not group.is_complete]
+            if not growing:
+                break
+            self._run_heats(growing, step)
+            for group in growing:
+                self._adopt(group)
+        return [group.chain for group in groups]
 
-    def _ranked(self, path: Path, edits: torch.Tensor, means: torch.Tensor) -> list[tuple[float, int, int]]:
-        """(value, block, action) of the measured edits that change `path`, the best first."""
-        ranked = []
-        for block, action in edits.nonzero().tolist():
-            other = (*path[:block], action, *path[block + 1 :])
-            mean = float(means[block, action])
-            if path[block] == EXECUTE and is_allowed(other) and mean == mean:
-                ranked.append((mean - self.growth.price * sum(other), block, action))
-        return sorted(ranked, reverse=True)
+    def _sets_in_turn(self) -> list[int]:
+        """All questions, one of each set after the other, so that a heat has questions of every set of a group."""
+        counts: dict[str, int] = {}
+        ranks = []
+        for prompt in self.rewards.prompts:
+            ranks.append(counts.get(prompt.question.set, 0))
+            counts[prompt.question.set] = ranks[-1] + 1
+        return sorted(range(len(ranks)), key=ranks.__getitem__)
+
+    def _run_heats(self, groups: list[_Group], step: int) -> None:
+        """Measures the edits of one step; afterwards `edits` of each group are its finalists."""
+        largest = max(len(group.members) for group in groups)
+        size, heat = min(self.growth.pilot, largest), 1
+        while True:
+            self._measure(groups, size, f"edit {step + 1}, heat {heat}: {size} questions per group")
+            if size == largest:
+                return
+            for group in groups:
+                first = step == 0 and heat == 1
+                survivors = self.growth.keep if first else max(FINALISTS, -(-len(group.edits) // 2))
+                ranked = sorted(group.options(), key=lambda edit: group.worth[edit].upper, reverse=True)
+                group.edits = ranked[:survivors]
+            size, heat = min(2 * size, largest), heat + 1
+
+    def _measure(self, groups: list[_Group], size: int, title: str) -> None:
+        work: list[list[Path]] = [[] for _ in self.rewards.prompts]
+        for group in groups:
+            for index in group.members[:size]:
+                work[index] = [group.path, *group.options().values()]
+        self.rewards.score(work, title)
+        for group in groups:
+            members = group.members[:size]
+            for edit, path in group.options().items():
+                gains = [
+                    self.rewards.reward(self.rewards.prompts[index], path)
+                    - self.rewards.reward(self.rewards.prompts[index], group.path)
+                    for index in members
+                ]
+                price = self.growth.price * (sum(path) - sum(group.path))
+                error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
+                group.worth[edit] = Worth(statistics.mean(gains) - price, error)
+
+    def _adopt(self, group: _Group) -> None:
+        """Adds the best finalist to the group's path if it is worth it; the next step tries the best of all edits."""
+        options = group.options()
+        best = max(options, key=lambda edit: group.worth[edit].mean, default=None)
+        if best is None or group.worth[best].mean <= self.growth.caution * group.worth[best].error:
+            group.is_complete = True
+            return
+        group.path = options[best]
+        group.chain.append(group.path)
+        others = (edit for edit in group.worth if edit[0] != best[0])
+        group.edits = sorted(others, key=lambda edit: group.worth[edit].upper, reverse=True)[: self.growth.candidates]
+
+    def _chosen_by_validation(self, chains: list[list[Path]]) -> list[list[GroupPath]]:
+        """The chains with the mean reward of each group's validation questions, or else its training questions."""
+        groups = self.groups.tolist()
+        choosing = [
+            [i for i in range(len(groups)) if groups[i] == number and self.validation[i]]
+            or [i for i in range(len(groups)) if groups[i] == number]
+            for number in range(len(chains))
+        ]
+        work: list[list[Path]] = [[] for _ in groups]
+        for chain, members in zip(chains, choosing, strict=True):
+            for index in members:
+                work[index] = chain
+        self.rewards.score(work, "paths of the groups")
+        return [
+            [
+                GroupPath(path, statistics.mean(self.rewards.reward(self.rewards.prompts[i], path) for i in members))
+                for path in chain
+            ]
+            for chain, members in zip(chains, choosing, strict=True)
+        ]

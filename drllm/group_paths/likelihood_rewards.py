@@ -1,8 +1,8 @@
-"""The likelihood reward of paths around given paths, for multiple-choice questions.
+"""The likelihood reward of paths, for multiple-choice questions.
 
-The counterpart of `MarginRewards` for `--reward likelihood`. The reward is the sigmoid of the margin (the right
-option's log-probability minus that of its best rival) over `scale` nats; 1/2 is the border between right and wrong
-under lm-eval's `acc`. Repeats are measured, too: on a pretrained model they help some kinds of questions.
+The counterpart of `MarginRewards` for `--reward likelihood`. The reward is the probability of the right option among
+the options. It changes with every edit of a path, where lm-eval's `acc` mostly stays as it was, so the effect of an
+edit on it has half the standard error.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from drllm.group_paths.margin_rewards import NUM_ACTIONS, RewardRound
 from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.padding import pad_ids
 from drllm.rollouts.likelihood import LikelihoodEngine
 from drllm.rollouts.scores import ScoreStore, score_all
-from train_models.paths import Path, is_allowed, path_to_layer_indices
+from train_models.paths import Path, path_to_layer_indices
 
 CHUNK = 64  # questions of similar length that are scored one after the other
 
@@ -34,7 +33,6 @@ class LikelihoodRewards:
         state: the processes that share the work.
         batch_size: questions per forward pass.
         normalised: option log-probabilities are divided by their characters (`acc_norm`).
-        scale: nats of margin per unit of the sigmoid's argument.
     """
 
     def __init__(
@@ -45,12 +43,10 @@ class LikelihoodRewards:
         state: PartialState,
         batch_size: int = 8,
         normalised: bool = False,
-        scale: float = 1.0,
     ) -> None:
         self.routed = routed
         self.prompts = prompts
         self.batch_size = batch_size
-        self.scale = scale
         self.normalised = normalised
         self.state = state
         self._scores = store
@@ -65,11 +61,9 @@ class LikelihoodRewards:
         ]
 
     def reward(self, prompt: LikelihoodPrompt, path: Path) -> float:
-        """The reward of a scored path, in (0, 1); NaN where it was not scored."""
+        """The reward of a scored path, in [0, 1]; NaN where it was not scored."""
         scores = self._scores.get(prompt.question.id, path)
-        if scores is None:
-            return math.nan
-        return 1 / (1 + math.exp(-max(-60.0, min(60.0, prompt.margin(scores, self.normalised) / self.scale))))
+        return math.nan if scores is None else prompt.probability(scores, self.normalised)
 
     def is_right(self, prompt: LikelihoodPrompt, path: Path) -> bool:
         """Whether the right option wins along a scored path."""
@@ -82,36 +76,6 @@ class LikelihoodRewards:
         score_all(self._engine, ordered, self._scores, title, **share)
         self.state.wait_for_everyone()
         self._scores.update()
-
-    def around(
-        self, paths: Sequence[Path], edits: torch.Tensor, with_windows: bool = True, title: str = "measuring"
-    ) -> RewardRound:
-        """One `RewardRound` around `paths`, one path per question.
-
-        Args:
-            paths: N paths.
-            edits: bool [N, L, 3], which actions to try at which block; where no path of the search's constraints
-                results, nothing is measured.
-            with_windows: also record what the routers read along `paths`.
-            title: of the progress bar.
-        """
-        others: list[dict[tuple[int, int], Path]] = []
-        for path, wanted in zip(paths, edits, strict=True):
-            replaced = {
-                (block, action): (*path[:block], action, *path[block + 1 :])
-                for block, action in wanted.nonzero().tolist()
-            }
-            others.append({place: other for place, other in replaced.items() if sum(other) and is_allowed(other)})
-        self.score([[path, *other.values()] for path, other in zip(paths, others, strict=True)], title)
-        rewards = torch.full((len(paths), len(paths[0]), NUM_ACTIONS), math.nan)
-        for index, (path, other) in enumerate(zip(paths, others, strict=True)):
-            own = self.reward(self.prompts[index], path)
-            for block, action in enumerate(path):
-                rewards[index, block, action] = own
-            for (block, action), changed in other.items():
-                rewards[index, block, action] = self.reward(self.prompts[index], changed)
-        windows, mask = self.windows(paths) if with_windows else (None, None)
-        return RewardRound(list(paths), rewards, windows, mask)
 
     @torch.inference_mode()
     def windows(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:

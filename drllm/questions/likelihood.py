@@ -14,6 +14,7 @@ the set, so that a label, a router and a result mean the same:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,8 +114,16 @@ class LikelihoodPrompt:
 
     def margin(self, log_likelihoods: Sequence[float], normalised: bool) -> float:
         """The right option's log-likelihood minus that of its best rival, in nats (per character if `normalised`)."""
-        values = list(log_likelihoods)
-        if normalised:
-            values = [value / length for value, length in zip(values, self.lengths, strict=True)]
+        values = self._values(log_likelihoods, normalised)
         gold = values.pop(self.gold)
         return gold - max(values)
+
+    def probability(self, log_likelihoods: Sequence[float], normalised: bool) -> float:
+        """The right option's share of the likelihood of all options (its logarithm per character if `normalised`)."""
+        values = self._values(log_likelihoods, normalised)
+        return 1 / sum(math.exp(min(700.0, value - values[self.gold])) for value in values)
+
+    def _values(self, log_likelihoods: Sequence[float], normalised: bool) -> list[float]:
+        if not normalised:
+            return list(log_likelihoods)
+        return [value / length for value, length in zip(log_likelihoods, self.lengths, strict=True)]

@@ -8,9 +8,8 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 
-from drllm.group_paths.likelihood_paths import Growth, LikelihoodPaths, promising_edits
+from drllm.group_paths.likelihood_paths import Growth, LikelihoodPaths, groups_by_states
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
-from drllm.group_paths.margin_rewards import RewardRound
 from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.sets import Question, load_questions
 from drllm.rollouts.scores import ScoreStore
@@ -42,32 +41,39 @@ class KnownRewards:
                 num_hidden_layers = NUM_BLOCKS
 
         self.routed = Routed
-        self.measured = []
+        self.scored = set()
+        self.effect_noise = 0.0
         generator = torch.Generator().manual_seed(0)
         self.noise = torch.randn(count, generator=generator) * 0.01
 
-    def reward(self, kind: int, path) -> float:
+    def value(self, kind: int, path) -> float:
         gains = [{(2, 0): 0.05, (4, 0): -0.1}, {(4, 0): 0.05, (2, 0): -0.1, (5, 2): 0.03}][kind]
         return 0.5 + sum(gains.get((block, action), -0.2) for block, action in enumerate(path) if action != 1)
 
-    def around(self, paths, edits, with_windows=True, title=""):
-        self.measured.append(int(edits.sum()))
-        rewards = torch.full((len(paths), NUM_BLOCKS, 3), math.nan)
-        for row, (path, kind) in enumerate(zip(paths, self.kinds, strict=True)):
-            for block in range(NUM_BLOCKS):
-                rewards[row, block, path[block]] = self.reward(kind, path) + self.noise[row]
-                for action in edits[row, block].nonzero().flatten().tolist():
-                    other = (*path[:block], action, *path[block + 1 :])
-                    rewards[row, block, action] = self.reward(kind, other) + self.noise[row]
-        kinds = torch.tensor(self.kinds, dtype=torch.float32)
-        windows = kinds[:, None, None, None].expand(-1, NUM_BLOCKS, 1, 4) + 0.01 * self.noise[:, None, None, None]
-        return RewardRound(list(paths), rewards, windows.clone(), torch.ones(len(paths), 1, dtype=torch.bool))
+    def score(self, work, title):
+        for index, paths in enumerate(work):
+            self.scored |= {(index, path) for path in paths}
+
+    def reward(self, prompt, path):
+        index = self.prompts.index(prompt)
+        assert (index, path) in self.scored
+        generator = torch.Generator().manual_seed(hash((index, path)) % 2**32)
+        luck = self.effect_noise * float(torch.randn(1, generator=generator))
+        return self.value(self.kinds[index], path) + float(self.noise[index]) + luck
+
+    def groups(self):
+        return torch.tensor(self.kinds)
+
+    def count(self, edits):
+        """How many paths of so many edits were scored."""
+        return sum(sum(action != 1 for action in path) == edits for _, path in self.scored)
 
 
 def test_each_kind_gets_its_own_path():
     rewards = KnownRewards(40)
-    paths = LikelihoodPaths(rewards, Growth(groups=2, pilot=20, keep=3, candidates=3, max_edits=3, price=0.001))
-    assert sorted(map(tuple, paths.edits.nonzero().tolist())) == [(2, 0), (4, 0), (5, 2)]
+    paths = LikelihoodPaths(rewards, rewards.groups(), Growth(pilot=10, keep=3, max_edits=3, price=0.001))
+    assert [member.path for member in paths.chains[0]] == [(1,) * 6, (1, 1, 0, 1, 1, 1)]
+    assert [member.path for member in paths.chains[1]] == [(1,) * 6, (1, 1, 1, 1, 0, 1), (1, 1, 1, 1, 0, 2)]
     labels = paths.labels()
     assert {label for label, kind in zip(labels, rewards.kinds, strict=True) if kind == 0} == {(1, 1, 0, 1, 1, 1)}
     assert {label for label, kind in zip(labels, rewards.kinds, strict=True) if kind == 1} == {(1, 1, 1, 1, 0, 2)}
@@ -77,22 +83,51 @@ def test_each_kind_gets_its_own_path():
 
 def test_dropped_edits_are_not_measured_again():
     rewards = KnownRewards(40)
-    LikelihoodPaths(rewards, Growth(groups=2, pilot=5, keep=3, candidates=1, max_edits=2))
-    pilot, first, *growth = rewards.measured
-    assert pilot == 5 * 2 * NUM_BLOCKS  # one set
-    assert first == 40 * 3
-    assert growth == [40 * 2, 0]  # one candidate and the edit just made; nothing around the last path
+    LikelihoodPaths(rewards, torch.zeros(40, dtype=torch.long), Growth(pilot=10, keep=4, max_edits=1, price=0.2))
+    edits = 2 * NUM_BLOCKS
+    assert rewards.count(1) == 10 * edits + 10 * 4 + 20 * 3  # all edits, the best four, three finalists
 
 
-def test_a_favourite_of_one_set_is_kept():
-    effects = torch.full((200, 3, 3), -0.1)
-    effects[100:, 0, 0] = 0.2  # helps the second set only
-    effects[:, 1, 2] = 0.0
-    kept = promising_edits(effects, ["a"] * 100 + ["b"] * 100, keep=2)
-    assert kept.nonzero().tolist() == [[0, 0], [1, 2]]
+def test_heats_take_questions_of_every_set():
+    rewards = KnownRewards(40)
+    rewards.prompts = sorted(rewards.prompts, key=lambda prompt: prompt.question.id[-1] in "02468")
+    for prompt in rewards.prompts[20:]:
+        object.__setattr__(prompt.question, "set", "openbookqa")
+    LikelihoodPaths(rewards, torch.zeros(40, dtype=torch.long), Growth(pilot=10, keep=1, max_edits=1))
+    everything = [index for index, path in rewards.scored if path == (1, 2, 1, 1, 1, 1)]
+    assert sorted(everything) == [0, 1, 2, 3, 4, 20, 21, 22, 23, 24]
 
 
-@pytest.mark.parametrize("name", ["groups", "pilot", "keep", "candidates"])
+def test_a_gain_within_its_error_is_not_adopted():
+    rewards = KnownRewards(40)
+    rewards.kinds = [0] * 40
+    rewards.effect_noise = 0.1
+    groups = torch.zeros(40, dtype=torch.long)
+    assert len(LikelihoodPaths(rewards, groups, Growth(pilot=40, max_edits=1, caution=4.0)).chains[0]) == 1
+    assert len(LikelihoodPaths(rewards, groups, Growth(pilot=40, max_edits=1, caution=0.0)).chains[0]) == 2
+
+
+def test_validation_questions_choose_among_the_paths():
+    rewards = KnownRewards(40)
+    rewards.kinds = [0] * 30 + [1] * 10  # the validation questions are of the other kind
+    validation = torch.arange(40) >= 30
+    groups = torch.zeros(40, dtype=torch.long)
+    paths = LikelihoodPaths(rewards, groups, Growth(pilot=10, keep=3, max_edits=1, price=0.001), validation)
+    assert paths.chains[0][1].path == (1, 1, 0, 1, 1, 1)
+    assert set(paths.labels()) == {(1,) * 6}
+    assert not any(index >= 30 and 2 in path for index, path in rewards.scored)
+
+
+def test_questions_that_look_alike_form_a_group():
+    rewards = KnownRewards(12)
+    kinds = torch.tensor(rewards.kinds, dtype=torch.float32)
+    windows = kinds[:, None, None, None].expand(-1, NUM_BLOCKS, 1, 4) + 0.01 * rewards.noise[:, None, None, None]
+    rewards.windows = lambda paths: (windows.clone(), torch.ones(12, 1, dtype=torch.bool))
+    groups = groups_by_states(rewards, 2)
+    assert len(set(zip(groups.tolist(), rewards.kinds, strict=True))) == 2
+
+
+@pytest.mark.parametrize("name", ["pilot", "keep", "candidates"])
 def test_settings_out_of_range_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
         Growth(**{name: 0})
@@ -110,28 +145,26 @@ def toy(tmp_path_factory, stock_checkpoint):
     return folder / "model", search_toys.make_data(folder / "data", 16, seed=5)
 
 
-def test_rewards_around_paths_are_those_of_the_scores(toy, tmp_path):
+def test_rewards_are_those_of_the_scores(toy, tmp_path):
     folder, data = toy
     _, tokenizer = search_toys.load(folder)
     routed = retrofit(str(folder), dtype=torch.float32).eval()
     prompts = [LikelihoodPrompt.of(question, tokenizer) for question in load_questions("arc_easy", "train", data)]
-    rewards = LikelihoodRewards(routed, prompts, ScoreStore(tmp_path, {}), PartialState(), batch_size=4, scale=2.0)
+    store = ScoreStore(tmp_path, {})
+    rewards = LikelihoodRewards(routed, prompts, store, PartialState(), batch_size=4)
     paths = [default_path(NUM_BLOCKS) if n % 2 else (1, 0, 0, 1, 1, 2) for n in range(len(prompts))]
-    edits = torch.zeros(len(prompts), NUM_BLOCKS, 3, dtype=torch.bool)
-    edits[:, 3, 0] = True  # a third skip in a row for half of the questions, which the search may not use
-    edits[:, 4, 2] = True
-    found = rewards.around(paths, edits)
-    for row, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
-        margin = prompt.margin(rewards._scores.get(prompt.question.id, path), False)
-        assert found.own()[row] == pytest.approx(1 / (1 + math.exp(-margin / 2)), abs=1e-6)
-        assert rewards.is_right(prompt, path) == (found.own()[row] > 0.5)
-        assert bool(found.rewards[row, 3, 0].isnan()) == (row % 2 == 0)
-        assert found.rewards[row, 4, 2] == pytest.approx(rewards.reward(prompt, (*path[:4], 2, path[5])))
+    assert math.isnan(rewards.reward(prompts[0], paths[0]))
+    rewards.score([[path] for path in paths], "test")
+    for prompt, path in zip(prompts, paths, strict=True):
+        scores = torch.tensor(store.get(prompt.question.id, path))
+        assert rewards.reward(prompt, path) == pytest.approx(scores.softmax(0)[prompt.gold].item(), abs=1e-6)
+        assert rewards.is_right(prompt, path) == (int(scores.argmax()) == prompt.gold)
     # the routers read the context alone, and along the path
+    windows, _ = rewards.windows(paths)
     alone = routed.model(
         input_ids=torch.tensor([prompts[0].input_ids]), layer_indices=[0, 3, 4, 5, 5], output_router_inputs=True
     )
-    torch.testing.assert_close(found.windows[0], alone.router_inputs[0])
+    torch.testing.assert_close(windows[0], alone.router_inputs[0])
 
 
 def test_the_program_makes_a_checkpoint_and_resumes(toy, tmp_path, monkeypatch):
@@ -153,7 +186,7 @@ def test_the_program_makes_a_checkpoint_and_resumes(toy, tmp_path, monkeypatch):
 
 def test_the_price_decides_which_edits_stay():
     rewards = KnownRewards(40)
-    # repeating block 5 gains 0.03 for half of the questions, which a block application at 0.25 outweighs
-    paths = LikelihoodPaths(rewards, Growth(groups=2, pilot=20, keep=6, max_edits=1, price=0.25))
-    assert not paths.edits[:, 2].any()
+    # repeating block 5 gains 0.03 for half of the questions, which a block application at 0.05 outweighs
+    paths = LikelihoodPaths(rewards, rewards.groups(), Growth(pilot=20, keep=6, max_edits=2, price=0.05))
     assert set(paths.labels()) == {(1, 1, 0, 1, 1, 1), (1, 1, 1, 1, 0, 1)}
+    assert {len(chain) for chain in paths.chains} == {2}
