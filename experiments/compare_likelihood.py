@@ -128,15 +128,18 @@ class Comparison:
         self.prompts = [LikelihoodPrompt.of(question, self.tokenizer) for question in questions]
         store = ScoreStore(arguments.work_dir / "test", self.key, state.process_index)
         self.rewards = self._rewards(self.prompts, store)
-        self.base = self.along("base", [default_path(self.num_blocks)] * len(self.prompts))
+        self.default = [default_path(self.num_blocks)] * len(self.prompts)
 
     def _rewards(self, prompts: list[LikelihoodPrompt], store: ScoreStore) -> LikelihoodRewards:
         arguments = self.arguments
         return LikelihoodRewards(self.routed, prompts, store, self.state, arguments.batch_size, arguments.normalised)
 
+    def score(self, methods: Sequence[Sequence[BlockPath]]) -> None:
+        """Scores the test questions along the paths of all methods, so that a question's paths share their blocks."""
+        self.rewards.score([list(paths) for paths in zip(*methods, strict=True)], "test questions")
+
     def along(self, name: str, paths: Sequence[BlockPath]) -> Outcome:
-        """The outcome of one path per test question, reported on stderr."""
-        self.rewards.score([[path] for path in paths], name)
+        """The outcome of one scored path per test question, reported on stderr."""
         right = [float(self.rewards.is_right(prompt, path)) for prompt, path in zip(self.prompts, paths, strict=True)]
         outcome = Outcome(right, [float(sum(path)) for path in paths])
         if self.state.is_main_process:
@@ -226,20 +229,21 @@ def compare(arguments: argparse.Namespace, state: PartialState) -> dict:
     for name in list(methods):
         methods[f"random: rates of {name}"] = [random_paths(paths, seed) for seed, paths in enumerate(methods[name])]
     controls = comparison.controls()
-    outcomes = {"base": [comparison.base]}
+    methods |= {name: [[path] * len(comparison.prompts)] for name, (path,) in controls.items()}
+    comparison.score([comparison.default, *(paths for seeds in methods.values() for paths in seeds)])
+    base = comparison.along("base", comparison.default)
+    outcomes = {"base": [base]}
     for name, seeds in methods.items():
         outcomes[name] = [
             comparison.along(f"{name}, seed {seed}" if len(seeds) > 1 else name, paths)
             for seed, paths in enumerate(seeds)
         ]
-    for name, (path,) in controls.items():
-        outcomes[name] = [comparison.along(name, [path] * len(comparison.prompts))]
-    static = [comparison.base, *(found[0] for name, found in outcomes.items() if name.startswith("static"))]
+    static = [base, *(found[0] for name, found in outcomes.items() if name.startswith("static"))]
     return {
         "test_questions": len(comparison.prompts),
         "metric": "acc_norm" if arguments.normalised else "acc",
         "base": comparison.key,
-        "rows": [method_row(name, found, comparison.base, static) for name, found in outcomes.items()],
+        "rows": [method_row(name, found, base, static) for name, found in outcomes.items()],
         "sets": {name: comparison.per_set(Outcome.average(found)) for name, found in outcomes.items()},
         "paths": {name: list(path) for name, (path,) in controls.items()},
         "oracle": None,

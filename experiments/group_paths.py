@@ -79,7 +79,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_growth_arguments(likelihood)
     add = parser.add_argument
     add("--batch_size", type=int, default=64, help="questions per forward pass")
-    add("--seed", type=int, default=0, help="of the routers' initial weights and the order of questions")
+    add("--seed", type=int, default=0, help="of the order of questions")
+    add("--router_seed", type=int, help="of the routers' initial weights and training; default: --seed")
+    add("--measured_dir", type=Path, help="keeps what was measured; default: OUTPUT_DIR-measured")
     add("--output_dir", type=Path, required=True, help="folder of the checkpoint")
     arguments = parser.parse_args(argv)
     check_growth_arguments(arguments)
@@ -90,6 +92,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         price=(-math.inf, math.inf),
         validation_questions=(0, math.inf),
         seed=(0, MAX_SEED),
+        router_seed=(0, MAX_SEED),
     )
     expand_sets(arguments.dataset)
     if arguments.unlike:
@@ -97,6 +100,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.dtype != "auto":
         parse_dtype(arguments.dtype)
     check_output_folder(arguments.output_dir, "--output_dir")
+    if arguments.measured_dir is None:
+        arguments.measured_dir = arguments.output_dir.with_name(arguments.output_dir.name + "-measured")
+    check_output_folder(arguments.measured_dir, "--measured_dir")
+    if arguments.router_seed is None:
+        arguments.router_seed = arguments.seed
     return arguments
 
 
@@ -126,7 +134,7 @@ def train_by_generation(arguments: argparse.Namespace, routed, tokenizer, measur
     paths = PathsOfGroups(rewards, arguments.groups, arguments.most_skips)
     labels = paths.labels(arguments.price)
     describe(labels, state)
-    paths.train_routers(arguments.price, arguments.seed)
+    paths.train_routers(arguments.price, arguments.router_seed)
     return labels
 
 
@@ -155,7 +163,7 @@ def train_by_likelihood(arguments: argparse.Namespace, routed, tokenizer, measur
     paths = LikelihoodPaths(rewards, groups, growth, torch.tensor(validation))
     labels = paths.labels()
     describe(labels, state)
-    paths.train_routers(labels, arguments.seed)
+    paths.train_routers(labels, arguments.router_seed)
     return labels
 
 
@@ -181,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(arguments.model, arguments.revision)
     routed = load_base(arguments, state)
     chat = arguments.reward == "generation" and wants_chat_template("auto", arguments.model, tokenizer)
-    measured = arguments.output_dir.with_name(arguments.output_dir.name + "-measured")
+    measured = arguments.measured_dir
     train = train_by_generation if arguments.reward == "generation" else train_by_likelihood
     try:
         labels = train(arguments, routed, tokenizer, measured, state)

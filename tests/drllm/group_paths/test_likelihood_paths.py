@@ -182,6 +182,14 @@ def test_the_program_makes_a_checkpoint_and_resumes(toy, tmp_path, monkeypatch):
     assert sorted((tmp_path / "again-measured" / "00000.jsonl").read_bytes().splitlines(keepends=True)) == sorted(lines)
     first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("groups", "again"))
     assert all(torch.equal(first[name], again[name]) for name in first)
+    # other routers on the same measurements
+    another = [*arguments.split(), "--router_seed", "1", "--measured_dir", str(tmp_path / "groups-measured")]
+    assert group_paths.main([*another, "--output_dir", str(tmp_path / "another")]) == 0
+    assert len((tmp_path / "groups-measured" / "00000.jsonl").read_bytes().splitlines()) == len(lines)
+    other = load_file(tmp_path / "another" / "model.safetensors")
+    changed = {name for name in first if not torch.equal(first[name], other[name])}
+    assert changed
+    assert all("router" in name for name in changed)
 
 
 def test_the_price_decides_which_edits_stay():
