@@ -15,7 +15,7 @@ EVALUATE = PYTHON=$(BIN)/python ./eval.sh --data_dir miniature/data --labels $(D
 # make llm: MODEL=FOLDER_OR_NAME (default: the weights of requirements-llm.txt), DATA_DIR=FOLDER (default: the Hub),
 # LIMIT=training questions per set, TEST=test questions per set, PROCESSES=1.
 LLM := runs/llm
-LIMIT := 120
+LIMIT := 80
 TEST := 300
 PROCESSES := 2
 LLM_SETS := arc,openbookqa,commonsense
@@ -68,11 +68,12 @@ compare_methods: $(VENV)/.installed
 # the table of both beside static paths. Run it again to resume.
 llm: $(VENV)/.installed-llm $(if $(MODEL),,$(LLM)/model)
 	$(LLM_RUN) data_generation.py --reward likelihood --model $(LLM_MODEL) $(LLM_DATA) --dataset $(LLM_SETS) \
-	  --limit $(LIMIT) --samples $(LIMIT) --batch_size 8 --concurrency 32 --output_dir $(LLM)/labels
+	  --unlike $(LLM_SETS) --limit $(LIMIT) --samples $(LIMIT) --batch_size 8 --concurrency 32 --output_dir $(LLM)/labels
 	$(BIN)/python train.py --data $(LLM)/labels --model_id $(LLM_MODEL) --output_dir $(LLM)/checkpoints \
 	  --run_name published --warmup_steps 100
 	$(LLM_RUN) -m experiments.group_paths --reward likelihood --model $(LLM_MODEL) $(LLM_DATA) --dataset $(LLM_SETS) \
-	  --train_questions $(LIMIT) --groups 4 --price 0.01 --most_skips 3 --candidates 4 --batch_size 8 --output_dir $(LLM)/checkpoints/groups
+	  --unlike $(LLM_SETS) --train_questions $(LIMIT) --validation_questions $(LIMIT) --most_skips 3 --candidates 4 \
+	  --batch_size 8 --output_dir $(LLM)/checkpoints/groups
 	for name in published groups; do \
 	  PYTHON=$(BIN)/python ./eval.sh $(LLM)/checkpoints/$$name $(LLM_DATA) --limit $(TEST) --num_processes $(PROCESSES) \
 	    --batch_size 8 --output_dir $(LLM)/results/$$name || exit; \
@@ -80,7 +81,7 @@ llm: $(VENV)/.installed-llm $(if $(MODEL),,$(LLM)/model)
 	$(LLM_RUN) -m experiments.compare_likelihood --model $(LLM_MODEL) $(LLM_DATA) --sets $(LLM_SETS) \
 	  --test_questions $(TEST) --checkpoint paper=$(LLM)/checkpoints/published \
 	  --checkpoint "group paths=$(LLM)/checkpoints/groups" --train_scores $(LLM)/checkpoints/groups-measured \
-	  --train_questions $(LIMIT) --work_dir $(LLM)/compared --output $(LLM)/results/comparison.json
+	  --unlike $(LLM_SETS) --train_questions $(LIMIT) --candidates 4 --price 0.004 --work_dir $(LLM)/compared --output $(LLM)/results/comparison.json
 
 $(LLM)/model: | $(VENV)/.installed-llm
 	$(BIN)/python -m drllm.gguf_checkpoint "$$($(BIN)/python -c '$(LLM_WEIGHTS)')/SmolLM2-135M-Instruct.Q4_1.gguf" \
