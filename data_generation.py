@@ -93,7 +93,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "question must be the most probable one, as in lm-eval's acc (_norm: acc_norm)",
     )
     add("--inject_boxed", action="store_true", help=r"end math prompts with \boxed{ (Appendix A, for base models)")
-    add("--strict_letters", action="store_true", help="multiple choice: only a leading A, B, C or D is an answer")
+    add(
+        "--strict_letters",
+        action="store_true",
+        help="multiple choice: the response must begin with A, B, C or D, standing alone, so items with labels 1 to 4 "
+        "or E are wrong; without it, every item's own labels count, in the usual phrasings",
+    )
     add("--batch_size", type=int, default=BATCH_SIZE, help="rows per batch; halved when memory runs out")
     add("--concurrency", type=int, default=None, help="questions searched at once; default: 2 batches")
     args = parser.parse_args(arguments)

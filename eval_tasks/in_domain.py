@@ -6,7 +6,8 @@
 
 Everything that defines a score (rows, prompts, response limits, graders) is `drllm/questions/`; this file adapts it
 to lm-eval. Rows come from the Hub, or with `--metadata data_dir=FOLDER` from local files of the same schema
-(`{FOLDER}/arc_easy_test.jsonl`, `dart_math_test.jsonl`, ...).
+(`{FOLDER}/arc_easy_test.jsonl`, `dart_math_test.jsonl`, ...). Responses have the default format, or that of
+`--metadata '{"response_format": {...}}'` (`ResponseFormat.as_dict`), which eval.sh takes from the checkpoint's labels.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from lm_eval.api.task import ConfigurableTask
 # `lm_eval --include_path eval_tasks` may run from any folder, and the repository is not installed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from drllm.questions.grading import grade
 from drllm.questions.likelihood import likelihood_text
-from drllm.questions.prompts import render_prompt, response_limit
+from drllm.questions.prompts import render_prompt
+from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import Question, load_questions
 
 _FIELDS = ("set", "id", "text", "choices", "labels", "answer", "context")
@@ -36,18 +37,13 @@ def _question(doc: dict[str, Any]) -> Question:
 
 
 def doc_to_text(doc: dict[str, Any]) -> str:
-    """The prompt of `--reward generation`."""
+    """The prompt of `--reward generation` in the default response format."""
     return render_prompt(_question(doc))
 
 
 def doc_to_target(doc: dict[str, Any]) -> str:
     """The gold answer: a label, or a LaTeX expression."""
     return doc["answer"]
-
-
-def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Accuracy of one response, by the grader of the search."""
-    return {"acc": float(grade(_question(doc), results[0]))}
 
 
 def likelihood_context(doc: dict[str, Any]) -> str:
@@ -88,12 +84,25 @@ class QuestionSetTask(ConfigurableTask):
 class InDomainTask(QuestionSetTask):
     """A question set whose answers are generated."""
 
+    @property
+    def response_format(self) -> ResponseFormat:
+        """`--metadata '{"response_format": {...}}'`, or the default."""
+        return ResponseFormat.of_dict((self.config.metadata or {}).get("response_format") or {})
+
+    def doc_to_text(self, doc: dict[str, Any], *_: Any, **__: Any) -> str:
+        """The prompt, with the start of the response if the format has one."""
+        return render_prompt(_question(doc), self.response_format)
+
+    def process_results(self, doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+        """Accuracy of one response, by the grader of the search."""
+        return {"acc": float(self.response_format.grade(_question(doc), results[0]))}
+
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> Instance:
-        """One generation, limited as in the paper: ARC to 2 new tokens for base models and 10 with a chat template."""
+        """One generation with the limit of the response format; by default ARC 2 (chat template: 10), DART 15."""
         chat = kwargs.get("apply_chat_template", False)
         request = super().construct_requests(doc, ctx, **kwargs)
         generation = request.arguments[1]
-        generation.setdefault("max_gen_toks", response_limit(_question(doc), chat))  # --gen_kwargs wins
+        generation.setdefault("max_gen_toks", self.response_format.limit(doc["set"], chat))  # --gen_kwargs wins
         # The search is plain greedy decoding, whatever the model's generation config says (Qwen2.5's: 1.05).
         generation.setdefault("repetition_penalty", 1.0)
         return request

@@ -26,7 +26,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from drllm.evaluation.outcomes import EvaluationQuestions, answer_along, load_te
 from drllm.files import check_output_file, check_output_folder, read_json, write_json
 from drllm.labels import LabelSet, read_labels
 from drllm.provenance import command_line, write_result
+from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import GROUPS, expand_sets
 from drllm.rollouts.engine import RolloutEngine
 from drllm.rollouts.routed_paths import routed_paths
@@ -77,11 +78,12 @@ ABLATIONS: dict[str, dict[str, list[tuple[str, dict]]]] = {
 
 @dataclass(frozen=True)
 class QuestionSource:
-    """Where test questions come from: sets, folder of the question files (None: the Hub), chat template."""
+    """Test questions: sets, folder of the question files (None: the Hub), chat template, format of the responses."""
 
     sets: list[str]
     data_dir: Path | None
     chat: bool
+    response_format: ResponseFormat = field(default_factory=ResponseFormat)
 
 
 def source_of(
@@ -111,8 +113,12 @@ def source_of(
         raise UserError(f"the folder of questions {data_dir} does not exist; pass the one to test on as --data_dir")
     if len({bool(manifest["chat_template"]) for manifest in manifests}) > 1:
         raise UserError("some of the labels were made with the chat template and some without; use them one by one")
+    chat = bool(manifests[0]["chat_template"])
+    formats = [ResponseFormat.of_manifest(manifest).without_defaults(chat) for manifest in manifests]
+    if any(response_format != formats[0] for response_format in formats):
+        raise UserError("the labels were made with several response formats; use them one by one")
     labelled = {row["set"] for part in labels for row in part.rows}
-    return QuestionSource(sets or sorted(labelled), data_dir, bool(manifests[0]["chat_template"]))
+    return QuestionSource(sets or sorted(labelled), data_dir, chat, formats[0])
 
 
 def evaluate(routed, engine: RolloutEngine, test: EvaluationQuestions) -> dict[str, float]:
@@ -208,7 +214,7 @@ def run_ablation(
         routed = join_routers(config.checkpoint / "routers", record["base_model"]["name"]).to(device)
         if engine is None:
             engine = RolloutEngine(routed, tokenizer, BATCH_SIZE, reuse_default_states=False)
-            test = load_test_questions(engine, source.sets, source.data_dir, source.chat, limit)
+            test = load_test_questions(engine, source.sets, source.data_dir, source.chat, limit, source.response_format)
         result = _evaluate_once(routed, engine, test, config.checkpoint / "test.json")
         print(
             f"test: accuracy {result['accuracy']:.1%} (base {result['base_accuracy']:.1%}), layers "

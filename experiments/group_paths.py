@@ -33,7 +33,7 @@ from drllm.group_paths.likelihood_paths import LikelihoodPaths, groups_by_set, g
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.group_paths.margin_rewards import Answered, MarginRewards, RoundStore
 from drllm.group_paths.paths import PathsOfGroups
-from drllm.miniature import MINIATURE_MODEL
+from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
 from drllm.processes import process_state
 from drllm.provenance import commit, dtype_name, fingerprint, parse_dtype, versions
 from drllm.questions.likelihood import REWARDS, LikelihoodPrompt
@@ -60,7 +60,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", default=str(MINIATURE_MODEL), help="folder or Hub name of a base model")
     add("--revision", help="of a model on the Hub")
     add("--dtype", default="auto", help="of the base; auto: bfloat16 on a GPU, float32 on a CPU")
-    add("--data_dir", type=Path, help="local question files in the Hub's schema; without it, the Hub")
+    add(
+        "--data_dir",
+        type=Path,
+        help="local question files in the Hub's schema; without it, those of the bundled model, or the Hub",
+    )
     add("--dataset", default="arc,dart", help="question sets and groups, comma-separated")
     add(
         "--unlike",
@@ -105,6 +109,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     check_output_folder(arguments.measured_dir, "--measured_dir")
     if arguments.router_seed is None:
         arguments.router_seed = arguments.seed
+    if arguments.data_dir is None and arguments.model == str(MINIATURE_MODEL):
+        arguments.data_dir = MINIATURE_DATA
     return arguments
 
 

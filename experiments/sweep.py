@@ -21,13 +21,12 @@ from drllm.arguments import check_device, check_ranges, parse_list
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.layer_counts import LayerCounts
 from drllm.evaluation.lm_eval_model import RoutedLM
-from drllm.evaluation.protocol import uses_chat_template
+from drllm.evaluation.protocol import response_format_of, uses_chat_template
 from drllm.evaluation.runs import Estimate
 from drllm.files import check_output_file
 from drllm.labels import read_labels
 from drllm.provenance import command_line, parse_dtype, write_result
-from drllm.questions.grading import grade
-from drllm.questions.prompts import apply_template, render_prompt, response_limit
+from drllm.questions.prompts import Prompt
 from drllm.questions.sets import Question, expand_sets, load_questions
 
 PROGRAM = "python -m experiments.sweep"
@@ -57,12 +56,8 @@ def validation_questions(
     return questions
 
 
-def run_at(lm: RoutedLM, questions: list[Question], prompts: list[str], chat: bool, control: float) -> dict:
-    """Accuracy, layers and shares of actions with the knob at `control`.
-
-    Args:
-        prompts: of `questions`, with the chat template where `chat` says so.
-    """
+def run_at(lm: RoutedLM, prompts: list[Prompt], control: float) -> dict:
+    """Accuracy, layers and shares of actions with the knob at `control`."""
     lm.model.model.routing_control = control
     lm.layer_counts = LayerCounts()
     greedy = {"until": [], "do_sample": False, "repetition_penalty": 1.0}  # as the search answers
@@ -70,15 +65,16 @@ def run_at(lm: RoutedLM, questions: list[Question], prompts: list[str], chat: bo
         Instance(
             request_type="generate_until",
             doc={},
-            arguments=(prompt, greedy | {"max_gen_toks": response_limit(question, chat)}),
+            arguments=(prompt.text, greedy | {"max_gen_toks": prompt.max_new_tokens}),
             idx=0,
             metadata=("sweep", number, 1),
         )
-        for number, (question, prompt) in enumerate(zip(questions, prompts, strict=True))
+        for number, prompt in enumerate(prompts)
     ]
     responses = lm.generate_until(requests, disable_tqdm=True)
     right = Estimate.of(
-        float(grade(question, response)) for question, response in zip(questions, responses, strict=True)
+        float(prompt.response_format.grade(prompt.question, response))
+        for prompt, response in zip(prompts, responses, strict=True)
     )
     counts = lm.layer_counts.summary()["sweep"]
     return {
@@ -142,7 +138,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--chat_template",
         action=argparse.BooleanOptionalAction,
-        help="whether prompts are a user's turn; without it, as with the checkpoint's labels",
+        help="whether prompts are a user's turn (default: as with the checkpoint's labels)",
     )
     add("--dtype", default="auto", help="of the weights; auto: that of the checkpoint")
     add("--batch_size", type=int, default=32, help="questions per forward pass")
@@ -157,24 +153,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def sweep(lm: RoutedLM, questions: list[Question], chat: bool, knobs: list[float]) -> dict:
+def sweep(lm: RoutedLM, prompts: list[Prompt], knobs: list[float]) -> dict:
     """The base model and the routed one at each of `knobs`, printed as a table while it is measured."""
-    prompts = [apply_template(render_prompt(question), lm.tokenizer, chat) for question in questions]
     lm.model.model.is_static_routing = True
-    base = run_at(lm, questions, prompts, chat, -0.5) | {"routing_control": 0.5}
+    base = run_at(lm, prompts, -0.5) | {"routing_control": 0.5}
     lm.model.model.is_static_routing = False
     points = []
     print(f"{'p':>6} {'accuracy':>9} {'layers':>8}   (base: {100 * base['accuracy']:.2f}, ", end="")
-    print(f"{base['blocks_per_query']:.2f}; {len(questions)} questions)")
+    print(f"{base['blocks_per_query']:.2f}; {len(prompts)} questions)")
     for knob in knobs:
-        points.append(run_at(lm, questions, prompts, chat, knob))
+        points.append(run_at(lm, prompts, knob))
         print(f"{knob:6.2f} {100 * points[-1]['accuracy']:9.2f} {points[-1]['blocks_per_query']:8.2f}", flush=True)
     return {
-        "questions": len(questions),
+        "questions": len(prompts),
         "base": base,
         "points": points,
         "chosen": choose(points, base),
-        "probabilities": probability_histogram(lm, prompts, lm.batch_size),
+        "probabilities": probability_histogram(lm, [prompt.text for prompt in prompts], lm.batch_size),
     }
 
 
@@ -192,8 +187,12 @@ def main(argv: list[str] | None = None) -> None:
     chat = arguments.chat_template
     if chat is None:
         chat = uses_chat_template("auto", Path(arguments.checkpoint))
+    responses = response_format_of(Path(arguments.checkpoint))
+    print(f"{'with' if chat else 'without'} chat template; responses: {responses.describe() or 'the default format'}")
+    prompts = [Prompt.of(question, lm.tokenizer, chat, responses) for question in questions]
     result = {"checkpoint": arguments.checkpoint, "dataset": arguments.dataset}
-    result |= sweep(lm, questions, chat, arguments.knobs)
+    result |= {"chat_template": chat, "response_format": responses.as_dict()}
+    result |= sweep(lm, prompts, arguments.knobs)
     seconds = time.perf_counter() - start
     write_result(arguments.output, result, command=command_line(PROGRAM, argv), seed=None, seconds=seconds)
     chosen, base = result["chosen"], result["base"]

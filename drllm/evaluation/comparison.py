@@ -36,6 +36,7 @@ from drllm.evaluation.protocol import (
     LABELS,
     Protocol,
     default_tasks,
+    describe_parts,
     parse_path,
     reward_of,
     reward_warning,
@@ -71,7 +72,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--chat_template",
         choices=("auto", "on", "off"),
         default="auto",
-        help="auto: in-domain tasks as the labels were made, all other tasks without",
+        help="auto: in-domain tasks as the labels were made (their response format, too), all other tasks without",
     )
     add("--chat_template_tasks", default="", help="further tasks with the chat template, comma-separated")
     add(
@@ -80,7 +81,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="generation settings of out-of-domain tasks, e.g. max_new_tokens=2048 (the paper's limit); default: "
         "those of lm-eval's tasks",
     )
-    add("--dart_max_new_tokens", type=int, default=None, help="limit on new tokens for DART; default: 15")
+    add(
+        "--dart_max_new_tokens",
+        type=int,
+        default=None,
+        help="limit on new tokens for DART; default: that of the labels",
+    )
     add("--dtype", default="auto", help="auto: that of the checkpoint")
     add("--batch_size", default="32", help="a number, auto or auto:N; results do not depend on it")
     add("--device", default=None, help="cuda, cuda:0, cpu, ...; default: a GPU if there is one")
@@ -168,6 +174,7 @@ def main() -> None:
     output = Path(args.output_dir or ROOT / "results" / Path(args.checkpoint[0]).resolve().name)
     check_output_folder(output, "--output_dir")
     runs = plan(args)
+    print("\n".join(describe_parts(runs[BASE]["parts"])), flush=True)
     for checkpoint in map(Path, args.checkpoint):
         if warning := reward_warning(checkpoint, runs[BASE]["tasks"]):
             print(warning, file=sys.stderr, flush=True)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from drllm.errors import UserError
 from drllm.evaluation.protocol import canonical_gen_kwargs
 from drllm.files import DISK_FULL, check_output_file, check_output_folder, disk_errors
+from drllm.questions.response_format import ResponseFormat
 
 TASKS_FOLDER = Path(__file__).resolve().parents[2] / "eval_tasks"
 
@@ -102,14 +105,34 @@ def lm_eval_arguments(arguments: list[str]) -> list[str]:
         arguments += ["--batch_size", "8"]  # lm-eval's default is 1
     if gen_kwargs := _take_list(arguments, "--gen_kwargs"):
         arguments += ["--gen_kwargs", *canonical_gen_kwargs(gen_kwargs)]
+    metadata: dict[str, Any] = {}
     if (data_dir := _take(arguments, "--data_dir")) is not None:
         if not Path(data_dir).is_dir():
             raise UserError(f"--data_dir {data_dir} does not exist or is not a folder")
-        arguments += ["--metadata", f"data_dir={data_dir}"]
+        metadata["data_dir"] = data_dir
+    if (text := _take(arguments, "--response_format")) is not None:
+        metadata["response_format"] = _response_format(text).as_dict()
+    if metadata:
+        arguments += ["--metadata", json.dumps(metadata)]
     if _index(arguments, "--include_path") is None:
         arguments += ["--include_path", str(TASKS_FOLDER)]
     arguments += ["--model", model]
     return arguments + (["--model_args", *_joined(model_args)] if model_args else [])
+
+
+def _response_format(text: str) -> ResponseFormat:
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise UserError(
+            f"--response_format {text}: must be a JSON object, e.g. " + '{"max_new_tokens": {"dart-1": 20}}'
+        )
+    try:
+        return ResponseFormat.of_dict(fields)
+    except UserError as error:
+        raise UserError(f"--response_format: {error}") from None
 
 
 def _joined(model_args: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path as FilePath
 
 from drllm.questions.prompts import Prompt
+from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import load_questions
 from drllm.rollouts.engine import Request, RolloutEngine
 from train_models.paths import Path, default_path
@@ -80,16 +81,22 @@ class EvaluationQuestions:
 
 
 def load_test_questions(
-    engine: RolloutEngine, sets: Sequence[str], data_dir: FilePath | None, chat: bool, limit: int | None
+    engine: RolloutEngine,
+    sets: Sequence[str],
+    data_dir: FilePath | None,
+    chat: bool,
+    limit: int | None,
+    response_format: ResponseFormat | None = None,
 ) -> EvaluationQuestions:
     """The test questions of `sets`, at most `limit` per set, answered along the default path.
 
     Args:
         data_dir: local question files; None: the Hub.
         chat: whether prompts get the chat template.
+        response_format: of the responses; None: the default.
     """
     questions = [question for name in sets for question in load_questions(name, "test", data_dir, limit)]
-    prompts = [Prompt.of(question, engine.tokenizer, chat) for question in questions]
+    prompts = [Prompt.of(question, engine.tokenizer, chat, response_format) for question in questions]
     return EvaluationQuestions(prompts, answer_along(engine, prompts, [default_path(engine.num_blocks)] * len(prompts)))
 
 

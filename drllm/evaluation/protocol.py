@@ -1,7 +1,7 @@
 """Which settings each evaluation task gets: chat template, generation limits, and the default tasks of a checkpoint.
 
-* In-domain tasks (`drllm_arc`, `drllm_dart`, ...) repeat what the labels were made with: their chat template, and
-  limits on new tokens that `--gen_kwargs` does not change.
+* In-domain tasks (`drllm_arc`, `drllm_dart`, ...) repeat what the labels were made with: their chat template and
+  response format (limits on new tokens, start of the response, grading), which `--gen_kwargs` does not change.
 * Log-likelihood tasks of the label sets (`drllm_ll_*`) have lm-eval's own prompts, without a chat template.
 * All other tasks run with lm-eval's defaults: no chat template unless it is requested, and the task's own generation
   settings unless `--gen_kwargs` overrides them (the paper's Section 5: at most 2,048 tokens).
@@ -17,6 +17,7 @@ from typing import Any
 
 from drllm.errors import UserError
 from drllm.files import read_json
+from drllm.questions.response_format import ResponseFormat
 
 GENERATION_TASKS = "drllm_arc,drllm_dart"
 LIKELIHOOD_PREFIX = "drllm_ll_"
@@ -57,6 +58,25 @@ def uses_chat_template(setting: str, checkpoint: Path) -> bool:
     if setting != "auto":
         return setting == "on"
     return any(manifest.get("chat_template", False) for manifest in read_manifests(checkpoint))
+
+
+def response_format_of(checkpoint: Path) -> ResponseFormat:
+    """The response format that the labels of a checkpoint were made with, without limits that are the default.
+
+    Raises:
+        UserError: a damaged manifest, or labels of several formats.
+    """
+    formats = []
+    for manifest in read_manifests(checkpoint):
+        try:
+            response_format = ResponseFormat.of_manifest(manifest)
+        except UserError as error:
+            raise UserError(f"{checkpoint / LABELS}: {error}; {FIX_LABELS}") from None
+        formats.append(response_format.without_defaults(manifest.get("chat_template", False)))
+    if any(other != formats[0] for other in formats[1:]):
+        texts = " and ".join(dict.fromkeys(part.describe() or "the default" for part in formats))
+        raise UserError(f"{checkpoint / LABELS}: labels of several response formats ({texts}); train on those of one")
+    return formats[0] if formats else ResponseFormat()
 
 
 def reward_of(checkpoint: Path) -> str:
@@ -124,16 +144,20 @@ class Part:
         tasks: comma-separated.
         chat_template: whether prompts have the model's chat template.
         gen_kwargs: overrides the tasks' generation settings; None keeps them.
+        response_format: of in-domain responses, as JSON (`ResponseFormat.as_dict`); None: the default.
     """
 
     tasks: str
     chat_template: bool
     gen_kwargs: str | None
+    response_format: str | None = None
 
     @property
     def record(self) -> dict[str, Any]:
-        """The part as JSON."""
-        return asdict(self)
+        """The part as JSON; without `response_format` for the default."""
+        fields = asdict(self)
+        text = fields.pop("response_format")
+        return fields if text is None else fields | {"response_format": json.loads(text)}
 
 
 @dataclass(frozen=True)
@@ -144,7 +168,7 @@ class Protocol:
         chat_template: "on" or "off" for all tasks; "auto": in-domain tasks as the labels, others without.
         chat_template_tasks: further tasks that get the chat template.
         gen_kwargs: generation settings for out-of-domain tasks, e.g. "max_new_tokens=2048".
-        dart_max_new_tokens: limit on new tokens for DART; None: the limit of the labels, 15.
+        dart_max_new_tokens: limit on new tokens for DART; None: the limit of the labels.
     """
 
     chat_template: str = "auto"
@@ -164,15 +188,22 @@ class Protocol:
         if missing := sorted(set(self.chat_template_tasks) - set(names)):
             raise UserError(f"--chat_template_tasks {','.join(missing)}: not among --tasks {tasks}")
         labels_have_template = uses_chat_template(self.chat_template, checkpoint)
+        responses = response_format_of(checkpoint)
+        if responses.inject_boxed and labels_have_template:
+            raise UserError(
+                "--chat_template on: the labels have boxed responses, which need prompts without a template"
+            )
+        of_labels = None if responses == ResponseFormat() else json.dumps(responses.as_dict())
         gen_kwargs = None if self.gen_kwargs is None else canonical_gen_kwargs([self.gen_kwargs])[0]
-        grouped: dict[tuple[bool, str | None], list[str]] = {}
+        grouped: dict[tuple[bool, str | None, str | None], list[str]] = {}
         for name in names:
             from_labels = is_in_domain(name) and not is_likelihood(name)
             chat = labels_have_template if from_labels else self.chat_template == "on"
             limits = None if is_in_domain(name) else gen_kwargs
             if name.startswith("drllm_dart") and self.dart_max_new_tokens is not None:
                 limits = f"{LIMIT_NAMES[0]}={self.dart_max_new_tokens}"
-            grouped.setdefault((chat or name in self.chat_template_tasks, limits), []).append(name)
+            settings = (chat or name in self.chat_template_tasks, limits, of_labels if from_labels else None)
+            grouped.setdefault(settings, []).append(name)
         return [Part(",".join(members), *settings) for settings, members in grouped.items()]
 
 
@@ -197,11 +228,18 @@ def parse_path(path: str | int, num_blocks: int) -> str:
 
 def describe_parts(parts: Iterable[dict[str, Any]]) -> list[str]:
     """One sentence per part of a recorded run, for the notes under a table."""
-    return [
-        f"{part['tasks'].replace(',', ', ')}: {'with' if part['chat_template'] else 'without'} chat template, "
-        + (f"generation settings {part['gen_kwargs']}." if part["gen_kwargs"] else "the tasks' generation settings.")
-        for part in parts
-    ]
+    return [f"{part['tasks'].replace(',', ', ')}: {', '.join(_settings(part))}." for part in parts]
+
+
+def _settings(part: dict[str, Any]) -> Iterable[str]:
+    yield f"{'with' if part['chat_template'] else 'without'} chat template"
+    responses = ResponseFormat.of_dict(part.get("response_format") or {}).describe()
+    if responses:
+        yield f"response format of the labels ({responses})"
+    if part["gen_kwargs"]:
+        yield f"generation settings {part['gen_kwargs']}"
+    elif not responses:
+        yield "the tasks' generation settings"
 
 
 def canonical_gen_kwargs(values: Sequence[str]) -> list[str]:

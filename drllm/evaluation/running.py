@@ -97,6 +97,7 @@ def _launch_command(
         "--model_args": ",".join(part for part in model_args if part),
         "--tasks": part["tasks"],
         "--data_dir": args.data_dir,
+        "--response_format": json.dumps(part["response_format"]) if "response_format" in part else None,
         "--output_path": str(part_folder / "raw"),
         "--use_cache": str(folder / "answers.db"),
         "--batch_size": args.batch_size,

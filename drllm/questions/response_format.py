@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from drllm.errors import UserError
 from drllm.questions.grading import can_still_be_right, grade
 from drllm.questions.math_answers import first_box
 from drllm.questions.sets import SETS, Question
@@ -31,9 +32,44 @@ class ResponseFormat:
 
     @classmethod
     def of_manifest(cls, manifest: Mapping[str, Any]) -> ResponseFormat:
-        """The response format with which labels were made: that of manifest.json, the default for what it lacks."""
-        recorded = manifest.get("arguments", {})
-        return cls(**{name: recorded[name] for name in cls.__dataclass_fields__ if name in recorded})
+        """The response format with which labels were made: that of manifest.json, the default for what it lacks.
+
+        Raises:
+            UserError: a field of another type.
+        """
+        recorded = manifest.get("arguments")
+        return cls.of_dict(recorded if isinstance(recorded, Mapping) else {})
+
+    @classmethod
+    def of_dict(cls, recorded: Mapping[str, Any]) -> ResponseFormat:
+        """The inverse of `as_dict`: the default for what `recorded` lacks, and other entries are ignored.
+
+        Raises:
+            UserError: a field of another type, or a set that does not exist.
+        """
+        fields = {name: recorded[name] for name in cls.__dataclass_fields__ if name in recorded}
+        limits = fields.get("max_new_tokens", {})
+        if not isinstance(limits, Mapping) or not all(
+            name in SETS and type(limit) is int and limit > 0 for name, limit in limits.items()
+        ):
+            raise UserError("'max_new_tokens' does not give a positive integer for each question set")
+        for name in ("inject_boxed", "strict_letters"):
+            if not isinstance(fields.get(name, False), bool):
+                raise UserError(f"{name!r} is not true or false")
+        return cls(**fields)
+
+    def without_defaults(self, chat: bool) -> ResponseFormat:
+        """The same format without the limits that are the default, with a chat template or without one."""
+        default = ResponseFormat()
+        limits = {name: limit for name, limit in self.max_new_tokens.items() if limit != default.limit(name, chat)}
+        return replace(self, max_new_tokens=limits)
+
+    def describe(self) -> str:
+        """What differs from the default, in words; empty for the default."""
+        parts = [f"{name} at most {limit} new tokens" for name, limit in sorted(self.max_new_tokens.items())]
+        parts += ["math prompts end with \\boxed{"] if self.inject_boxed else []
+        parts += ["only a leading A, B, C or D is an answer"] if self.strict_letters else []
+        return ", ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
         """The form in which a manifest records it, under "arguments"."""

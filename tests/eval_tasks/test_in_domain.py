@@ -5,6 +5,7 @@ from lm_eval.tasks import TaskManager
 
 from drllm.errors import UserError
 from drllm.questions.prompts import Prompt, render_prompt, response_limit
+from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import load_questions
 from drllm.rollouts.engine import Request, RolloutEngine
 from tests import search_toys
@@ -60,6 +61,27 @@ def test_tasks_ask_the_questions_of_the_search(folder):
                 assert generation["max_gen_toks"] == response_limit(question, chat)
                 assert generation["until"] == []
                 assert generation["do_sample"] is False
+
+
+def test_the_response_format_of_labels_is_followed(folder):
+    response_format = ResponseFormat({"dart-1": 20, "arc_easy": 4}, inject_boxed=True, strict_letters=True)
+    tasks = _load(["drllm_arc", "drllm_dart"], data_dir=str(folder), response_format=response_format.as_dict())["tasks"]
+    limits = {name: _requests(task)[0].args[1]["max_gen_toks"] for name, task in tasks.items()}
+    assert limits == {name: 15 for name in ALL} | {
+        "drllm_arc_easy": 4,
+        "drllm_arc_challenge": 2,
+        "drllm_dart_1": 20,
+    }
+    math, choice = tasks["drllm_dart_1"], tasks["drllm_arc_easy"]
+    (question, *_) = load_questions("dart-1", "test", folder)
+    assert _requests(math)[0].args[0] == render_prompt(question, response_format)
+    assert _requests(math)[0].args[0].endswith("Answer: \\boxed{")
+    assert math.process_results(math.test_docs()[0], ["0.5}"]) == {"acc": 1.0}
+    assert math.process_results(math.test_docs()[0], ["0.6} \\boxed{0.5}"]) == {"acc": 0.0}
+    three, numeric, _ = list(choice.test_docs())
+    assert choice.process_results(three, [" C."]) == {"acc": 1.0}
+    assert choice.process_results(three, ["The answer is C"]) == {"acc": 0.0}
+    assert choice.process_results(numeric, ["4"]) == {"acc": 0.0}
 
 
 def test_generation_arguments_of_the_command_line_win(folder):

@@ -10,6 +10,7 @@ from drllm.errors import UserError
 from drllm.evaluation.ablation_report import summarise
 from drllm.evaluation.outcomes import EvaluationQuestions, Outcome, load_test_questions
 from drllm.labels import LabelSet
+from drllm.questions.response_format import ResponseFormat
 from drllm.rollouts.engine import RolloutEngine
 from drllm.rollouts.routed_paths import routed_paths
 from drllm.training.trainer import RouterTrainingConfig
@@ -185,6 +186,10 @@ def test_test_questions_are_those_of_the_labels_manifest(tmp_path):
     assert (source.sets, source.data_dir, source.chat) == (["arc_easy", "dart-2"], tmp_path, True)
     hub = ablations.source_of([labels_from(data_dir=None)], ["arc_challenge"])
     assert (hub.sets, hub.data_dir, hub.chat) == (["arc_challenge"], None, False)
+    assert hub.response_format == ResponseFormat()
+    arguments = {"max_new_tokens": {"arc_easy": 2, "dart-2": 20}, "inject_boxed": True}
+    boxed = ablations.source_of([labels_from(data_dir=None, arguments=arguments)])
+    assert boxed.response_format == ResponseFormat({"dart-2": 20}, inject_boxed=True)
     given = ablations.source_of([labels_from(data_dir="/elsewhere"), labels_from()], None, tmp_path)
     assert given.data_dir == tmp_path
 
@@ -197,8 +202,12 @@ def test_test_questions_are_those_of_the_labels_manifest(tmp_path):
         ([labels_from(data_dir="/nowhere")], "/nowhere does not exist; pass the one to test on as --data_dir"),
         ([labels_from(data_dir="a"), labels_from(data_dir="b")], "come from questions of"),
         ([labels_from(data_dir=None), labels_from(data_dir=None, chat_template=True)], "some of the labels"),
+        (
+            [labels_from(data_dir=None), labels_from(data_dir=None, arguments={"inject_boxed": True})],
+            "several response",
+        ),
     ],
-    ids=["no folder", "a number", "missing folder", "two folders", "two templates"],
+    ids=["no folder", "a number", "missing folder", "two folders", "two templates", "two formats"],
 )
 def test_labels_that_do_not_name_their_test_questions_are_refused(labels, sentence):
     with pytest.raises(UserError, match=sentence):

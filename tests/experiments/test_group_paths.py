@@ -14,7 +14,7 @@ from drllm.checkpoints import join_routers, load_routed_checkpoint, load_tokeniz
 from drllm.miniature import MINIATURE_DATA, ROOT
 from drllm.questions.prompts import render_prompt
 from drllm.questions.sets import load_questions
-from experiments.group_paths import main
+from experiments.group_paths import main, parse_arguments
 
 
 def test_one_command_from_questions_to_a_checkpoint(tmp_path):
@@ -82,3 +82,12 @@ def test_an_output_folder_below_a_file_ends_before_the_model_is_loaded(tmp_path,
         assert error.startswith(f"error: --output_dir {tmp_path / place} is ")
         assert error.count("\n") == 1
     assert (tmp_path / "file").read_text() == "content"
+
+
+def test_the_bundled_model_has_its_own_questions(tmp_path):
+    def data_dir(*arguments):
+        return parse_arguments([*arguments, "--output_dir", str(tmp_path / "out")]).data_dir
+
+    assert data_dir() == MINIATURE_DATA
+    assert data_dir("--model", str(tmp_path)) is None
+    assert data_dir("--data_dir", str(tmp_path)) == tmp_path

@@ -1,10 +1,11 @@
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 
 from drllm.evaluation.experiment_figures import draw_sweep
-from drllm.questions.prompts import render_prompt
+from drllm.questions.prompts import Prompt
 from drllm.questions.sets import load_questions
 from experiments import sweep
 from tests.eval_toys import make_base, make_routed, routed_lm
@@ -53,10 +54,28 @@ def test_sweep_from_skip_to_the_base_model(checkpoint, data, tmp_path, run, caps
     assert path.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_response_format_is_that_of_the_labels(checkpoint, data, tmp_path, run, capsys):
+    routed = shutil.copytree(checkpoint, tmp_path / "routed")
+    recorded = {"max_new_tokens": {"dart-1": 3}, "inject_boxed": True, "strict_letters": False}
+    (routed / "labels_manifest.json").write_text(json.dumps({"chat_template": False, "arguments": recorded}))
+    passes = {}
+    for name, folder in (("default", checkpoint), ("labels", routed)):
+        output = tmp_path / f"{name}.json"
+        options = ["--data_dir", data, "--dataset", "dart-1", "--output", output, "--knobs=-0.5", "--batch_size", 8]
+        assert run(folder, *options) == 0
+        result = json.loads(output.read_text())
+        passes[name] = result["base"]["blocks_per_query"] / BLOCKS
+        printed = capsys.readouterr().out
+        assert ("responses: the default format" in printed) == (name == "default")
+    assert result["response_format"] == recorded
+    assert "responses: dart-1 at most 3 new tokens, math prompts end with \\boxed{" in printed
+    assert passes["labels"] <= 3 < passes["default"] <= 15
+
+
 def test_answers_do_not_depend_on_the_generation_config(checkpoint, data, monkeypatch):
     lm = routed_lm(checkpoint, 8)
     questions = load_questions("dart-1", "train", data) + load_questions("dart-2", "train", data)
-    prompts = [render_prompt(question) for question in questions]
+    prompts = [Prompt.of(question, lm.tokenizer, False) for question in questions]
     generate, answers = lm.generate_until, []
 
     def watched(requests, disable_tqdm):
@@ -66,7 +85,7 @@ def test_answers_do_not_depend_on_the_generation_config(checkpoint, data, monkey
     monkeypatch.setattr(lm, "generate_until", watched)
     for penalty in (1.0, 1.5):
         lm.model.generation_config.repetition_penalty = penalty
-        sweep.run_at(lm, questions, prompts, False, -0.5)
+        sweep.run_at(lm, prompts, -0.5)
     assert len(answers[0]) == 8
     assert answers[0] == answers[1]
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,28 @@ def test_tasks_with_settings_of_their_own_are_one_run(checkpoint, data, tmp_path
     )
     assert len((tmp_path / "router" / "command.txt").read_text().splitlines()) == 2
     assert not (tmp_path / "router" / "parts").exists()
+
+
+def test_responses_have_the_format_of_the_labels(checkpoint, data, tmp_path, eval_sh, capsys):
+    routed = shutil.copytree(checkpoint, tmp_path / "routed")
+    recorded = {"max_new_tokens": {"dart-1": 4}, "inject_boxed": True, "strict_letters": False}
+    (routed / "labels_manifest.json").write_text(json.dumps({"chat_template": False, "arguments": recorded}))
+    output = tmp_path / "out"
+    assert (
+        eval_sh(routed, "--data_dir", data, "--output_dir", output, "--device", "cpu", "--tasks", "drllm_dart_1") == 0
+    )
+    sentence = (
+        "drllm_dart_1: without chat template, response format of the labels (dart-1 at most 4 new tokens, math prompts "
+        r"end with \boxed{)."
+    )
+    assert sentence in capsys.readouterr().out
+    assert sentence in (output / "table.md").read_text()
+    for run in load_runs(output):
+        assert [part["response_format"] for part in run.record["run"]["parts"]] == [recorded]
+        assert max(query["passes"] for query in run.queries["drllm_dart_1"].values()) == 4
+    samples = (output / "router" / "samples" / "drllm_dart_1.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["arguments"]["gen_args_0"]["arg_0"] for line in samples]
+    assert all(prompt.endswith(r"\boxed{") for prompt in prompts)
 
 
 CUT_OFF = {

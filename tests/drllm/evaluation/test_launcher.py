@@ -1,3 +1,4 @@
+import json
 import sys
 
 import pytest
@@ -24,7 +25,8 @@ def test_launcher_arguments(tmp_path):
     )
     joined = " ".join(arguments)
     assert "--model drllm --model_args pretrained=x,dtype=float32,response_cache=c.db" in joined
-    assert f"--metadata data_dir={tmp_path}" in joined
+    metadata = json.loads(arguments[arguments.index("--metadata") + 1])
+    assert metadata == {"data_dir": str(tmp_path)}
     assert "--use_cache" not in joined
     assert "eval_tasks" in joined
     kept = " ".join(lm_eval_arguments(["--model", "hf", "--use_cache", "c.db", "--tasks", "t"]))
@@ -142,3 +144,14 @@ def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(lm_eval_tasks, "TaskManager", lm_eval_tasks.TaskManager)
     assert evaluate.main() == 2
     assert "no space left" in capsys.readouterr().err
+
+
+def test_the_response_format_reaches_the_tasks(tmp_path):
+    text = '{"max_new_tokens": {"dart-1": 20}, "inject_boxed": true}'
+    arguments = lm_eval_arguments(["--tasks", "t", "--data_dir", str(tmp_path), "--response_format", text])
+    metadata = json.loads(arguments[arguments.index("--metadata") + 1])
+    response_format = {"max_new_tokens": {"dart-1": 20}, "inject_boxed": True, "strict_letters": False}
+    assert metadata == {"data_dir": str(tmp_path), "response_format": response_format}
+    for bad, message in (("boxed", "must be a JSON object"), ('{"inject_boxed": 1}', "'inject_boxed' is not true")):
+        with pytest.raises(UserError, match=f"--response_format.*{message}"):
+            lm_eval_arguments(["--tasks", "t", "--response_format", bad])

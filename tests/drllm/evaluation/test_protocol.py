@@ -8,10 +8,12 @@ from drllm.evaluation.protocol import (
     canonical_gen_kwargs,
     default_tasks,
     describe_parts,
+    response_format_of,
     reward_of,
     reward_warning,
     uses_chat_template,
 )
+from drllm.questions.response_format import ResponseFormat
 
 TASKS = "drllm_arc,gsm8k,drllm_dart,mmlu,drllm_ll_arc_easy"
 
@@ -77,6 +79,38 @@ def test_settings_are_described(checkpoint):
     ]
 
 
+FORMAT = {"max_new_tokens": {"arc_easy": 2, "dart-1": 20}, "inject_boxed": True, "strict_letters": True}
+
+
+def test_in_domain_tasks_have_the_response_format_of_the_labels(checkpoint):
+    checkpoint({"chat_template": False, "arguments": FORMAT | {"budget": 2.0}})
+    parts = [part.record for part in Protocol().parts(TASKS, checkpoint)]
+    assert [part["tasks"] for part in parts] == ["drllm_arc,drllm_dart", "gsm8k,mmlu,drllm_ll_arc_easy"]
+    # ARC's limit is the default without a chat template, so it is not named.
+    assert parts[0]["response_format"] == FORMAT | {"max_new_tokens": {"dart-1": 20}}
+    assert "response_format" not in parts[1]
+    assert describe_parts(parts[:1]) == [
+        "drllm_arc, drllm_dart: without chat template, response format of the labels (dart-1 at most 20 new tokens, "
+        r"math prompts end with \boxed{, only a leading A, B, C or D is an answer)."
+    ]
+    with pytest.raises(UserError, match="--chat_template on: the labels have boxed responses"):
+        Protocol(chat_template="on").parts(TASKS, checkpoint)
+
+
+def test_limits_of_labels_that_are_the_default_change_nothing(checkpoint):
+    recorded = {"max_new_tokens": {"arc_easy": 10, "dart-5": 15}, "inject_boxed": False, "strict_letters": False}
+    without = [part.record for part in Protocol().parts(TASKS, checkpoint({"chat_template": True}))]
+    checkpoint({"chat_template": True, "arguments": recorded})
+    assert [part.record for part in Protocol().parts(TASKS, checkpoint)] == without
+    assert response_format_of(checkpoint) == ResponseFormat()
+
+
+def test_labels_of_two_response_formats_are_refused(checkpoint):
+    checkpoint([{"arguments": {}}, {"arguments": {"inject_boxed": True}}])
+    with pytest.raises(UserError, match=r"several response formats \(the default and math prompts end with"):
+        Protocol().parts(TASKS, checkpoint)
+
+
 def test_chat_template_follows_the_labels(checkpoint):
     assert not uses_chat_template("auto", checkpoint)
     for manifest in ({"chat_template": True}, [{"chat_template": True}, {"chat_template": True}]):
@@ -119,6 +153,10 @@ def test_another_reward_triggers_a_warning(checkpoint, reward, tasks, is_warned)
         ("[3]", "expected an object or a list of objects"),
         ('{"chat_template": "yes"}', "'chat_template' is not true or false"),
         ('{"reward": "luck"}', "'reward' is not one of generation, likelihood"),
+        ('{"arguments": {"max_new_tokens": 3}}', "'max_new_tokens' does not give a positive integer"),
+        ('{"arguments": {"max_new_tokens": {"arc_easy": 0}}}', "'max_new_tokens' does not give a positive integer"),
+        ('{"arguments": {"max_new_tokens": {"arc": 3}}}', "'max_new_tokens' does not give a positive integer"),
+        ('{"arguments": {"inject_boxed": "no"}}', "'inject_boxed' is not true or false"),
         ('{"reward": []}', "'reward' is not one of generation, likelihood"),
         ("[" * 100_000, "not valid JSON"),
     ],
