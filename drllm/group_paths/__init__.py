@@ -17,4 +17,7 @@ is not only right or wrong:
    routers' probabilities, less the price of the blocks, is maximised directly (`router_training.refine`).
 
 Steps 2, 4 (once per skip) and 6 cost about L / 2 forward passes per training question each.
+
+With `--reward likelihood` (`likelihood_paths`) the reward is the probability of the right option. The groups are the
+question sets, edits may also be repeats, and successive halving spends the questions on the edits that may still win.
 """
