@@ -153,9 +153,9 @@ class LikelihoodPaths:
         model = self.rewards.routed.model
         model.init_routers(seed)
         routers = StackedRouters(model.routers).cpu()
-        along = RewardRound(list(labels), torch.empty(0), *self.rewards.windows(labels))
 
         def weights() -> dict[str, torch.Tensor]:
+            along = RewardRound(list(labels), torch.empty(0), *self.rewards.windows(labels))
             imitate(routers, along, epochs=epochs, learning_rate=1e-3, seed=seed)
             return routers.state_dict()
 
