@@ -1,0 +1,134 @@
+"""MindSkip (Router-Tuning, He et al. 2024, arXiv 2410.13184): one linear router per block, for a whole sequence.
+
+Router l reads the mean of the prompt's hidden states before block l and decides, once per sequence, whether the block
+runs: sigmoid of a linear function, threshold 0.5. Routers learn by the language-model loss with straight-through gates
+and a price on executed blocks that follows the budget; the base is frozen. A decision is one action per block and
+prompt, so the result is a path, and everything that scores paths scores it.
+
+The authors route attention sublayers by default. Here the whole block is routed, because the common budget is counted
+in blocks. Hidden states are RMS-normalised before the mean, so that one learning rate suits all blocks and a first
+token of huge norm does not hide the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from drllm.evaluation.outcomes import Outcome
+from drllm.group_paths.margin_rewards import Answered
+from drllm.rivals.gated_blocks import GatedBlocks, GateTraining, train_gates
+from drllm.rivals.interface import AnyPrompt, Bench, Cost
+from train_models.paths import Path
+
+INITIAL_LOGIT = 1.0  # every block runs at first
+
+
+class SequenceGates(GatedBlocks):
+    """One linear router per block: weight [L, d] and bias [L]."""
+
+    def __init__(self, num_blocks: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_blocks, hidden_size))
+        self.bias = nn.Parameter(torch.full((num_blocks,), INITIAL_LOGIT))
+        self.start()
+
+    def start(self) -> None:
+        """See `GatedBlocks.start`."""
+        self._gates: list[torch.Tensor] = []
+
+    def output(self, block: int, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """The block's output in rows that execute it, its input in the others."""
+        normed = F.rms_norm(before.float(), before.shape[-1:])
+        readable = self.readable[..., None]
+        mean = (normed * readable).sum(1) / readable.sum(1)
+        probability = (mean @ self.weight[block] + self.bias[block]).sigmoid()
+        gate = (probability >= 0.5).float() + probability - probability.detach()  # straight through
+        self._gates.append(gate)
+        return before + gate[:, None, None].to(before.dtype) * (after - before)
+
+    def decisions(self) -> torch.Tensor:
+        """Gates of the last forward pass, [B, L]: 0 or 1."""
+        return torch.stack(self._gates, 1)
+
+    def blocks(self) -> torch.Tensor:
+        """Executed blocks per sequence, [B]."""
+        return self.decisions().sum(1)
+
+    def penalty(self, price: torch.Tensor) -> torch.Tensor:
+        """The price of the mean number of executed blocks."""
+        return price * self.blocks().mean()
+
+    def shift(self, amount: float) -> None:
+        """See `GatedBlocks.shift`."""
+        self.bias.add_(amount)
+
+
+@dataclass(frozen=True)
+class MindSkip:
+    """See the top of this file. training: settings; the price starts at 0 and follows the budget."""
+
+    training: GateTraining = field(default_factory=GateTraining)
+
+    name = "MindSkip"
+
+    def fit(
+        self, routed: PreTrainedModel, questions: Sequence[Answered], skips: int, seed: int, progress: FilePath | None
+    ) -> FittedMindSkip:
+        """See `Rival.fit`."""
+        gates = self._gates(routed)
+        target = routed.config.num_hidden_layers - skips
+        seconds = train_gates(gates, routed, questions, target, self.training, seed, progress)
+        return FittedMindSkip(routed, gates, Cost(_count(gates), seconds))
+
+    def restore(self, routed: PreTrainedModel, tensors: Mapping[str, torch.Tensor], cost: Cost) -> FittedMindSkip:
+        """See `Rival.restore`."""
+        gates = self._gates(routed)
+        gates.load_state_dict(tensors)
+        return FittedMindSkip(routed, gates, cost)
+
+    def _gates(self, routed: PreTrainedModel) -> SequenceGates:
+        return SequenceGates(routed.config.num_hidden_layers, routed.config.hidden_size).to(routed.device)
+
+
+@dataclass
+class FittedMindSkip:
+    """Trained routers on `routed`."""
+
+    routed: PreTrainedModel
+    gates: SequenceGates
+    cost: Cost
+
+    name = MindSkip.name
+
+    @torch.inference_mode()
+    def paths(self, prompts: Sequence[AnyPrompt], batch_size: int = 16) -> list[Path]:
+        """One path per prompt, in their order."""
+        paths: list[Path] = [()] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
+        with self.gates.attached(self.routed):
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                rows = [prompts[index].input_ids for index in chosen]
+                self.gates.run(self.routed, rows, [len(row) for row in rows])
+                for index, decided in zip(chosen, self.gates.decisions().round().int().tolist(), strict=True):
+                    paths[index] = tuple(decided)
+        return paths
+
+    def outcome(self, bench: Bench) -> Outcome:
+        """See `FittedRival.outcome`."""
+        return bench.along(self.name, self.paths(bench.prompts, bench.batch_size))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """See `FittedRival.tensors`."""
+        return self.gates.state_dict()
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,143 @@
+"""MindSkip on toys whose right paths are known, and its budget."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from drllm.group_paths.margin_rewards import Answered
+from drllm.provenance import fingerprint
+from drllm.questions.prompts import Prompt
+from drllm.questions.sets import Question
+from drllm.rivals import GateTraining, MindSkip, fit_once, gated_blocks
+from drllm.rivals.gated_blocks import train_gates
+from drllm.rivals.mindskip import SequenceGates
+from tests.search_toys import answered_questions
+from train_models.paths import path_to_layer_indices
+
+PATHS = {2: (1, 0, 1, 1, 1, 1), 3: (1, 1, 1, 1, 0, 1)}  # by the first token, the kind
+
+
+def questions_of_kinds(routed, count: int, seed: int) -> list[Answered]:
+    """Questions of two kinds, answered by the model itself along the path of their kind."""
+    generator = torch.Generator().manual_seed(seed)
+    questions = []
+    for number in range(count):
+        kind = 2 + number % 2
+        length = int(torch.randint(3, 9, (1,), generator=generator))
+        tokens = [kind, *torch.randint(4, 61, (length,), generator=generator).tolist()]
+        prompt = tuple(tokens)
+        with torch.no_grad():
+            for _ in range(6):
+                indices = path_to_layer_indices(PATHS[kind])
+                logits = routed(torch.tensor([tokens]), layer_indices=indices, use_cache=False).logits
+                tokens.append(int(logits[0, -1].argmax()))
+        question = Question("dart-1", f"{seed}-{number}", "", (), (), "0")
+        questions.append(Answered(Prompt(question, "", prompt, 5), tuple(tokens[len(prompt) :])))
+    return questions
+
+
+def untrained(routed, seed: int = 0) -> SequenceGates:
+    gates = SequenceGates(routed.config.num_hidden_layers, routed.config.hidden_size)
+    torch.nn.init.normal_(gates.weight, std=0.3, generator=torch.Generator().manual_seed(seed))
+    torch.nn.init.zeros_(gates.bias)
+    return gates
+
+
+def test_blocks_that_return_their_input_are_skipped_for_every_prompt(routed_with_idle_blocks):
+    questions = answered_questions(8)
+    training = GateTraining(epochs=60, batch_size=4, learning_rate=3e-3)
+    fitted = MindSkip(training).fit(routed_with_idle_blocks, questions, 2, 0, None)
+    paths = fitted.paths([question.prompt for question in questions])
+    assert Counter(paths).most_common(1)[0][0] == (1, 1, 0, 1, 0, 1)
+    assert fitted.cost.parameters == 6 * (32 + 1)
+
+
+def test_each_kind_of_prompt_gets_the_path_that_its_answers_were_made_along(routed):
+    training = GateTraining(epochs=12, batch_size=8, learning_rate=3e-3)
+    before = fingerprint(routed)
+    fitted = MindSkip(training).fit(routed, questions_of_kinds(routed, 96, seed=0), 1, 0, None)
+    unseen = questions_of_kinds(routed, 20, seed=1)
+    paths = fitted.paths([question.prompt for question in unseen])
+    for kind in PATHS:
+        of_kind = [path for path, question in zip(paths, unseen, strict=True) if question.prompt.input_ids[0] == kind]
+        assert of_kind.count(PATHS[kind]) > len(of_kind) / 2
+    assert fingerprint(routed) == before
+
+
+@pytest.mark.parametrize("skips", [1, 3])
+def test_the_capacity_reaches_its_target(routed, skips):
+    """Router-Tuning reports that training drives the share of executed blocks to the target, for any target."""
+    questions = answered_questions(12)
+    gates = SequenceGates(6, 32)
+    settings = GateTraining(epochs=100, batch_size=12, learning_rate=3e-3, gain=20.0, calibration_questions=0)
+    train_gates(gates, routed, questions, 6 - skips, settings, seed=0)
+    with torch.no_grad(), gates.attached(routed):
+        prompts = [question.prompt.input_ids for question in questions]
+        gates.run(routed, prompts, [len(prompt) for prompt in prompts])
+    assert gates.blocks().mean().item() == pytest.approx(6 - skips, abs=0.5)
+
+
+def test_calibration_meets_the_budget(routed):
+    questions = answered_questions(12)
+    gates = untrained(routed)
+    gated_blocks.calibrate(gates, routed, questions, 4.0)
+    with torch.no_grad(), gates.attached(routed):
+        prompts = [question.prompt.input_ids for question in questions]
+        gates.run(routed, prompts, [len(prompt) for prompt in prompts])
+    assert gates.blocks().mean().item() == pytest.approx(4, abs=0.1)
+
+
+def test_gates_give_the_hidden_states_of_the_path_that_they_decide_on(routed):
+    """Also: the decision reads the prompt alone, and neither batch mates nor padding matter."""
+    questions = answered_questions(5)
+    gates = untrained(routed)
+    rows = [[*question.prompt.input_ids, *question.answer_ids] for question in questions]
+    lengths = [len(question.prompt.input_ids) for question in questions]
+    with torch.no_grad(), gates.attached(routed):
+        hidden = gates.run(routed, rows, lengths)
+    paths = gates.decisions().int().tolist()
+    assert len({tuple(path) for path in paths}) > 1
+    from_prompts = MindSkip().restore(routed, gates.state_dict(), None).paths([q.prompt for q in questions], 2)
+    assert [list(path) for path in from_prompts] == paths
+    for row, path, states in zip(rows, paths, hidden, strict=True):
+        with torch.no_grad():
+            alone = routed.model(
+                torch.tensor([row]), layer_indices=path_to_layer_indices(path), use_cache=False
+            ).last_hidden_state[0]
+        torch.testing.assert_close(states[: len(row)], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stopped_training_is_resumed(routed, tmp_path, monkeypatch):
+    questions = answered_questions(8)
+    rival = MindSkip(GateTraining(epochs=6, batch_size=2))
+    expected = rival.fit(routed, questions, 1, 0, None).tensors()
+
+    class Stop(Exception):
+        pass
+
+    steps = []
+    original = gated_blocks.language_model_loss
+
+    def stopping(*arguments):
+        steps.append(1)
+        if len(steps) == 15:
+            raise Stop
+        return original(*arguments)
+
+    monkeypatch.setattr(gated_blocks, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(gated_blocks, "language_model_loss", stopping)
+    with pytest.raises(Stop):
+        fit_once(rival, routed, questions, 1, 0, tmp_path)
+    steps.clear()
+    steps += [1] * 100
+    fitted = fit_once(rival, routed, questions, 1, 0, tmp_path)
+    assert len(steps) == 100 + 24 - 14, "the first 14 steps are not repeated"
+    for name, tensor in fitted.tensors().items():
+        torch.testing.assert_close(tensor, expected[name])
+    # A third call trains nothing, and knows what the training took.
+    again = fit_once(rival, routed, questions, 1, 0, tmp_path)
+    assert len(steps) == 110
+    assert again.cost == fitted.cost
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+    torch.testing.assert_close(again.tensors(), fitted.tensors())
