@@ -84,7 +84,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train_questions", type=int, default=120, help="per set, the first of the seed's order (default: 120)")
     add("--test_questions", type=int, help="per set; default: all")
     add("--ceiling_questions", type=int, default=20, help="test questions per set for cola (default: 20)")
-    add("--seeds", type=int, default=1, help="trainings of mindskip and flexidepth, and drawings of random (default: 1)")
+    add(
+        "--seeds", type=int, default=1, help="trainings of mindskip and flexidepth, and drawings of random (default: 1)"
+    )
     add("--seed", type=int, default=0, help="the first of them; also of the order of training questions")
     add("--epochs", type=int, default=6, help="of mindskip and flexidepth (default: 6)")
     add("--train_batch_size", type=int, default=16, help="of mindskip and flexidepth (default: 16)")

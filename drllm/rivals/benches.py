@@ -125,7 +125,7 @@ class RewardBench:
 
 
 class LikelihoodBench(RewardBench):
-    """Multiple choice, judged by lm-eval's `acc`. Scores along paths are kept as `experiments.compare_likelihood` does."""
+    """Multiple choice, judged by lm-eval's `acc`. Scores along paths are kept as compare_likelihood does."""
 
     reward = "likelihood"
 

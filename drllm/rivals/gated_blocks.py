@@ -197,9 +197,7 @@ def language_model_loss(gates: GatedBlocks, routed: PreTrainedModel, questions: 
     prompts = [len(question.prompt.input_ids) for question in questions]
     rows = [[*question.prompt.input_ids, *question.answer_ids] for question in questions]
     hidden = gates.run(routed, [row[:-1] for row in rows], prompts)
-    read = torch.cat(
-        [hidden[row, prompt - 1 : len(rows[row]) - 1] for row, prompt in enumerate(prompts)]
-    )
+    read = torch.cat([hidden[row, prompt - 1 : len(rows[row]) - 1] for row, prompt in enumerate(prompts)])
     answers = torch.tensor([token for question in questions for token in question.answer_ids], device=hidden.device)
     return F.cross_entropy(routed.lm_head(read).float(), answers)
 

@@ -54,12 +54,12 @@ class SequenceGates(GatedBlocks):
         return before + gate[:, None, None].to(before.dtype) * (after - before)
 
     def decisions(self) -> torch.Tensor:
-        """Gates of the last forward pass, [B, L]: 0 or 1."""
-        return torch.stack(self._gates, 1)
+        """Whether each row of the last forward pass executes each block, int [B, L]: 0 or 1."""
+        return torch.stack(self._gates, 1).detach().round().int()
 
     def blocks(self) -> torch.Tensor:
         """Executed blocks per sequence, [B]."""
-        return self.decisions().sum(1)
+        return torch.stack(self._gates, 1).sum(1)
 
     def penalty(self, price: torch.Tensor) -> torch.Tensor:
         """The price of the mean number of executed blocks."""
@@ -117,7 +117,7 @@ class FittedMindSkip:
                 chosen = order[start : start + batch_size]
                 rows = [prompts[index].input_ids for index in chosen]
                 self.gates.run(self.routed, rows, [len(row) for row in rows])
-                for index, decided in zip(chosen, self.gates.decisions().round().int().tolist(), strict=True):
+                for index, decided in zip(chosen, self.gates.decisions().tolist(), strict=True):
                     paths[index] = tuple(decided)
         return paths
 
