@@ -151,7 +151,7 @@ class Comparison:
     def add(self, name: str, outcomes: Sequence[Outcome], cost: Cost | None, base: Outcome | None = None) -> None:
         """Appends a row, and reports it on stderr. `base`: where fewer questions than the test's are meant."""
         base = base or self.base
-        kept = self._first(len(base.right)) if base is not self.base else range(len(base.right))
+        kept = self._first() if base is not self.base else range(len(base.right))
         row = table_row(name, outcomes, base, [self.bench.prompts[index] for index in kept], cost)
         self.rows.append(row)
         print(f"{name}: {row['accuracy']:.2%} at {row['layers']:.2f} layers", file=sys.stderr, flush=True)
@@ -222,7 +222,7 @@ class Comparison:
 
     def ceiling(self) -> None:
         """The row of the search with the test questions' answers, on the first questions of each set."""
-        chosen = self._first(None)
+        chosen = self._first()
         prompts = [self.bench.prompts[index] for index in chosen]
         base = Outcome([self.base.right[i] for i in chosen], [self.base.layers[i] for i in chosen])
         cola = CoLa()
@@ -230,7 +230,7 @@ class Comparison:
         self.add("base, the ceiling's questions", [base], Cost(), base)
         self.add(cola.name, [outcome], Cost(), base)
 
-    def _first(self, _count: int | None) -> list[int]:
+    def _first(self) -> list[int]:
         """Places of the first --ceiling_questions of each set."""
         seen: dict[str, int] = {}
         chosen = []
