@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from data_models import load_path_model
 from drllm import labels, provenance
 from drllm.arguments import MAX_SEED, check_ranges
-from drllm.checkpoints import check_finite
+from drllm.checkpoints import load_tokenizer
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_folder
+from drllm.loading import check_finite, loading
 from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
 from drllm.processes import process_state
 from drllm.questions.likelihood import REWARDS, LikelihoodPrompt
@@ -155,12 +155,9 @@ def check_likelihood(args: argparse.Namespace) -> None:
 
 def load(name: str, revision: str | None, dtype: torch.dtype, device: torch.device):
     """(model, tokenizer). UserError: no such model, a family that is not supported, non-finite weights."""
-    try:
+    tokenizer = load_tokenizer(name, revision)
+    with loading(name, "model", revision):
         model = load_path_model(name, dtype=dtype, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot load --model {name}: {reason[:300]}") from error
     check_finite(model, name)
     return model.to(device), tokenizer
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import statistics
 import sys
 import tempfile
@@ -37,9 +38,11 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from benchmarks.pairs import LEAST_PAIRS, parse_threads, run_pairs, torch_threads  # noqa: E402
+from drllm.arguments import check_device, check_ranges, parse_list  # noqa: E402
 from drllm.checkpoints import checkpoint_info, load_routed, load_tokenizer  # noqa: E402
 from drllm.errors import main_guard  # noqa: E402
 from drllm.evaluation.lm_eval_model import RoutedLM  # noqa: E402
+from drllm.files import check_output_file  # noqa: E402
 from drllm.provenance import command_line, parse_dtype, write_result  # noqa: E402
 from drllm.questions.prompts import render_prompt  # noqa: E402
 from drllm.questions.sets import load_questions  # noqa: E402
@@ -98,10 +101,8 @@ def largest_difference(reference: HFLM, contestants: list[HFLM], requests: list[
 def compare(args: argparse.Namespace, checkpoint: str) -> dict:
     """All ratios, for both kinds of options, threads and batch sizes."""
     options = {"dtype": args.dtype, "device": args.device}
-    reference = HFLM(checkpoint, batch_size=1, trust_remote_code=True, **options)
-    contestants = {
-        int(size): RoutedLM(checkpoint, batch_size=int(size), **options) for size in args.batch_sizes.split(",")
-    }
+    reference = HFLM(checkpoint, batch_size=1, trust_remote_code=False, **options)
+    contestants = {size: RoutedLM(checkpoint, batch_size=size, **options) for size in args.batch_sizes}
     result = {}
     for kind, words in (("one-token options", 0), ("many-token options", args.words)):
         requests = make_requests(args.data_dir, args.questions, words)
@@ -138,6 +139,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="JSON of the result")
     args = parser.parse_args(argv)
     args.threads = parse_threads(args.threads)
+    args.batch_sizes = parse_list("batch_sizes", args.batch_sizes, int, "1,8")
+    check_ranges(args, **dict.fromkeys(("questions", "words", "batch_sizes", "pairs"), (1, math.inf)))
+    parse_dtype(args.dtype)
+    check_device(args.device)
+    if args.output is not None:
+        check_output_file(args.output, "--output")
     started = time.time()
     with routed_checkpoint(args.model, args.dtype) as checkpoint:
         result = {"questions": args.questions, "model": args.model, **compare(args, checkpoint)}

@@ -36,6 +36,7 @@ A ratio is marked UNUSABLE when there are fewer than five rounds or when the rou
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -56,12 +57,14 @@ from benchmarks.latency_report import (
 from benchmarks.latency_runs import MEASURES, ROWS, Runs, load_models, make_cases, time_case
 from benchmarks.pairs import LEAST_PAIRS, load_per_core, parse_threads, torch_threads
 from benchmarks.shapes import SHAPES
+from drllm.arguments import MAX_SEED, check_device, check_ranges, parse_list
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.experiment_figures import draw_latency
-from drllm.provenance import command_line, write_result
+from drllm.files import check_output_file
+from drllm.provenance import command_line, parse_dtype, write_result
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. UserError for unknown measures or rows, or a GPU that is not there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -71,7 +74,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--blocks", type=int, help="number of blocks instead of the shape's own")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="float32")
-    add("--attention", default="sdpa", help="attn_implementation")
+    add(
+        "--attention",
+        choices=("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"),
+        default="sdpa",
+        help="attn_implementation",
+    )
     add("--batch_sizes", default="1,16", help="comma-separated")
     add("--skip", default="0,1,2,4", help="numbers of skipped blocks, comma-separated")
     add("--repeat", default="0", help="numbers of repeated blocks, comma-separated")
@@ -92,23 +100,35 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--output", type=Path, help="write results to this JSON file")
     add("--figure", type=Path, help="draw time saved against layers saved to this file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     arguments.measure, arguments.rows = arguments.measure.split(","), arguments.rows.split(",")
     for name, wanted, allowed in (("measure", arguments.measure, MEASURES), ("rows", arguments.rows, ROWS)):
         if unknown := set(wanted) - set(allowed):
             raise UserError(f"--{name} {', '.join(sorted(unknown))}: choose from {', '.join(allowed)}")
+    for name, example in (("batch_sizes", "1,16"), ("skip", "0,4"), ("repeat", "0,1")):
+        setattr(arguments, name, parse_list(name, getattr(arguments, name), int, example))
+    some, any_number = (1, math.inf), (0, math.inf)
+    check_ranges(
+        arguments,
+        **dict.fromkeys(("batch_sizes", "blocks", "prompt_tokens", "new_tokens", "rounds"), some),
+        **dict.fromkeys(("skip", "repeat"), any_number),
+        seed=(0, MAX_SEED),
+    )
     arguments.threads = parse_threads(arguments.threads)
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch finds no GPU; use --device cpu")
+    parse_dtype(arguments.dtype)
+    check_device(arguments.device)
+    for name in ("output", "figure"):
+        if getattr(arguments, name) is not None:
+            check_output_file(getattr(arguments, name), f"--{name}")
     if arguments.device.startswith("cuda:"):
         torch.cuda.set_device(arguments.device)  # the device of `synchronize` and of memory statistics
     return arguments
 
 
 @main_guard
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measures all cases, prints the table, writes result and figure."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     started = time.time()
     stock, routed = load_models(arguments)
     num_blocks = stock.config.num_hidden_layers
@@ -143,7 +163,7 @@ def main() -> None:
             "hidden_size": stock.config.hidden_size,
             "rows": rows,
         }
-        command = command_line("python benchmarks/latency.py")
+        command = command_line("python benchmarks/latency.py", argv)
         write_result(arguments.output, result, command=command, seed=arguments.seed, seconds=time.time() - started)
     if arguments.figure:
         draw_latency(rows, arguments.figure)

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, StaticCache
 
 from benchmarks.shapes import SHAPES
+from drllm.checkpoints import load_config
 from drllm.errors import UserError
 from drllm.provenance import parse_dtype
 from train_models import routed_classes
@@ -59,7 +60,10 @@ def load_models(arguments: argparse.Namespace) -> tuple:
     config: PreTrainedConfig = copy.deepcopy(SHAPES[arguments.shape])
     if arguments.config or arguments.model:
         try:
-            config = AutoConfig.from_pretrained(arguments.config or arguments.model, trust_remote_code=False)
+            if arguments.model:
+                config = load_config(arguments.model)
+            else:
+                config = AutoConfig.from_pretrained(arguments.config, trust_remote_code=False)
             routed_classes(config.model_type)
         except (OSError, ValueError) as error:
             raise UserError(f"{arguments.config or arguments.model} is not a plain checkpoint: {error}") from None
@@ -223,9 +227,9 @@ def make_cases(arguments: argparse.Namespace, num_blocks: int) -> list[Case]:
     """Every combination of --batch_sizes, --skip, --repeat and --rows that differs from the others."""
     generator = random.Random(arguments.seed)
     cases = []
-    for batch_size in map(int, arguments.batch_sizes.split(",")):
-        for skips in map(int, arguments.skip.split(",")):
-            for repeats in map(int, arguments.repeat.split(",")):
+    for batch_size in arguments.batch_sizes:
+        for skips in arguments.skip:
+            for repeats in arguments.repeat:
                 shared = make_path(num_blocks, skips, repeats, None)
                 drawn = [make_path(num_blocks, skips, repeats, generator) for _ in range(max(2, batch_size))]
                 two = [drawn[row % 2] for row in range(batch_size)]

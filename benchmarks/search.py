@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -43,9 +44,14 @@ from benchmarks.search_sides import (  # noqa: E402
     search_published,
 )
 from benchmarks.shapes import SHAPES  # noqa: E402
+from drllm import provenance  # noqa: E402
+from drllm.arguments import MAX_SEED, check_ranges  # noqa: E402
 from drllm.errors import UserError, main_guard  # noqa: E402
 from drllm.evaluation.experiment_figures import draw_search_concurrency  # noqa: E402
+from drllm.files import check_output_folder  # noqa: E402
 from drllm.provenance import command_line, write_result  # noqa: E402
+from drllm.questions.likelihood import require_choices  # noqa: E402
+from drllm.questions.sets import expand_sets  # noqa: E402
 from drllm.rollouts.engine import Request  # noqa: E402
 from drllm.search.tree import POLICIES, SearchSettings  # noqa: E402
 
@@ -258,8 +264,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.threads = parse_threads(args.threads)
     args.data_dir = None if args.data_dir == "hub" else args.data_dir
-    if args.pairs < 1:
-        raise UserError(f"--pairs is {args.pairs}; it must be at least 1")
+    some = ("questions", "published_questions", "num_simulations", "pairs", "batch_size", "concurrency", "seeds")
+    ranges = dict.fromkeys(some, (1, math.inf)) | {"seed": (0, MAX_SEED), "least_seconds": (0, math.inf)}
+    check_ranges(args, **ranges)
+    sets = expand_sets(args.dataset)
+    if args.reward == "likelihood":
+        require_choices(sets)
+    provenance.parse_dtype(args.dtype)
+    if unknown := set(args.policies.split(",")) - set(POLICIES):
+        raise UserError(f"--policies: {sorted(unknown)[0]!r} is not a policy; choose from {', '.join(POLICIES)}")
+    check_output_folder(args.output_dir, "--output_dir")
     return args
 
 

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from benchmarks.shapes import SHAPES
 from data_models import load_path_model, path_model_class
 from drllm import provenance
+from drllm.checkpoints import load_tokenizer
+from drllm.loading import loading
 from drllm.questions.grading import grade
 from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.prompts import Prompt, wants_chat_template
@@ -32,9 +33,11 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, torch.device]:
     """(model, tokenizer, device): the checkpoint of --model, or random weights of --shape with its tokenizer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = provenance.parse_dtype(args.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     if args.shape is None:
-        return load_path_model(args.model, dtype=dtype).to(device), tokenizer, device
+        with loading(args.model, "model"):
+            model = load_path_model(args.model, dtype=dtype)
+        return model.to(device), tokenizer, device
     torch.manual_seed(args.seed)
     with torch.device(device):
         config = SHAPES[args.shape]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import sys
 import tempfile
 import time
@@ -25,7 +26,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.pairs import LEAST_PAIRS, Pairs, parse_threads, run_pairs, torch_threads
+from drllm.arguments import MAX_SEED, check_ranges
 from drllm.errors import main_guard
+from drllm.files import check_output_file
 from drllm.provenance import command_line, write_result
 from drllm.training.trainer import RouterTrainingConfig, quiet_libraries, train_routers
 
@@ -76,6 +79,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="write the result there as JSON")
     args = parser.parse_args(argv)
+    some = (1, math.inf)
+    check_ranges(args, epochs=some, warmup_steps=(0, math.inf), pairs=some, seed=(0, MAX_SEED))
+    threads_of_runs = parse_threads(args.threads)
+    if args.output is not None:
+        check_output_file(args.output, "--output")
     quiet_libraries()
     started = time.time()
     common = {
@@ -86,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         "seed": args.seed,
     }
     times = {}
-    for threads in parse_threads(args.threads):
+    for threads in threads_of_runs:
         runs, times[threads] = compare(common, threads, args.pairs)
     ours, reference = runs["ours"], runs["reference"]
     print(f"\n{'':32}{'reference':>14}{'ours':>14}{'ratio':>10}")

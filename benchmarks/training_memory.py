@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -32,8 +33,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from drllm import labels
+from drllm.arguments import check_ranges
 from drllm.checkpoints import load_config, load_tokenizer
 from drllm.errors import UserError, main_guard
+from drllm.files import check_output_file, check_output_folder
 from drllm.provenance import command_line, fingerprint, write_result
 from drllm.training import features
 from drllm.training.data import load_labels, make_examples
@@ -200,6 +203,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--output", type=Path, help="write the result there as JSON")
     args = parser.parse_args(argv)
+    check_ranges(args, **dict.fromkeys(("questions", *asdict(Shape())), (1, math.inf)))
+    check_output_folder(args.scratch, "--scratch")
+    if args.output is not None:
+        check_output_file(args.output, "--output")
     if not Path("/proc/self/status").exists():
         raise UserError("memory is read from /proc, which this system does not have; run it on Linux")
     shape = shape_of(args.model) if args.model else Shape(**{name: getattr(args, name) for name in asdict(Shape())})

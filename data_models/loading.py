@@ -33,11 +33,15 @@ def load_path_model(
         from_pretrained_arguments: device_map, attn_implementation, quantization_config, ...
 
     Raises:
-        ValueError: for an unsupported family.
+        ValueError: for an unsupported family, or weights that are missing or do not fit the model.
         OSError: when the checkpoint is not found.
     """
     dtype = from_pretrained_arguments.pop("torch_dtype", dtype)  # the older name
     config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     model_class = path_model_class(config.model_type)
-    model = model_class.from_pretrained(name_or_path, dtype=dtype, revision=revision, **from_pretrained_arguments)
+    model, report = model_class.from_pretrained(
+        name_or_path, dtype=dtype, revision=revision, output_loading_info=True, **from_pretrained_arguments
+    )
+    if wrong := sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])}):
+        raise ValueError(f"the checkpoint {name_or_path} does not fit its configuration: {', '.join(wrong[:3])} ...")
     return model.requires_grad_(False).eval()

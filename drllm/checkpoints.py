@@ -12,23 +12,19 @@ Nothing here runs Python code that a checkpoint carries: routed checkpoints are 
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from drllm.errors import UserError
 from drllm.files import check_output_folder, disk_errors, read_json, shorten, write_json, write_tensors, write_whole
-from drllm.hub import require_hub
+from drllm.loading import check_complete, check_finite, loading, one_line
 from drllm.model_card import missing_field, model_card
 from drllm.provenance import dtype_name, fingerprint, parse_dtype
 from train_models import retrofit, routed_classes
@@ -48,18 +44,6 @@ DESCRIPTION_FIELDS: dict[str, tuple[type, ...]] = {
     "parameters": (int,),
     "routers": (dict,),
 }
-# What transformers raises for a damaged configuration, depending on the field.
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -119,7 +103,7 @@ def checkpoint_info(name_or_path: str | Path, *, is_local: bool = False, **locat
         fields = read_json(path, "pass an undamaged checkpoint")
     else:
         path = f"{name_or_path}/config.json"
-        with _loading(name_or_path, "model", location.get("revision")):
+        with loading(name_or_path, "model", location.get("revision")):
             fields, _ = PretrainedConfig.get_config_dict(str(name_or_path), **location)
     model_type = fields.get("model_type", "")
     if not isinstance(model_type, str):
@@ -128,6 +112,9 @@ def checkpoint_info(name_or_path: str | Path, *, is_local: bool = False, **locat
     if is_routed:
         for name in ROUTER_FIELDS.keys() & fields.keys():
             _check_field(path, name, fields, (ROUTER_FIELDS[name],), "pass an undamaged checkpoint")
+        layers = fields.get("num_hidden_layers", 1)
+        if type(layers) is int and layers < 1:
+            raise UserError(f"{path}: 'num_hidden_layers' is {layers}, expected at least 1")
     return CheckpointInfo(str(name_or_path), fields, is_routed, model_type.removeprefix(ROUTED_PREFIX))
 
 
@@ -146,36 +133,19 @@ def load_routed_checkpoint(
     """
     config_class, model_class = checkpoint_info(name_or_path).routed_classes()
     dtype = dtype if dtype == "auto" else parse_dtype(dtype)
-    with _loading(name_or_path, "checkpoint"):
+    with loading(name_or_path, "checkpoint"):
         config = config_class.from_pretrained(name_or_path)
-        model, loading = model_class.from_pretrained(
+        model, report = model_class.from_pretrained(
             name_or_path, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
-    if incomplete := sorted({*loading["missing_keys"], *map(str, loading["mismatched_keys"])}):
-        raise UserError(
-            f"cannot load the checkpoint {name_or_path}: {len(incomplete)} weights are missing or have another shape, "
-            f"the first is {incomplete[0]}"
-        )
+    check_complete(report, name_or_path)
     check_finite(model, name_or_path)
     return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def check_finite(model: nn.Module, name_or_path: str | Path) -> None:
-    """Raises UserError, with the tensor's name, when a weight or buffer of `model` is NaN or infinite."""
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, torch.Tensor) or tensor.is_meta or not tensor.is_floating_point():
-            continue
-        if tensor.numel() == 0:
-            continue
-        tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # reductions are not defined for fp8
-        # The extremes rather than isfinite: no mask as large as the model. NaN propagates.
-        if not all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)):
-            raise UserError(f"{name_or_path}: the weight {name} holds NaN or infinity; use another checkpoint")
-
-
 def load_config(name_or_path: str, revision: str | None = None) -> PretrainedConfig:
     """The configuration of a plain model; UserError when there is none."""
-    with _loading(name_or_path, "model", revision):
+    with loading(name_or_path, "model", revision):
         return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
 
 
@@ -187,7 +157,7 @@ def load_routed(
     Raises:
         UserError: a missing or damaged checkpoint, an unsupported family, non-finite weights.
     """
-    with _loading(name_or_path, "model", revision):
+    with loading(name_or_path, "model", revision):
         routed = retrofit(name_or_path, dtype=dtype, revision=revision, seed=seed, router_config=router_config)
     check_finite(routed, name_or_path)
     return routed
@@ -195,37 +165,13 @@ def load_routed(
 
 def load_tokenizer(name_or_path: str | Path, revision: str | None = None):
     """The tokenizer of a plain or a routed checkpoint; UserError when there is none."""
-    with _loading(name_or_path, "tokenizer of", revision):
+    with loading(name_or_path, "tokenizer of", revision):
         config = None
         with contextlib.suppress(UserError):  # a folder may hold a tokenizer alone
             info = checkpoint_info(name_or_path, revision=revision)
             if info.is_routed:  # without it AutoTokenizer would ask for the checkpoint's code
                 config = info.routed_classes()[0].from_pretrained(name_or_path, revision=revision)
         return AutoTokenizer.from_pretrained(name_or_path, revision=revision, config=config, trust_remote_code=False)
-
-
-@contextlib.contextmanager
-def _loading(name_or_path: str | Path, kind: str, revision: str | None = None) -> Iterator[None]:
-    """Turns what transformers raises for a missing or damaged checkpoint into one sentence."""
-    name = str(name_or_path)
-    # Hub names have the form NAME or USER/NAME.
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if is_path and not Path(name).exists():
-        raise UserError(f"cannot load the {kind} {name}: the folder does not exist")
-    require_hub(name, revision)
-    try:
-        yield
-    except LOADING_ERRORS as error:
-        raise UserError(f"cannot load the {kind} {name}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    # "Validation error for field 'x':" is followed by the reason.
-    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -334,7 +280,7 @@ def join_routers(
         routed.model.routers.load_state_dict(load_file(directory / WEIGHTS))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(
-            f"{directory / WEIGHTS} is missing, cut off or does not fit {CONFIG}: {_one_line(error)}"
+            f"{directory / WEIGHTS} is missing, cut off or does not fit {CONFIG}: {one_line(error)}"
         ) from None
     check_finite(routed.model.routers, directory / WEIGHTS)
     routed.config.base_model_name = description["base_model_name"] or base
@@ -394,7 +340,7 @@ def push_routers(routers: str, repo_id: str, private: bool = False) -> str:
         api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(folder_path=routers, repo_id=repo_id, allow_patterns=[WEIGHTS, CONFIG, CARD, LABELS])
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        raise UserError(f"cannot push to {repo_id}: {_one_line(error)} (log in with `hf auth login`)") from None
+        raise UserError(f"cannot push to {repo_id}: {one_line(error)} (log in with `hf auth login`)") from None
     return f"https://huggingface.co/{repo_id}"
 
 
@@ -409,7 +355,7 @@ def router_folder(routers: str | Path) -> Path:
         return Path(snapshot_download(str(routers), allow_patterns=[WEIGHTS, CONFIG, LABELS]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{routers} is neither a folder nor a reachable repository on the Hub: {_one_line(error)}"
+            f"{routers} is neither a folder nor a reachable repository on the Hub: {one_line(error)}"
         ) from None
 
 

@@ -16,9 +16,9 @@ from drllm.evaluation.launcher import run_lm_eval
 
 
 @main_guard
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Runs lm-eval with the arguments of the command line."""
-    run_lm_eval(sys.argv[1:])
+    run_lm_eval(sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

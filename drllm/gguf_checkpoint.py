@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drllm.errors import UserError, main_guard
-from drllm.files import disk_errors, write_json
+from drllm.files import check_output_folder, disk_errors, write_json
 from drllm.provenance import dtype_name, parse_dtype
 
 SOURCE = "gguf.json"  # beside the checkpoint: which file it was made from
@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", help="of the de-quantised weights (default: float32)")
     args = parser.parse_args(argv)
     dtype = parse_dtype(args.dtype)
+    check_output_folder(args.output_dir, "--output_dir")
     if (args.output_dir / SOURCE).is_file():
         print(f"{args.output_dir} is complete already")
         return

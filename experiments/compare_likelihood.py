@@ -33,7 +33,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from drllm.arguments import MAX_SEED, check_ranges
-from drllm.checkpoints import load_routed, load_routed_checkpoint, load_tokenizer
+from drllm.checkpoints import checkpoint_info, load_routed, load_routed_checkpoint, load_tokenizer
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.experiment_figures import draw_methods
 from drllm.evaluation.method_report import methods_table
@@ -44,7 +44,7 @@ from drllm.group_paths.likelihood_paths import LikelihoodPaths
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.processes import process_state
 from drllm.provenance import command_line, dtype_name, fingerprint, parse_dtype, write_result
-from drllm.questions.likelihood import LikelihoodPrompt
+from drllm.questions.likelihood import LikelihoodPrompt, require_choices
 from drllm.questions.overlap import load_training_questions
 from drllm.questions.sets import expand_sets, load_questions
 from drllm.rivals import BlockInfluence, EarlyExit, random_paths
@@ -98,13 +98,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         price=(-math.inf, math.inf),
     )
     for checkpoint in arguments.checkpoint:
-        if not all(checkpoint.partition("=")[::2]):
+        name, _, folder = checkpoint.partition("=")
+        if not name or not folder:
             raise UserError(f"--checkpoint {checkpoint}: expected NAME=FOLDER")
+        checkpoint_info(folder).require_routers()
+    for sets in (arguments.sets, arguments.train_sets or arguments.sets):
+        require_choices(expand_sets(sets))
     arguments.controls = [name for name in arguments.controls.split(",") if name]
     if unknown := set(arguments.controls) - set(CONTROLS):
         raise UserError(f"--controls: {sorted(unknown)[0]!r} is not a control; choose from {', '.join(CONTROLS)}")
     check_output_file(arguments.output, "--output")
     check_output_folder(arguments.work_dir, "--work_dir")
+    if arguments.train_scores is not None:
+        check_output_folder(arguments.train_scores, "--train_scores")
     parse_dtype(arguments.dtype)
     return arguments
 

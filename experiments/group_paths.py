@@ -36,7 +36,7 @@ from drllm.group_paths.paths import PathsOfGroups
 from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
 from drllm.processes import process_state
 from drllm.provenance import commit, dtype_name, fingerprint, parse_dtype, versions
-from drllm.questions.likelihood import REWARDS, LikelihoodPrompt
+from drllm.questions.likelihood import REWARDS, LikelihoodPrompt, require_choices
 from drllm.questions.overlap import load_training_questions
 from drllm.questions.prompts import Prompt, wants_chat_template
 from drllm.questions.sets import Question, expand_sets
@@ -98,14 +98,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         seed=(0, MAX_SEED),
         router_seed=(0, MAX_SEED),
     )
-    expand_sets(arguments.dataset)
-    if arguments.unlike:
-        expand_sets(arguments.unlike)
+    for sets in filter(None, (arguments.dataset, arguments.unlike)):
+        expand_sets(sets)
+    if arguments.reward != "generation":
+        require_choices(expand_sets(arguments.dataset))
     if arguments.dtype != "auto":
         parse_dtype(arguments.dtype)
     check_output_folder(arguments.output_dir, "--output_dir")
     if arguments.measured_dir is None:
-        arguments.measured_dir = arguments.output_dir.with_name(arguments.output_dir.name + "-measured")
+        name = f"{arguments.output_dir.resolve().name}-measured"  # "." has no name of its own
+        arguments.measured_dir = arguments.output_dir.parent / name
     check_output_folder(arguments.measured_dir, "--measured_dir")
     if arguments.router_seed is None:
         arguments.router_seed = arguments.seed

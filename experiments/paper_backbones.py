@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from drllm.checkpoints import load_config
 from drllm.errors import UserError, main_guard
 from drllm.evaluation import paper
 from drllm.evaluation.protocol import GENERATION_TASKS, is_in_domain, new_token_limit
@@ -98,7 +99,7 @@ def find_backbones(names: str) -> list[Backbone]:
 
 
 def _local_backbone(folder: str, name: str) -> Backbone:
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     return Backbone(folder, name, config.num_hidden_layers, config.hidden_size, parameters)

@@ -16,7 +16,8 @@ from pathlib import Path
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.experiment_figures import draw_experiment
 from drllm.evaluation.figures import draw_comparison, draw_over_models
-from drllm.evaluation.result_files import experiment_files, find_evaluations
+from drllm.evaluation.result_files import experiment_files, find_evaluations, reading_result
+from drllm.files import check_output_folder
 
 
 def draw_all(results: Path, output: Path) -> list[Path]:
@@ -30,7 +31,8 @@ def draw_all(results: Path, output: Path) -> list[Path]:
     for evaluated in evaluations:
         drawn += draw_comparison(evaluated.folder, evaluated.folder / "figures")
     for path, content in experiment_files(results):
-        drawn += draw_experiment(content, path.with_suffix(".png"))
+        with reading_result(path):
+            drawn += draw_experiment(content, path.with_suffix(".png"))
     return drawn
 
 
@@ -49,7 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.results.is_dir():
         raise UserError(f"{args.results} does not exist; eval.sh writes results")
-    drawn = draw_all(args.results, args.output or args.results / "figures")
+    output = args.output or args.results / "figures"
+    check_output_folder(output, "--output")
+    drawn = draw_all(args.results, output)
     if not drawn:
         raise UserError(f"nothing below {args.results} has a figure: no folder of eval.sh, no JSON of experiments/")
     for path in drawn:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.paper_tables import write_paper_tables
+from drllm.files import check_output_folder
 
 
 @main_guard
@@ -24,7 +25,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.results.is_dir():
         raise UserError(f"{args.results} does not exist; eval.sh writes results")
-    for path in write_paper_tables(args.results, args.output or args.results / "tables"):
+    output = args.output or args.results / "tables"
+    check_output_folder(output, "--output")
+    for path in write_paper_tables(args.results, output):
         print(path.read_text())
         print(f"wrote {path} and {path.with_suffix('.tex')}\n")
 

@@ -10,6 +10,7 @@ Everything follows from one seed. The README says what the model stands for and 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -17,14 +18,22 @@ HERE = Path(__file__).resolve().parent
 if __name__ == "__main__":  # run by its file name, from any folder
     sys.path[0] = str(HERE.parent)
 
+from drllm.arguments import MAX_SEED, check_ranges  # noqa: E402
+from drllm.checkpoints import checkpoint_info  # noqa: E402
+from drllm.errors import UserError, main_guard  # noqa: E402
+from drllm.files import check_output_folder  # noqa: E402
 from miniature.measurement import evaluate  # noqa: E402
 from miniature.pretraining import PretrainingSettings, train  # noqa: E402
 from miniature.questions import write_questions  # noqa: E402
 from miniature.training_paths import KnownPaths, RandomEdits, read_known_paths  # noqa: E402
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked.
+
+    Raises:
+        UserError: an argument out of range, a folder that is not a model, or an output that cannot be written.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     ask = commands.add_parser("questions", help="write the question files")
@@ -56,7 +65,30 @@ def parse_arguments() -> argparse.Namespace:
     measure.add_argument("--number", type=int, default=400, help="questions per set")
     measure.add_argument("--threads", type=int, default=2)
     measure.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    arguments = parser.parse_args(argv)
+    given = vars(arguments).keys()
+    some = ("train", "test", "blocks", "steps", "batch_size", "save_steps", "processes", "number", "threads")
+    rates = ("skip_rate", "repeat_rate", "default_share")
+    ranges = dict.fromkeys(some, (1, math.inf)) | dict.fromkeys(rates, (0, 1))
+    ranges |= {"seed": (0, MAX_SEED), "learning_rate": (0, math.inf), "width": (8, math.inf)}
+    check_ranges(arguments, **{name: limits for name, limits in ranges.items() if name in given})
+    if "output_dir" in given:
+        check_output_folder(arguments.output_dir, "--output_dir")
+    check_model(arguments)
+    return arguments
+
+
+def check_model(arguments: argparse.Namespace) -> None:
+    """Raises UserError for a width that four heads cannot share, and for a folder without a model."""
+    if arguments.command == "train":
+        if arguments.width % 8:
+            raise UserError(f"--width {arguments.width}: must be a multiple of 8, for four heads with rotary positions")
+        if arguments.batch_size < arguments.processes:
+            raise UserError(f"--batch_size {arguments.batch_size} is less than one question for each of --processes")
+        if arguments.init is not None:
+            checkpoint_info(arguments.init, is_local=True)
+    if arguments.command == "evaluate":
+        checkpoint_info(arguments.model, is_local=True)
 
 
 def pretraining_settings(arguments: argparse.Namespace) -> PretrainingSettings:
@@ -73,23 +105,24 @@ def pretraining_settings(arguments: argparse.Namespace) -> PretrainingSettings:
     )  # fmt: skip
 
 
-def main() -> None:
+@main_guard
+def main(argv: list[str] | None = None) -> None:
     """Runs the sub-command of the command line."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     if arguments.command == "questions":
         try:
             write_questions(arguments.output_dir, arguments.train, arguments.test, arguments.seed)
         except ValueError as error:
-            raise SystemExit(f"error: {error} Lower --train or --test.") from None
+            raise UserError(f"{error} Lower --train or --test.") from None
     elif arguments.command == "train":
         try:
             settings = pretraining_settings(arguments)
         except (OSError, ValueError) as error:
-            raise SystemExit(f"error: {error}") from None
+            raise UserError(str(error)) from None
         train(settings)
     else:
         evaluate(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import transformers
 
+from drllm.checkpoints import load_tokenizer
+from drllm.loading import check_finite, loading
 from miniature.base_model import answer_positions, encode, hidden_along_paths, keep_memory
 from miniature.questions import KINDS, SETS, Question, questions
 
@@ -45,8 +47,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Prints, as Markdown, accuracy per set: default path, every single edit, random edits; then per kind."""
     keep_memory()
     torch.set_num_threads(arguments.threads)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
-    model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(arguments.model)
+    with loading(arguments.model, "model"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    check_finite(model, arguments.model)
     by_set = {s: questions(s, arguments.part, arguments.number, arguments.seed) for s in SETS}
     blocks = len(model.model.layers)
     default = [1] * blocks

@@ -18,6 +18,7 @@ import torch.multiprocessing
 import transformers
 from torch.nn.functional import cross_entropy
 
+from drllm.errors import UserError
 from miniature.base_model import (
     answer_positions,
     build_model,
@@ -114,10 +115,35 @@ def train(settings: PretrainingSettings) -> None:
     Runs `settings.processes` processes of one thread each, each on its share of the batch: on two cores twice as fast
     as one process with two threads, because the operations at this width are too small to be split.
     """
+    saved_state(settings)  # a damaged or foreign checkpoint is refused before processes are started
     with tempfile.NamedTemporaryFile() as meeting_point:
         os.unlink(meeting_point.name)
-        torch.multiprocessing.spawn(_train_process, (meeting_point.name, settings), nprocs=settings.processes)
-        Path(meeting_point.name).touch()
+        try:
+            torch.multiprocessing.spawn(_train_process, (meeting_point.name, settings), nprocs=settings.processes)
+        except torch.multiprocessing.ProcessExitedException as error:  # it has said why
+            raise UserError(f"a training process ended ({error}); run the same command to resume") from None
+        finally:
+            Path(meeting_point.name).touch()
+
+
+def saved_state(settings: PretrainingSettings) -> dict[str, Any] | None:
+    """The state of the run that `settings.checkpoint` holds, None without one.
+
+    Raises:
+        UserError: the file is damaged, or belongs to a run with other arguments.
+    """
+    path = settings.checkpoint
+    if not path.exists():
+        return None
+    fix = "remove it, or pass another --output_dir"
+    try:
+        saved = torch.load(path, weights_only=True)
+        identity = saved["identity"]
+    except Exception as error:  # torch.load raises whatever it stumbles over
+        raise UserError(f"{path} is not a checkpoint of this program ({type(error).__name__}); {fix}") from None
+    if identity != settings.identity():
+        raise UserError(f"{path} belongs to a run with other arguments ({identity}); {fix}")
+    return saved
 
 
 class _Pretraining:
@@ -139,14 +165,10 @@ class _Pretraining:
         rest = [p for is_matrix, p in named if not is_matrix]
         self.adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
         self.start, self.seconds = 0, 0.0
-        if settings.checkpoint.exists():
-            self._resume()
+        if (saved := saved_state(settings)) is not None:
+            self._resume(saved)
 
-    def _resume(self) -> None:
-        saved = torch.load(self.settings.checkpoint, weights_only=True)
-        if saved["identity"] != self.settings.identity():
-            raise SystemExit(f"error: {self.settings.checkpoint} belongs to a run with other arguments "
-                             f"({saved['identity']}); remove it or pass another --output_dir.")  # fmt: skip
+    def _resume(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
         self.adamw.load_state_dict(saved["adamw"])
         self.muon.buffers = saved["muon"]

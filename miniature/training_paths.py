@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from drllm.files import read_json
 from miniature.questions import KINDS, Question
 
 # Share of blocks that pre-training skips and repeats, per set: the easier the questions, the more blocks they have to
@@ -90,14 +90,15 @@ def read_known_paths(file: Path) -> dict[str, tuple[int, ...]]:
     """The known path of each kind from a JSON object, kind -> digits of the path, e.g. {"sum": "1101111211"}.
 
     Raises:
+        UserError: the file is missing or not a JSON object.
         ValueError: a kind is missing or unknown, or the paths are not digits 0, 1, 2 of one length.
     """
     kinds = {kind for of_set in KINDS.values() for kind in of_set}
-    written = json.loads(file.read_text())
+    written = read_json(file, "write an object, kind -> digits of the path")
     if written.keys() != kinds:
         raise ValueError(f"{file}: missing kinds {sorted(kinds - written.keys())}, "
                          f"unknown kinds {sorted(written.keys() - kinds)}.")  # fmt: skip
-    paths = list(written.values())
+    paths = [path if isinstance(path, str) else "?" for path in written.values()]
     if len(set(map(len, paths))) != 1 or not set("".join(paths)) <= set("012"):
         raise ValueError(f"{file}: paths must be strings of the digits 0, 1 and 2, all of one length.")
     return {kind: tuple(map(int, digits)) for kind, digits in written.items()}

@@ -28,6 +28,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from drllm.arguments import check_device
 from drllm.checkpoints import checkpoint_info
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.launcher import is_batch_size
@@ -44,9 +45,11 @@ from drllm.evaluation.protocol import (
 from drllm.evaluation.running import run_lm_eval
 from drllm.evaluation.runs import BASE, ROUTER
 from drllm.files import check_output_folder, disk_errors
+from drllm.labels import read_labels
 from drllm.provenance import parse_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
+ROUTING_RANGES = {"routing_control": (-1, 1), "num_windows": (1, 32)}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -110,10 +113,30 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value}: must be at least {least}")
     if args.dtype != "auto":
         parse_dtype(args.dtype)
+    check_device(args.device)
+    check_model_args(args.model_args)
+    if args.labels is not None:
+        read_labels(args.labels)
     for name in ("data_dir", "labels"):
         folder = getattr(args, name)
         if folder is not None and not Path(folder).is_dir():
             raise UserError(f"--{name} {folder} does not exist or is not a folder")
+
+
+def check_model_args(text: str) -> None:
+    """Checks --model_args, which are used only after the base run. UserError at the first bad one."""
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f"--model_args {part}: expected KEY=VALUE pairs, comma-separated")
+        if name in ROUTING_RANGES:
+            least, most = ROUTING_RANGES[name]
+            try:
+                is_valid = least <= float(value) <= most
+            except ValueError:
+                is_valid = False
+            if not is_valid:
+                raise UserError(f"--model_args {part}: must be a number from {least} to {most}")
 
 
 def _digest_of_files(folder: Path) -> str:
@@ -156,6 +179,7 @@ def plan(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     )
     base = routed | {"model_args": "is_static_routing=True"}
     if args.base is not None:
+        checkpoint_info(args.base)
         digest = _digest_of_files(Path(args.base)) if Path(args.base).is_dir() else args.base
         base = common | {"checkpoint": digest, "pretrained": args.base, "model_args": ""}
     runs = {BASE: base, ROUTER: routed | {"model_args": args.model_args}}
@@ -167,9 +191,10 @@ def plan(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 @main_guard
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Runs lm-eval, then writes the table and the figures."""
-    args = parse_arguments()
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(argv)
     check_arguments(args)
     output = Path(args.output_dir or ROOT / "results" / Path(args.checkpoint[0]).resolve().name)
     check_output_folder(output, "--output_dir")
@@ -183,7 +208,7 @@ def main() -> None:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-        (output / "command.txt").write_text(shlex.join(["./eval.sh", *sys.argv[1:]]) + "\n")
+        (output / "command.txt").write_text(shlex.join(["./eval.sh", *argv]) + "\n")
         manifest = Path(args.checkpoint[0]) / LABELS
         if manifest.is_file():
             shutil.copyfile(manifest, output / manifest.name)

@@ -19,6 +19,7 @@ from drllm.evaluation.runs import (
     task_order,
 )
 from drllm.evaluation.text_tables import EMPTY, Table, latex, markdown, percent, with_error
+from drllm.files import write_whole
 
 # Tasks -> estimate over them; the argument of `mean_over_sets`.
 Measure = Callable[[Sequence[str]], Estimate | None]
@@ -150,7 +151,7 @@ def _notes(base: Run, router: Run) -> list[str]:
         "± is one standard error; for differences, of the differences paired by question.",
         "Layers: block applications per query, counted and summed over its forward passes (prefill is one), "
         f"mean over queries; {settings['num_blocks']} blocks.",
-        f"Routing: num_windows={settings['num_windows']}, routing_control={settings['routing_control']}; "
+        f"Routing: num_windows={settings.get('num_windows')}, routing_control={settings.get('routing_control')}; "
         f"dtype {router.results['config']['model_dtype']}; "
         f"base weights {router.results['config']['model_fingerprint']}.",
     ]
@@ -185,6 +186,6 @@ def write_comparison(folder: Path) -> str:
     tex.append(latex(header, rows))
     text = "\n\n".join([*parts, "\n".join(_notes(base, router))])
     command = (folder / "command.txt").read_text().strip()
-    (folder / "table.md").write_text(f"{text}\n\nCommand:\n\n    {command}\n")
-    (folder / "table.tex").write_text("\n".join(tex))
+    write_whole(folder / "table.md", f"{text}\n\nCommand:\n\n    {command}\n")
+    write_whole(folder / "table.tex", "\n".join(tex))
     return text

@@ -138,7 +138,7 @@ def usage(runs: Sequence[Run]) -> tuple[list[str], np.ndarray]:
     tasks = sorted(runs[0].tasks, key=task_order)
     usages = []
     for run in runs:
-        shares = [run.results["config"]["block_applications"][task]["share_per_block"] for task in tasks]
+        shares = [run.share_per_block(task) for task in tasks]
         usages.append([np.array(share["execute"]) + 2 * np.array(share["repeat"]) for share in shares])
     return tasks, np.mean(usages, axis=0)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from drllm.arguments import check_device
 from drllm.errors import UserError
 from drllm.evaluation.protocol import canonical_gen_kwargs
 from drllm.files import DISK_FULL, check_output_file, check_output_folder, disk_errors
@@ -77,6 +78,16 @@ def _check(arguments: Sequence[str]) -> None:
     if (output := _take(arguments, "--output_path", "-o")) is not None:
         is_file = output.endswith((".json", ".jsonl"))
         (check_output_file if is_file else check_output_folder)(output, "--output_path")
+
+
+def _check_model(arguments: Sequence[str]) -> None:
+    """Raises UserError for lm-eval's `arguments` without a checkpoint or with a device that is not there."""
+    ours = _index(arguments, "--model") is not None and arguments[_index(arguments, "--model") + 1] == "drllm"
+    if ours and _index(arguments, "--config", "-C", "--help", "-h") is None:
+        position = _index(arguments, "--model_args")
+        if position is None or "pretrained" not in arguments[position + 1]:
+            raise UserError("--model_args names no checkpoint; pass --model_args pretrained=CHECKPOINT")
+        check_device(_take(list(arguments), "--device"))
 
 
 def _is_positive(text: str) -> bool:
@@ -170,6 +181,7 @@ def run_lm_eval(arguments: list[str]) -> None:
         UserError: a bad argument, or a full disk.
     """
     arguments = lm_eval_arguments(arguments)
+    _check_model(arguments)
     from lm_eval.__main__ import cli_evaluate
 
     import drllm.evaluation.lm_eval_model  # noqa: F401  (registers the model type)
@@ -178,6 +190,10 @@ def run_lm_eval(arguments: list[str]) -> None:
     sys.argv = ["lm_eval", "run", *arguments]
     try:
         cli_evaluate()
+    except ValueError as error:
+        if str(error).startswith("Tasks not found"):
+            raise UserError(f"--tasks: lm-eval has no task {str(error).partition(': ')[2]}") from None
+        raise
     except OSError as error:
         if error.errno in DISK_FULL:
             with disk_errors(Path(error.filename or "the results"), "the answers so far are kept"):

@@ -32,13 +32,14 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from data_models import path_model_class
-from drllm.checkpoints import LOADING_ERRORS, CheckpointInfo, check_finite, checkpoint_info
+from drllm.checkpoints import CheckpointInfo, checkpoint_info
 from drllm.errors import UserError
 from drllm.evaluation.layer_counts import LayerCounts, Measurement
 from drllm.evaluation.protocol import parse_path
 from drllm.evaluation.response_cache import ResponseCache
 from drllm.files import disk_errors, write_whole
-from drllm.provenance import fingerprint
+from drllm.loading import LOADING_ERRORS, check_complete, check_finite, check_json_files, one_line
+from drllm.provenance import fingerprint, parse_dtype
 from drllm.questions.prompts import TEMPLATE_ARGUMENTS
 from train_models import PathCache
 from train_models.paths import path_to_layer_indices
@@ -84,17 +85,15 @@ class RoutedLM(HFLM):
         if not isinstance(pretrained, str):
             raise UserError("the lm-eval model drllm takes pretrained=NAME_OR_PATH, not a model object")
         self._routing = {name: kwargs.pop(name) for name in ROUTING_ARGUMENTS if name in kwargs}
+        if kwargs.get("dtype", "auto") != "auto":
+            parse_dtype(kwargs["dtype"])
         kwargs["chat_template_args"] = TEMPLATE_ARGUMENTS | (kwargs.get("chat_template_args") or {})
         settings = {**kwargs, **self._routing, "pretrained": pretrained, "path": path}
         try:
             # This repository's own classes are used, not the copies in the checkpoint: no remote code.
             super().__init__(pretrained, trust_remote_code=False, **kwargs)
-        except OSError as error:
-            raise UserError(f"could not load {pretrained}: {str(error).splitlines()[0]}") from error
-        except ValueError as error:
-            if any(name in str(error) for name in (*ROUTING_ARGUMENTS, "model_type")):
-                raise UserError(f"{pretrained}: {error}") from error
-            raise
+        except LOADING_ERRORS as error:
+            raise UserError(f"cannot load {pretrained}: {one_line(error)}") from error
         if hasattr(self, "accelerator") and self._world_size == 1:  # hf distributes over GPUs only
             self._rank, self._world_size = self.accelerator.local_process_index, self.accelerator.num_processes
         self._num_blocks = self.config.num_hidden_layers
@@ -116,6 +115,7 @@ class RoutedLM(HFLM):
     def _get_config(self, pretrained: str, *, revision: str = "main", subfolder: str = "", **_: Any) -> None:
         location = {"revision": revision, "subfolder": subfolder}
         checkpoint = checkpoint_info(pretrained, **location)
+        check_json_files(Path(pretrained, subfolder))
         try:
             self._config = self._read_config(checkpoint, location)
         except LOADING_ERRORS as error:
@@ -147,7 +147,13 @@ class RoutedLM(HFLM):
         super()._create_tokenizer(pretrained, tokenizer, **kwargs)
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
-        super()._create_model(pretrained, **kwargs, **(self._routing if self.is_routed else {}))
+        # Adapters and other quantisers need the model itself.
+        reports = not any(kwargs.get(name) for name in ("peft", "delta", "autogptq", "gptqmodel"))
+        options = (self._routing if self.is_routed else {}) | ({"output_loading_info": True} if reports else {})
+        super()._create_model(pretrained, **kwargs, **options)
+        if reports:
+            self._model, report = self._model
+            check_complete(report, pretrained)
         check_finite(self._model, pretrained)
 
     def _record_pass(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 from collections.abc import Iterator
@@ -9,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from drllm.errors import UserError
 from drllm.evaluation.paper import paper_models
-from drllm.evaluation.runs import BASE, ROUTER, Run, load_runs
+from drllm.evaluation.runs import BASE, ROUTER, RUN_AGAIN, Run, load_runs
 from drllm.files import read_json
 
 # Files of eval.sh, which `find_evaluations` reads.
+WRITE_AGAIN = "delete it, or run the command that wrote it again"
 _FILES_OF_RUNS = {"results.json", "run.json", "labels_manifest.json"}
 
 
@@ -68,9 +71,13 @@ def find_searches(evaluations: list[Evaluated]) -> list[dict[str, Any]]:
         path = evaluated.folder / "labels_manifest.json"
         if not path.is_file():
             continue
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path, f"delete it, or {RUN_AGAIN}", object)
         for part in manifest if isinstance(manifest, list) else [manifest]:
-            if "table2" in part:
+            if isinstance(part, dict) and "table2" in part:
+                with reading_result(path):  # everything that is read of it later
+                    search_command(part)
+                    for row in part["table2"]:
+                        sum(value for name, value in row.items() if name != "set") + len(row["set"])
                 identity = [part.get(name) for name in ("model_fingerprint", "arguments", "seed", "table2")]
                 searches.setdefault(json.dumps(identity), part)
     return list(searches.values())
@@ -95,6 +102,20 @@ def search_command(manifest: dict[str, Any]) -> str | None:
     return shlex.join(command)
 
 
+@contextlib.contextmanager
+def reading_result(path: Path) -> Iterator[None]:
+    """Turns a missing field, or one of another type, in the JSON object of `path` into one sentence.
+
+    Raises:
+        UserError: in place of the error that reading the field causes.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, StopIteration) as error:
+        problem = f"no field {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: a field is missing or damaged ({problem}); {WRITE_AGAIN}") from error
+
+
 def experiment_files(results: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """(path, content) of the other JSON objects below `results`, by path; checkpoints are left out.
 
@@ -104,6 +125,6 @@ def experiment_files(results: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in sorted(results.rglob("*.json")):
         if path.name in _FILES_OF_RUNS or (path.parent / "config.json").is_file():
             continue
-        content = read_json(path, "delete it, or run the command that wrote it again", object)
+        content = read_json(path, WRITE_AGAIN, object)
         if isinstance(content, dict):
             yield path, content

@@ -94,11 +94,50 @@ class Estimate:
         return cls(statistics.mean(estimate.mean for estimate in estimates), stderr, estimates[0].count)
 
 
-def _require(source: Path | str, record: dict[str, Any], name: str, kind: type) -> Any:
+NUMBER = (int, float)
+# Fields of config.block_applications in results.json that tables and figures read.
+COUNT_FIELDS: dict[str, Any] = {
+    "queries": int,
+    "blocks_per_query": NUMBER,
+    "blocks_per_query_stderr": (int, float, type(None)),
+    "share": dict,
+    "share_per_block": dict,
+}
+
+
+def _check_results(path: Path, results: dict[str, Any]) -> None:
+    """Raises UserError, with file and field, unless results.json has what tables and figures read."""
+    for name in ("results", "config", "n-samples"):
+        _require(path, results, name, dict)
+    for name in results["results"]:
+        _require(path, results["results"], name, dict)
+    config = results["config"]
+    for name, kind in (("routing", dict), ("model_dtype", str), ("model_fingerprint", str)):
+        _require(path, config, name, kind)
+    _require(path, config["routing"], "num_blocks", int)
+    for name in results["n-samples"]:
+        _require(path, _require(path, results["n-samples"], name, dict), "effective", int)
+    groups = results.setdefault("group_subtasks", {})
+    for name in _require(path, results, "group_subtasks", dict):
+        if any(not isinstance(child, str) for child in _require(path, groups, name, list)):
+            raise UserError(f"{path}: 'group_subtasks.{name}' is not a list of tasks; {RUN_AGAIN}")
+    counts = config.setdefault("block_applications", {})
+    for task in _require(path, config, "block_applications", dict):
+        of_task = _require(path, counts, task, dict)
+        for name, kind in COUNT_FIELDS.items():
+            if name in of_task:
+                _require(path, of_task, name, kind)
+        for name, kind in (("share", NUMBER), ("share_per_block", list)):
+            for action in ("skip", "execute", "repeat") if name in of_task else ():
+                _require(path, of_task[name], action, kind)
+
+
+def _require(source: Path | str, record: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
     """The value of a field of `record`, which was read from `source`; UserError when missing or of another type."""
     value = record.get(name)
     if not isinstance(value, kind):
-        raise UserError(f"{source}: the field {name!r} is missing or not of type {kind.__name__}; {RUN_AGAIN}")
+        kinds = " or ".join(part.__name__ for part in (kind if isinstance(kind, tuple) else (kind,)))
+        raise UserError(f"{source}: the field {name!r} is missing or not of type {kinds}; {RUN_AGAIN}")
     return value
 
 
@@ -143,8 +182,8 @@ class Run:
         results_file, record_file = folder / "results.json", folder / "run.json"
         self.results: dict[str, Any] = read_json(results_file, RUN_AGAIN)
         self.record: dict[str, Any] = read_json(record_file, RUN_AGAIN)
-        for name in ("results", "config"):
-            _require(results_file, self.results, name, dict)
+        _check_results(results_file, self.results)
+        self._file = results_file
         _require(record_file, _require(record_file, self.record, "run", dict), "tasks", str)
         self.queries: dict[str, dict[int, dict[str, Any]]] = {}
         log = folder / "queries.jsonl"
@@ -153,21 +192,29 @@ class Run:
             _require(place, query, "paths", list)
             document = _require(place, query, "doc_id", int)
             self.queries.setdefault(_require(place, query, "task", str), {})[document] = query
-        self._counted: dict[str, Any] = self.results["config"].get("block_applications", {})
+        self._counted: dict[str, Any] = self.results["config"]["block_applications"]
         self.tasks = set(self.queries) or set(self._counted)
         self.correct: dict[str, dict[int, float]] = {}
         for path in sorted((folder / "samples").glob("*.jsonl")):
             self.correct[path.stem] = self._read_samples(path)
+        for task, queries in self.queries.items():
+            total = self._counted.get(task, {}).get("queries", len(queries))
+            if len(queries) != total:
+                raise UserError(f"{log} has {len(queries)} of {total} queries of {task}; {RUN_AGAIN}")
 
     def _read_samples(self, path: Path) -> dict[int, float]:
         metric = self.metric(path.stem)
         if metric is None:
             return {}
         name, _, chosen_filter = metric.partition(",")
-        correct = {}
+        correct, documents = {}, set()
         for place, sample in _json_lines(path):
+            documents.add(_require(place, sample, "doc_id", int))
             if sample.get("filter", "none") == chosen_filter and isinstance(sample.get(name), int | float):
-                correct[_require(place, sample, "doc_id", int)] = float(sample[name])
+                correct[sample["doc_id"]] = float(sample[name])
+        total = self.results["n-samples"].get(path.stem, {}).get("effective", len(documents))
+        if len(documents) != total:
+            raise UserError(f"{path} has {len(documents)} of {total} documents; {RUN_AGAIN}")
         return correct
 
     def metric(self, task: str) -> str | None:
@@ -180,8 +227,8 @@ class Run:
 
     def leaves(self, task: str) -> list[str]:
         """The tasks that were run under the name `task`: the task itself, or those of a group, recursively."""
-        children = self.results.get("group_subtasks", {}).get(task, [])
-        return [leaf for child in children for leaf in self.leaves(child)] or [task]
+        children = self.results["group_subtasks"].get(task, [])
+        return [leaf for child in children if child != task for leaf in self.leaves(child)] or [task]
 
     def score(self, task: str) -> Estimate | None:
         """The primary metric of a task or group as lm-eval reports it, None when it was not run.
@@ -197,8 +244,11 @@ class Run:
             return None
         scores, (name, _, chosen_filter) = self.results["results"][task], metric.partition(",")
         stderr = scores.get(f"{name}_stderr,{chosen_filter}")
-        count = sum(self.results["n-samples"][leaf]["effective"] for leaf in self.leaves(task))
-        return Estimate(scores[metric], stderr if isinstance(stderr, float) else None, count)
+        samples = self.results["n-samples"]
+        count = sum(_require(self._file, samples, leaf, dict)["effective"] for leaf in self.leaves(task))
+        return Estimate(
+            _require(self._file, scores, metric, NUMBER), stderr if isinstance(stderr, float) else None, count
+        )
 
     def accuracy(self, tasks: Sequence[str]) -> Estimate | None:
         """The mean over all questions of `tasks`, each with the same weight."""
@@ -214,6 +264,14 @@ class Run:
                 Estimate(part["blocks_per_query"], part["blocks_per_query_stderr"], part["queries"]) for part in counts
             )
         return Estimate.of(query["blocks"] for task in tasks for query in self.queries.get(task, {}).values())
+
+    def share_per_block(self, task: str) -> dict[str, list[float]]:
+        """ "skip", "execute" and "repeat" -> share of queries, one number per block.
+
+        Raises:
+            UserError: the results do not have it.
+        """
+        return _require(self._file, _require(self._file, self._counted, task, dict), "share_per_block", dict)
 
     def share(self, tasks: Sequence[str], action: int) -> float:
         """Share of blocks skipped (0), executed (1) or repeated (2), over the queries of `tasks`."""

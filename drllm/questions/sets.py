@@ -377,7 +377,8 @@ def _hub_rows(spec: TaskSpec, split: str) -> Iterator[tuple[str, dict[str, Any]]
 
 def _local_rows(spec: TaskSpec, folder: Path, split: str) -> Iterable[tuple[str, Any]]:
     if not folder.is_dir():
-        raise UserError(f"data folder {folder} does not exist")
+        problem = "is a file; pass its folder" if folder.exists() else "does not exist"
+        raise UserError(f"data folder {folder} {problem}")
     stem = f"{spec.stem}_{split}"
     for suffix, read in ((".jsonl", _read_jsonl), (".json", _read_json), (".parquet", _read_parquet)):
         path = folder / (stem + suffix)
