@@ -115,12 +115,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         parse_dtype(args.dtype)
     check_device(args.device)
     check_model_args(args.model_args)
-    if args.labels is not None:
-        read_labels(args.labels)
     for name in ("data_dir", "labels"):
         folder = getattr(args, name)
         if folder is not None and not Path(folder).is_dir():
             raise UserError(f"--{name} {folder} does not exist or is not a folder")
+    if args.labels is not None:
+        read_labels(args.labels)
 
 
 def check_model_args(text: str) -> None:

@@ -140,7 +140,7 @@ def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
             file.write("x" * 10**6)
 
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", fills_the_disk)
-    monkeypatch.setattr(sys, "argv", ["drllm.evaluate", "--tasks", "drllm_arc"])
+    monkeypatch.setattr(sys, "argv", ["drllm.evaluate", "--tasks", "drllm_arc", "--model_args", "pretrained=x"])
     monkeypatch.setattr(lm_eval_tasks, "TaskManager", lm_eval_tasks.TaskManager)
     assert evaluate.main() == 2
     assert "no space left" in capsys.readouterr().err
