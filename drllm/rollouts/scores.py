@@ -33,13 +33,13 @@ class ScoreStore:
     Args:
         folder: created if missing; on a disk that all processes see.
         key: what the scores depend on besides question and path (weights, dtype); a folder of another key is refused.
-        rank: number of this process.
+        rank: number of this process; None only reads.
 
     Raises:
         UserError: the folder belongs to another key, cannot be written, or holds a damaged line that is not its last.
     """
 
-    def __init__(self, folder: FilePath, key: dict, rank: int = 0) -> None:
+    def __init__(self, folder: FilePath, key: dict, rank: int | None = 0) -> None:
         self.folder = folder
         self._scores: dict[tuple[str, str], Scores] = {}
         with disk_errors(folder):
@@ -50,8 +50,10 @@ class ScoreStore:
                 raise UserError(f"{folder} holds scores of {other}, not of {key}; name another folder")
         elif rank == 0:
             write_json(manifest, key)
-        self._path = folder / f"{rank:05d}.jsonl"
         self.update()
+        if rank is None:
+            return
+        self._path = folder / f"{rank:05d}.jsonl"
         with disk_errors(self._path):
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  (closed with the process)
             self._file.truncate(self._complete_bytes(self._path))
@@ -62,6 +64,13 @@ class ScoreStore:
     def get(self, question_id: str, path: Path) -> Scores | None:
         """Scores in nats, one per option; None where they are not known."""
         return self._scores.get((question_id, path_text(path)))
+
+    def by_question(self) -> dict[str, dict[Path, Scores]]:
+        """All scores: question id -> path -> scores in nats, one per option."""
+        scores: dict[str, dict[Path, Scores]] = {}
+        for (question_id, digits), values in self._scores.items():
+            scores.setdefault(question_id, {})[tuple(map(int, digits))] = values
+        return scores
 
     def add(self, rows: Iterable[tuple[str, Path, Scores]]) -> None:
         """Appends (question id, path, scores); they outlive this process at once."""
