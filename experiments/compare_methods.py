@@ -14,6 +14,8 @@ Every method answers the same test questions, graded and counted alike:
     influence       one path for all: the blocks with the least influence skipped (ShortGPT: cosine of input and output)
     early exit      one path for all: the last blocks skipped (LayerSkip's inference on a frozen base)
     random          the actions of the routers at their own rates per layer, drawn regardless of the question
+    known paths     with --known_paths: the path that the base was trained along for questions of that kind, and routers
+                    that imitate these paths; every row then has the share of their gain that its method recovers
     oracle          the search run on the test questions with their gold answers (the ceiling of one path per question)
 
 Routers are compared question by question with the base, and with static paths of as many layers: between two static
@@ -41,7 +43,7 @@ from drllm.checkpoints import join_routers, load_routed, load_tokenizer
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.experiment_figures import draw_methods
 from drllm.evaluation.method_report import methods_table
-from drllm.evaluation.outcomes import Outcome, answer_along, load_test_questions, method_row
+from drllm.evaluation.outcomes import Outcome, answer_along, load_test_questions, method_row, share_recovered
 from drllm.files import check_output_file, check_output_folder
 from drllm.group_paths.margin_rewards import Answered, MarginRewards, RoundStore
 from drllm.group_paths.paths import PathsOfGroups
@@ -57,6 +59,7 @@ from drllm.rollouts.routed_paths import routed_paths
 from drllm.search.pool import SearchPool
 from drllm.search.tree import SearchSettings
 from drllm.training.trainer import RouterTrainingConfig, train_routers
+from experiments.known_paths import KnownPaths, agreement, train_on_known_paths
 from train_models.paths import Path as BlockPath
 from train_models.paths import default_path
 
@@ -92,10 +95,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--static_questions", type=int, default=400, help="per set, to choose each static skip")
     add("--num_epochs", type=int, default=25, help="paper: epochs of the training")
     add("--warmup_steps", type=int, default=500, help="paper: warm-up steps of the training")
+    add("--known_paths", type=Path, help="JSON, kind of question -> path, of a base trained along known paths")
     add("--oracle_questions", type=int, default=40, help="test questions per set for the oracle; 0: none")
     add("--batch_size", type=int, default=64, help="questions per forward pass")
     add("--work_dir", type=Path, default=Path("runs/compare_methods"), help="training runs and what was measured")
-    add("--output", type=Path, default=Path("results/compare_methods.json"), help="JSON file; a .png is written too")
+    add("--output", type=Path, default=Path("results/compare_methods.json"), help="JSON file; .md and .png beside it")
     arguments = parser.parse_args(argv)
     if arguments.methods is None:
         arguments.methods = "group_paths,paper" if arguments.labels else "group_paths"
@@ -114,7 +118,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         save=(0, 1),
     )
     check_output_file(arguments.output, "--output")
-    check_output_file(arguments.output.with_suffix(".png"), "--output")
+    for suffix in (".png", ".md"):
+        check_output_file(arguments.output.with_suffix(suffix), "--output")
     check_output_folder(arguments.work_dir, "--work_dir")
     return arguments
 
@@ -146,6 +151,9 @@ class Comparison:
         report(f"base on {len(self.test.prompts)} test questions", self.test.base)
         self._check_disjoint()
         self.store = RoundStore(arguments.work_dir / "measured", fingerprint(self.routed), state)
+        self.known = None
+        if arguments.known_paths is not None:
+            self.known = KnownPaths(arguments.known_paths, arguments.data_dir, self.num_blocks)
 
     def _training_questions(self) -> tuple[list[Answered], list[Answered]]:
         """(training, validation) questions of the training files."""
@@ -295,6 +303,19 @@ class Comparison:
         }
         return {name: {"accuracy": o.accuracy, "layers": o.mean_layers} for name, o in outcomes.items()}
 
+    def known_paths(self) -> tuple[Outcome, list[Outcome]]:
+        """(the known paths themselves, per seed the routers that imitate them) on the test questions."""
+        followed = self.answer(self.test.prompts, self.known.of(self.test.prompts, "test"))
+        report("known paths", followed)
+        rewards = MarginRewards(self.routed, self.train, self.arguments.batch_size, self.store)
+        paths = self.known.of([answered.prompt for answered in self.train], "train")
+        imitating = []
+        for seed in range(self.arguments.seeds):
+            train_on_known_paths(rewards, paths, seed)
+            outcome = self.answer(self.test.prompts, self.decide(self.routed, self.test.prompts))
+            imitating.append(report(f"routers on known paths, seed {seed}", outcome))
+        return followed, imitating
+
     def random(self, name: str, decisions: Sequence[list[BlockPath]]) -> list[Outcome]:
         """Random paths at the rates of each seed's decisions."""
         return [
@@ -348,6 +369,18 @@ def compare(arguments: argparse.Namespace) -> dict:
         groups += [(name, outcomes), (f"random: rates of {name}", comparison.random(name, decisions))]
         sets[name] = comparison.test.per_set(Outcome.average(outcomes))
     controls = static[GreedySkips.name]
+    rows = [method_row(name, outcomes, comparison.test.base, controls) for name, outcomes in groups]
+    if comparison.known is not None:
+        known, imitating = comparison.known_paths()
+        further = {"known paths": [known], "routers on known paths": imitating}
+        groups += further.items()
+        rows += [method_row(name, outcomes, comparison.test.base, controls) for name, outcomes in further.items()]
+        for row, (_, outcomes) in zip(rows, groups, strict=True):
+            row["recovered"] = share_recovered(Outcome.average(outcomes), comparison.test.base, known)
+        sets["known paths"] = comparison.test.per_set(known)
+        if comparison.labels is not None:
+            prompts, labels = labelled_prompts(comparison.labels, arguments.data_dir, comparison.tokenizer)
+            details["labels against known paths"] = agreement(labels, comparison.known.of(prompts, "train"))
     return {
         # As a reader of the repository would type them.
         "arguments": {key: str(value).removeprefix(f"{ROOT}/") for key, value in vars(arguments).items()},
@@ -355,7 +388,7 @@ def compare(arguments: argparse.Namespace) -> dict:
         "static_paths": [list(path) for path in greedy_paths],
         "search": asdict(SearchSettings()),
         "labels": comparison.labels.manifest.get("arguments") if comparison.labels else None,
-        "rows": [method_row(name, outcomes, comparison.test.base, controls) for name, outcomes in groups],
+        "rows": rows,
         "sets": sets,
         "details": details,
         "oracle": comparison.oracle(arguments.oracle_questions) if arguments.oracle_questions else None,
@@ -367,17 +400,18 @@ def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
     arguments = parse_arguments(argv)
     start = time.perf_counter()
-    result = compare(arguments)
-    write_result(
+    result = write_result(
         arguments.output,
-        result,
+        compare(arguments),
         command=command_line(PROGRAM, argv),
         seed=range(arguments.seeds),
         seconds=time.perf_counter() - start,
     )
     figure = arguments.output.with_suffix(".png")
     draw_methods(result, figure)
-    print(f"{methods_table(result)}\n\n{arguments.output}\n{figure}")
+    table = methods_table(result)
+    arguments.output.with_suffix(".md").write_text(f"{table}\n\nCommand:\n\n    {result['command']}\n")
+    print(f"{table}\n\n{arguments.output}\n{figure}")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,45 @@ def build_model(family: str, vocabulary_size: int, pad: int, eos: int, blocks: i
     return model
 
 
+def copies_of(doubled: tuple[int, ...]) -> list[int]:
+    """The numbers that the copies of the doubled blocks have in the deeper model, in order."""
+    return [block + shift + copy_ for shift, block in enumerate(sorted(doubled)) for copy_ in (0, 1)]
+
+
+def with_doubled_blocks(model: Any, doubled: tuple[int, ...]) -> Any:
+    """A deeper model that has each block of `doubled` twice in a row (depth up-scaling), all other weights unchanged.
+
+    Its path that skips one of the two copies everywhere computes what `model` computes.
+
+    Args:
+        model: of a stock family; not changed.
+        doubled: blocks of `model`, each at most once.
+
+    Raises:
+        ValueError: a block that `model` does not have, or one given twice.
+    """
+    blocks = model.config.num_hidden_layers
+    if len(set(doubled)) != len(doubled) or not set(doubled) <= set(range(blocks)):
+        raise ValueError(f"blocks to double: {list(doubled)}; give each once, from 0 to {blocks - 1}")
+    sources = [source for source in range(blocks) for _ in range(1 + (source in doubled))]
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(sources)
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = [config.layer_types[source] for source in sources]
+    deeper = type(model)(config)
+    weights = model.state_dict()
+    prefix = "model.layers."
+    for name in deeper.state_dict():
+        if name.startswith(prefix):
+            number, rest = name.removeprefix(prefix).split(".", 1)
+            weights_of = f"{prefix}{sources[int(number)]}.{rest}"
+        else:
+            weights_of = name
+        deeper.state_dict()[name].copy_(weights[weights_of])
+    deeper.generation_config = copy.deepcopy(model.generation_config)
+    return deeper
+
+
 PERIODS = (2, 3, 5, 10, 20, 30, 50, 100, 200, 400)
 
 

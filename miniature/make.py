@@ -28,6 +28,11 @@ from miniature.questions import write_questions  # noqa: E402
 from miniature.training_paths import KnownPaths, RandomEdits, read_known_paths  # noqa: E402
 
 
+def block_numbers(text: str) -> tuple[int, ...]:
+    """Comma-separated block numbers, e.g. "1,2,5"."""
+    return tuple(int(number) for number in text.split(","))
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked.
 
@@ -44,6 +49,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     fit = commands.add_parser("train", help="pre-train a base model")
     fit.add_argument("--output_dir", type=Path, default=HERE / "model")
     fit.add_argument("--init", type=Path, help="continue from the weights in this folder, e.g. miniature/plain/model")
+    fit.add_argument("--double", type=block_numbers, default=(), help="blocks of --init to have twice, e.g. 1,2,5")
     fit.add_argument("--known_paths", type=Path, help="JSON file, kind -> path; default: random edits per set")
     fit.add_argument("--family", choices=("llama", "qwen2", "qwen3"), default="llama")
     fit.add_argument("--blocks", type=int, default=10)
@@ -93,13 +99,16 @@ def check_model(arguments: argparse.Namespace) -> None:
 
 def pretraining_settings(arguments: argparse.Namespace) -> PretrainingSettings:
     """What `train` is to do. ValueError when the file of known paths is not valid."""
+    if arguments.double and arguments.init is None:
+        raise ValueError("--double needs the model whose blocks it doubles: add --init")
     if arguments.known_paths is None:
         paths = RandomEdits(arguments.blocks, arguments.default_share, arguments.skip_rate, arguments.repeat_rate)
     else:
         paths = KnownPaths(read_known_paths(arguments.known_paths), arguments.default_share)
     return PretrainingSettings(
         output_dir=arguments.output_dir, paths=paths, family=arguments.family, blocks=arguments.blocks,
-        width=arguments.width, init=arguments.init, steps=arguments.steps, batch_size=arguments.batch_size,
+        width=arguments.width, init=arguments.init, doubled=arguments.double, steps=arguments.steps,
+        batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate, processes=arguments.processes, save_steps=arguments.save_steps,
         muon_dtype=arguments.muon_dtype, seed=arguments.seed,
     )  # fmt: skip

@@ -23,10 +23,12 @@ from miniature.base_model import (
     answer_positions,
     build_model,
     build_tokenizer,
+    copies_of,
     encode,
     hidden_along_paths,
     keep_memory,
     shape_numbers,
+    with_doubled_blocks,
     write_model,
 )
 from miniature.measurement import accuracy
@@ -50,6 +52,7 @@ class PretrainingSettings:
         blocks: L; ignored with `init`.
         width: hidden size; ignored with `init`.
         init: folder of a model of the miniature whose weights are the start; None starts from random ones.
+        doubled: blocks of `init` that the model has twice in a row; only these copies are trained, the rest is frozen.
         steps: optimiser steps.
         batch_size: questions per step, over all processes.
         learning_rate: peak, of both optimisers.
@@ -65,6 +68,7 @@ class PretrainingSettings:
     blocks: int = 10
     width: int = 128
     init: Path | None = None
+    doubled: tuple[int, ...] = ()
     steps: int = 3000
     batch_size: int = 128
     learning_rate: float = 3e-3
@@ -82,6 +86,7 @@ class PretrainingSettings:
         """Everything that decides the weights; a checkpoint with another identity is not resumed."""
         fields = asdict(self)
         del fields["output_dir"], fields["save_steps"], fields["paths"]
+        fields["doubled"] = list(self.doubled)
         return {**fields, "init": None if self.init is None else str(self.init), **self.paths.identity()}
 
 
@@ -158,9 +163,15 @@ class _Pretraining:
                                      self.tokenizer.eos_token_id, settings.blocks, settings.width)  # fmt: skip
             shape_numbers(self.model, self.tokenizer)
         else:
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(settings.init, dtype=torch.float32)
-        self.parameters = list(self.model.parameters())
-        named = [("layers" in name and p.ndim == 2, p) for name, p in self.model.named_parameters()]
+            model = transformers.AutoModelForCausalLM.from_pretrained(settings.init, dtype=torch.float32)
+            self.model = with_doubled_blocks(model, settings.doubled) if settings.doubled else model
+        if settings.doubled:
+            self.model.requires_grad_(False)
+            for block in copies_of(settings.doubled):
+                self.model.model.layers[block].requires_grad_(True)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        named = [("layers" in name and p.ndim == 2, p) for name, p in trained]
         self.muon = Muon([p for is_matrix, p in named if is_matrix], dtype=getattr(torch, settings.muon_dtype))
         rest = [p for is_matrix, p in named if not is_matrix]
         self.adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.01, fused=True)

@@ -9,15 +9,19 @@ def methods_table(result: dict) -> str:
     def interval(value: dict | None) -> str:
         return "" if value is None else f"{value['points']:+.2f} [{value['low']:+.2f}, {value['high']:+.2f}]"
 
-    lines = [
-        "| method | accuracy | layers | points against base | points against static paths of as many layers |",
-        "|---|---|---|---|---|",
-    ]
+    def percent(value: dict) -> str:
+        return f"{100 * value['share']:.0f}% [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
+
+    header = ["method", "accuracy", "layers", "points against base", "points against static paths of as many layers"]
+    has_known = result["rows"][0].get("recovered") is not None
+    header += ["share of the known gain"] if has_known else []
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for row in result["rows"]:
         several = row["seeds"] > 1
         accuracy = f"{100 * row['accuracy']:.2f}" + (f" ± {100 * row['accuracy_std']:.2f}" if several else "")
         layers = f"{row['layers']:.2f}" + (f" ± {row['layers_std']:.2f}" if several else "")
         cells = [row["method"], accuracy, layers, interval(row["against_base"]), interval(row.get("against_static"))]
+        cells += [percent(row["recovered"])] if has_known else []
         lines.append("| " + " | ".join(cells) + " |")
     if oracle := result["oracle"]:
         lines.append(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path as FilePath
 
+import torch
+
 from drllm.questions.prompts import Prompt
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import load_questions
@@ -116,6 +118,23 @@ def paired_difference(outcome: Outcome, reference: Outcome) -> dict[str, float]:
     differences = [100 * (a - b) for a, b in zip(outcome.right, reference.right, strict=True)]
     mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
     return {"points": mean, "low": mean - 1.96 * error, "high": mean + 1.96 * error}
+
+
+def share_recovered(outcome: Outcome, base: Outcome, known: Outcome, seed: int = 0) -> dict[str, float] | None:
+    """The share of the gain of `known` over `base` that `outcome` has: (outcome - base) / (known - base) in accuracy.
+
+    With its 95% interval: percentiles of 2,000 bootstrap samples of the questions, the same in all three terms; samples
+    in which `known` gains nothing are left out. None where `known` is not above `base` at all.
+    """
+    right = torch.tensor([outcome.right, base.right, known.right], dtype=torch.float64)
+    gained, known_gain = right[0] - right[1], right[2] - right[1]
+    if known_gain.mean() <= 0:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    samples = [torch.randint(len(gained), (len(gained),), generator=generator) for _ in range(2000)]
+    shares = [gained[sample].mean() / known_gain[sample].mean() for sample in samples if known_gain[sample].sum() > 0]
+    low, high = torch.stack(shares).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"share": float(gained.mean() / known_gain.mean()), "low": low, "high": high}
 
 
 def method_row(name: str, outcomes: Sequence[Outcome], base: Outcome, controls: Sequence[Outcome]) -> dict:

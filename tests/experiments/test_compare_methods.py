@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from drllm.miniature import MINIATURE_DATA
+from drllm.miniature import MINIATURE_DATA, ROOT
 from experiments import compare_methods
 from experiments.compare_methods import main, parse_arguments
 
@@ -61,6 +61,21 @@ def test_one_command_makes_table_figure_and_json(tmp_path, capsys):
     assert set(result["details"]["group paths"]["on_training_questions"]) == {"base", "labels followed", "routers"}
     assert output.with_suffix(".png").stat().st_size > 1000
     assert "| group paths |" in capsys.readouterr().out
+
+
+def test_known_paths_add_rows_and_the_share_that_each_method_recovers(tmp_path, capsys):
+    control = ROOT / "miniature" / "positive_control"
+    output = tmp_path / "comparison.json"
+    settings = ["--train_questions", "12", "--oracle_questions", "0", "--most_skips", "1", "--static_questions", "6"]
+    settings += ["--sets", "dart-1,dart-5", "--test_questions", "40", "--known_paths", str(control / "paths.json")]
+    folders = ["--model", str(control / "model"), "--work_dir", str(tmp_path / "work"), "--output", str(output)]
+    assert main([*SMALL, *settings, *folders]) == 0
+    rows = {row["method"]: row for row in json.loads(output.read_text())["rows"]}
+    assert rows["known paths"]["layers"] < rows["base"]["layers"] == 14
+    assert rows["known paths"]["recovered"]["share"] == 1
+    assert rows["base"]["recovered"]["share"] == 0
+    assert rows["routers on known paths"]["layers"] < 14
+    assert "share of the known gain" in output.with_suffix(".md").read_text()
 
 
 def test_the_defaults_are_the_papers():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from miniature.base_model import build_tokenizer, encode, hidden_along_paths
+from miniature.base_model import build_tokenizer, copies_of, encode, hidden_along_paths, with_doubled_blocks
 from miniature.make import HERE
 from miniature.measurement import correct
 from miniature.questions import SETS, Question, questions
@@ -99,3 +99,22 @@ def test_paths_of_pretraining_skip_and_repeat(model, tokenizer):
                 for _ in range(times):
                     hidden = model.model.layers[layer](hidden, attention_mask=None, position_embeddings=rotary)
             assert torch.allclose(model.model.norm(hidden)[0], ours[b], atol=1e-4)
+
+
+def test_a_deeper_model_computes_the_same_along_the_path_that_skips_the_copies(model, tokenizer, drawn):
+    deeper = with_doubled_blocks(model, (1, 4))
+    assert deeper.config.num_hidden_layers == 12
+    assert copies_of((1, 4)) == [1, 2, 5, 6]
+    ids, _ = encode(drawn["dart-3", "test"][:8], tokenizer)
+    default = hidden_along_paths(model, ids, torch.ones(8, 10, dtype=torch.long))
+    for skipped in ((1, 5), (2, 6), (1, 6)):
+        path = torch.ones(8, 12, dtype=torch.long)
+        path[:, list(skipped)] = 0
+        torch.testing.assert_close(hidden_along_paths(deeper, ids, path), default)
+    assert not torch.allclose(hidden_along_paths(deeper, ids, torch.ones(8, 12, dtype=torch.long)), default)
+
+
+@pytest.mark.parametrize("doubled", [(1, 1), (10,), (-1,)])
+def test_blocks_to_double_are_checked(model, doubled):
+    with pytest.raises(ValueError, match="from 0 to 9"):
+        with_doubled_blocks(model, doubled)

@@ -58,6 +58,25 @@ def test_a_file_of_known_paths_is_checked(tmp_path):
             read_known_paths(file)
 
 
+def test_only_the_copies_of_doubled_blocks_are_trained(tmp_path):
+    known = tmp_path / "paths.json"
+    known.write_text(json.dumps(dict.fromkeys(ALL_KINDS, "101" + "1" * 9)))
+    output = tmp_path / "model"
+    command = [sys.executable, str(HERE / "make.py"), "train", "--init", str(HERE / "model"), "--double", "1,9",
+               "--known_paths", str(known), "--output_dir", str(output), "--steps", "2", "--batch_size", "4",
+               "--processes", "1", "--muon_dtype", "float32"]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    before, after = (load_file(folder / "model.safetensors") for folder in (HERE / "model", output))
+    sources = {0: 0, 2: 1, 3: 2, 10: 9, 11: 9}  # of blocks in the deeper model
+    for block, source in sources.items():
+        name = "model.layers.{}.mlp.up_proj.weight"
+        assert bool((after[name.format(block)] == before[name.format(source)]).all()) == (block in (0, 3)), block
+    assert (after["model.embed_tokens.weight"] == before["model.embed_tokens.weight"]).all()
+    refused = subprocess.run([*command[:3], "--double", "1"], capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "add --init" in refused.stderr
+
+
 @pytest.mark.slow
 def test_training_resumes_from_its_checkpoint(tmp_path):
     """A run that is killed after a checkpoint and started again ends with the weights of an undisturbed one."""

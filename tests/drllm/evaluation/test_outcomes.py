@@ -2,7 +2,7 @@
 
 import pytest
 
-from drllm.evaluation.outcomes import Outcome, method_row, mixture, paired_difference
+from drllm.evaluation.outcomes import Outcome, method_row, mixture, paired_difference, share_recovered
 
 
 def test_a_mixture_has_the_layers_it_is_asked_for():
@@ -30,3 +30,15 @@ def test_rows_average_over_seeds():
     assert row["accuracy_std"] == pytest.approx(0.5**0.5 / 2)
     assert row["against_base"]["points"] == pytest.approx(25)
     assert "against_static" not in row
+
+
+def test_the_share_of_a_known_gain_is_paired_by_question():
+    base, known = Outcome([0.0, 1.0] * 50, [10.0] * 100), Outcome([1.0, 1.0] * 50, [8.0] * 100)
+    half = Outcome([1.0, 1.0, 0.0, 1.0] * 25, [9.0] * 100)
+    shares = share_recovered(half, base, known)
+    assert shares["share"] == 0.5
+    assert 0.3 < shares["low"] < 0.4 < 0.6 < shares["high"] < 0.7
+    # The known gain varies with the sample of questions, and the share with it, so the known paths are always 100%.
+    assert share_recovered(known, base, known) == {"share": 1.0, "low": 1.0, "high": 1.0}
+    assert share_recovered(base, base, known)["high"] == 0
+    assert share_recovered(half, known, base) is None
