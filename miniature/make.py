@@ -67,6 +67,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     fit.add_argument("--seed", type=int, default=0)
     measure = commands.add_parser("evaluate", help="accuracy per set under the default path, single and random edits")
     measure.add_argument("--model", type=Path, default=HERE / "model")
+    measure.add_argument("--known_paths", type=Path, help="JSON file, kind -> path: only these and the default path")
     measure.add_argument("--part", choices=("train", "test"), default="test")
     measure.add_argument("--number", type=int, default=400, help="questions per set")
     measure.add_argument("--threads", type=int, default=2)

@@ -14,6 +14,7 @@ from drllm.checkpoints import load_tokenizer
 from drllm.loading import check_finite, loading
 from miniature.base_model import answer_positions, encode, hidden_along_paths, keep_memory
 from miniature.questions import KINDS, SETS, Question, questions
+from miniature.training_paths import read_known_paths
 
 BATCH = 256
 
@@ -44,7 +45,10 @@ def accuracy(model: Any, tokenizer: Any, by_set: dict[str, list[Question]], path
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Prints, as Markdown, accuracy per set: default path, every single edit, random edits; then per kind."""
+    """Prints, as Markdown, accuracy per set: default path, every single edit, random edits; then per kind.
+
+    With known paths only the default path and the known path of each question's kind.
+    """
     keep_memory()
     torch.set_num_threads(arguments.threads)
     tokenizer = load_tokenizer(arguments.model)
@@ -62,6 +66,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     print(f"{arguments.number} questions per set, part {arguments.part!r}; percent right\n")
     print("| path | " + " | ".join(SETS) + " | mean |\n|" + " --- |" * (len(SETS) + 2))
     print(line("default", accuracy(model, tokenizer, by_set)), flush=True)
+    if arguments.known_paths is not None:
+        known = read_known_paths(arguments.known_paths)
+        own = {s: [known[q.kind] for q in asked] for s, asked in by_set.items()}
+        scores = {s: correct(model, tokenizer, by_set[s], own[s]).float().mean().item() for s in by_set}
+        print(line("known path of each kind", scores))
+        lengths = [sum(path) for paths in own.values() for path in paths]
+        print(f"\nlayers along the known paths: {sum(lengths) / len(lengths):.2f} of {blocks}")
+        return
     for action, word in ((0, "skip"), (2, "repeat")):
         for block in range(blocks):
             path = [*default[:block], action, *default[block + 1 :]]
