@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from drllm.arguments import MAX_SEED, check_ranges
@@ -153,7 +154,7 @@ class Comparison:
         return outcome
 
     def decisions(self, checkpoint: str) -> list[BlockPath]:
-        """The paths that the routers of a checkpoint decide on for the test questions.
+        """The paths that the routers of a checkpoint decide on for the test questions; every process calls this.
 
         Raises:
             UserError: the checkpoint has another base model.
@@ -164,7 +165,10 @@ class Comparison:
                 f"{checkpoint} has base weights {found}, --model has {self.key['model_fingerprint']}; name the base "
                 "that the checkpoint was trained on"
             )
-        return routed_paths(model, self.prompts, self.arguments.batch_size)
+        rank, count = self.state.process_index, self.state.num_processes
+        own = routed_paths(model, self.prompts[rank::count], self.arguments.batch_size)
+        shares = gather_object([own])
+        return [shares[index % count][index // count] for index in range(len(self.prompts))]
 
     def static_paths(self) -> list[BlockPath]:
         """The paths of 0, 1, ... edits that one group of all training questions grows."""

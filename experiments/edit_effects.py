@@ -20,12 +20,13 @@ from pathlib import Path
 from drllm.arguments import MAX_SEED, check_ranges
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_file, read_json
+from drllm.group_paths.paths import describe_edits
 from drllm.provenance import command_line, write_result
 from drllm.questions.overlap import load_training_questions
 from drllm.questions.sets import Question, expand_sets
 from drllm.rollouts.scores import Scores, ScoreStore
 from drllm.search.selection import seeded_order
-from train_models.paths import EXECUTE, SKIP
+from train_models.paths import EXECUTE
 from train_models.paths import Path as BlockPath
 
 PROGRAM = "python -m experiments.edit_effects"
@@ -64,14 +65,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def describe(path: BlockPath) -> str:
-    """The edits of a path, e.g. "skip 19, repeat 27"."""
-    edits = [
-        f"{'skip' if action == SKIP else 'repeat'} {block}" for block, action in enumerate(path) if action != EXECUTE
-    ]
-    return ", ".join(edits)
-
-
 def effect(question: Question, base: Sequence[float], edited: Sequence[float]) -> tuple[float, float]:
     """Change of the right option's probability and of its being right, from `base` scores to `edited` ones."""
     gold = question.labels.index(question.answer)
@@ -102,7 +95,7 @@ def effects_of(
     for path, pairs in changes.items():
         if len(pairs) < max(2, share * len(questions)):
             continue
-        row = {"path": list(path), "edits": describe(path), "layers": sum(path), "questions": len(pairs)}
+        row = {"path": list(path), "edits": describe_edits(path), "layers": sum(path), "questions": len(pairs)}
         for name, values in zip(("probability", "accuracy"), zip(*pairs, strict=True), strict=True):
             row[name] = statistics.mean(values)
             row[f"{name}_error"] = statistics.stdev(values) / math.sqrt(len(values))

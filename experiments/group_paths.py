@@ -18,6 +18,7 @@ import datetime
 import math
 import sys
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -43,6 +44,19 @@ from drllm.questions.sets import Question, expand_sets
 from drllm.rollouts.scores import ScoreStore
 from drllm.search.selection import seeded_order
 from train_models.paths import Path as BlockPath
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What routers were trained on.
+
+    Attributes:
+        labels: one path per question.
+        groups: `LikelihoodPaths.report()`, for the manifest.
+    """
+
+    labels: list[BlockPath]
+    groups: list[dict] = field(default_factory=list)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -129,8 +143,8 @@ def load_base(arguments: argparse.Namespace, state: PartialState) -> PreTrainedM
     return routed
 
 
-def train_by_generation(arguments: argparse.Namespace, routed, tokenizer, measured: Path, state) -> list[BlockPath]:
-    """Trains the routers on paths that keep generated answers right; returns the labels."""
+def train_by_generation(arguments: argparse.Namespace, routed, tokenizer, measured: Path, state) -> Trained:
+    """Trains the routers on paths that keep generated answers right."""
     chat = wants_chat_template("auto", arguments.model, tokenizer)
     questions = [
         Answered.of(Prompt.of(question, tokenizer, chat), tokenizer)
@@ -143,11 +157,11 @@ def train_by_generation(arguments: argparse.Namespace, routed, tokenizer, measur
     labels = paths.labels(arguments.price)
     describe(labels, state)
     paths.train_routers(arguments.price, arguments.router_seed)
-    return labels
+    return Trained(labels)
 
 
-def train_by_likelihood(arguments: argparse.Namespace, routed, tokenizer, measured: Path, state) -> list[BlockPath]:
-    """Trains the routers on paths that raise the likelihood of right options; returns the labels."""
+def train_by_likelihood(arguments: argparse.Namespace, routed, tokenizer, measured: Path, state) -> Trained:
+    """Trains the routers on paths that raise the likelihood of right options."""
     sets = read_questions(arguments, state)
     chosen = [
         question
@@ -172,7 +186,7 @@ def train_by_likelihood(arguments: argparse.Namespace, routed, tokenizer, measur
     labels = paths.labels()
     describe(labels, state)
     paths.train_routers(labels, arguments.router_seed)
-    return labels
+    return Trained(labels, paths.report())
 
 
 def read_questions(arguments: argparse.Namespace, state: PartialState) -> dict[str, list[Question]]:
@@ -200,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     measured = arguments.measured_dir
     train = train_by_generation if arguments.reward == "generation" else train_by_likelihood
     try:
-        labels = train(arguments, routed, tokenizer, measured, state)
+        trained = train(arguments, routed, tokenizer, measured, state)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what was measured is in {measured}; run the same command to resume") from None
     if state.is_main_process:
@@ -213,7 +227,8 @@ def main(argv: list[str] | None = None) -> None:
             "dtype": dtype_name(routed.dtype),
             "chat_template": chat,
             "reward": arguments.reward,
-            "labels": len(labels),
+            "labels": len(trained.labels),
+            "groups": trained.groups,
             "arguments": {key: str(value) for key, value in vars(arguments).items()},
             "versions": versions(),
             "commit": commit(),

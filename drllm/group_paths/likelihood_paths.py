@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ import torch
 from drllm.group_paths.grouping import groups_of, standardised_states
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.group_paths.margin_rewards import RewardRound
-from drllm.group_paths.paths import GroupPath
+from drllm.group_paths.paths import GroupPath, describe_edits
 from drllm.group_paths.router_training import imitate
 from drllm.processes import from_main
 from drllm.questions.likelihood import LikelihoodPrompt
@@ -144,6 +145,24 @@ class LikelihoodPaths:
         price = self.growth.price if price is None else price
         best = [max(chain, key=lambda member: member.reward - price * sum(member.path)).path for chain in self.chains]
         return [best[group] for group in self.groups.tolist()]
+
+    def report(self) -> list[dict]:
+        """For each group the questions per set and the chain: edits, layers, mean reward."""
+        groups = self.groups.tolist()
+        return [
+            {
+                "questions": Counter(
+                    prompt.question.set
+                    for prompt, of_prompt in zip(self.rewards.prompts, groups, strict=True)
+                    if of_prompt == number
+                ),
+                "chain": [
+                    {"edits": describe_edits(member.path), "layers": sum(member.path), "reward": member.reward}
+                    for member in chain
+                ],
+            }
+            for number, chain in enumerate(self.chains)
+        ]
 
     def train_routers(self, labels: Sequence[Path], seed: int, epochs: int = 25) -> None:
         """Trains routers on `labels` from the initial weights of `seed`, and leaves them in the model.

@@ -24,6 +24,14 @@ class GroupPath:
     reward: float
 
 
+def describe_edits(path: Path) -> str:
+    """The edits of a path, e.g. "skip 19, repeat 27"; "" for the default path."""
+    edits = [
+        f"{'skip' if visits == SKIP else 'repeat'} {block}" for block, visits in enumerate(path) if visits != EXECUTE
+    ]
+    return ", ".join(edits)
+
+
 def grow(
     measure_around: Callable[[list[Path], int], RewardRound], groups: torch.Tensor, first: RewardRound, most_skips: int
 ) -> list[list[GroupPath]]:

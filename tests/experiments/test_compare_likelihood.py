@@ -1,10 +1,13 @@
 """Checkpoints compared by log-likelihood: the same answers as lm-eval, paired, resumed."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from drllm.miniature import ROOT
 from experiments import compare_likelihood, group_paths
 from tests import search_toys
 from tests.conftest import STOCK
@@ -44,6 +47,11 @@ def test_accuracy_and_layers_are_those_of_lm_eval_and_a_second_run_scores_nothin
     groups = f"--reward likelihood --model {base} --data_dir {data} --dataset arc --train_questions 8 --groups 2"
     groups += " --pilot 4 --keep 3 --candidates 2 --most_skips 1 --batch_size 4"
     assert group_paths.main([*groups.split(), "--output_dir", str(tmp_path / "groups")]) == 0
+    (group,) = json.loads((tmp_path / "groups/labels_manifest.json").read_text())["groups"][:1]
+    assert group["chain"][0]["edits"] == ""
+    assert group["chain"][0]["layers"] == 6
+    assert 0 < group["chain"][0]["reward"] < 1
+    assert group["questions"] == {"arc_easy": 8}
     arguments = f"--model {base} --checkpoint paper={routed} --data_dir {data} --sets arc_easy --batch_size 4"
     arguments += f" --train_sets arc --train_scores {tmp_path}/groups-measured --train_questions 8 --most_edits 1"
     arguments += f" --work_dir {tmp_path}/work --output {tmp_path}/result.json"
@@ -70,6 +78,20 @@ def test_accuracy_and_layers_are_those_of_lm_eval_and_a_second_run_scores_nothin
     )  # nothing is scored: all scores must be in the stores
     assert compare_likelihood.main(arguments.split()) == 0
     assert json.loads((tmp_path / "result.json").read_text())["rows"] == result["rows"]
+
+
+@pytest.mark.slow
+def test_two_processes_report_the_same_as_one(toy, tmp_path):
+    base, routed, data = toy
+    command = f"-m experiments.compare_likelihood --model {base} --checkpoint paper={routed} --data_dir {data}"
+    command += " --sets arc_easy --controls influence --most_edits 1 --test_questions 7 --batch_size 2"
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2"
+    results = []
+    for name, launch in (("one", ""), ("two", torchrun)):
+        output = f"--work_dir {tmp_path}/{name} --output {tmp_path}/{name}.json"
+        subprocess.run([sys.executable, *f"{launch} {command} {output}".split()], cwd=ROOT, check=True)
+        results.append(json.loads((tmp_path / f"{name}.json").read_text()))
+    assert results[0]["rows"] == results[1]["rows"]
 
 
 def test_bad_input_is_one_sentence(toy, tmp_path, capsys):
