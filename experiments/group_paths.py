@@ -229,7 +229,8 @@ def main(argv: list[str] | None = None) -> None:
             "reward": arguments.reward,
             "labels": len(trained.labels),
             "groups": trained.groups,
-            "arguments": {key: str(value) for key, value in vars(arguments).items()},
+            "arguments": {key: str(value) for key, value in vars(arguments).items()}
+            | {"dataset": list(expand_sets(arguments.dataset))},  # eval.sh takes the tasks from here
             "versions": versions(),
             "commit": commit(),
         }

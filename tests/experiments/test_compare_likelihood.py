@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from drllm.evaluation.protocol import default_tasks
 from drllm.miniature import ROOT
 from experiments import compare_likelihood, group_paths
 from tests import search_toys
@@ -47,6 +48,7 @@ def test_accuracy_and_layers_are_those_of_lm_eval_and_a_second_run_scores_nothin
     groups = f"--reward likelihood --model {base} --data_dir {data} --dataset arc --train_questions 8 --groups 2"
     groups += " --pilot 4 --keep 3 --candidates 2 --most_skips 1 --batch_size 4"
     assert group_paths.main([*groups.split(), "--output_dir", str(tmp_path / "groups")]) == 0
+    assert default_tasks(tmp_path / "groups") == "drllm_ll_arc_easy,drllm_ll_arc_challenge"  # of eval.sh
     (group,) = json.loads((tmp_path / "groups/labels_manifest.json").read_text())["groups"][:1]
     assert group["chain"][0]["edits"] == ""
     assert group["chain"][0]["layers"] == 6
