@@ -83,6 +83,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--unlike", default="", help="as given to experiments.group_paths")
     add_growth_arguments(parser)
     add("--price", type=float, default=0.01, help="reward that one block less may cost the static path")
+    add(
+        "--random_seeds",
+        type=int,
+        default=3,
+        help="most random counterparts per name (default: 3)",
+    )
     add("--most_edits", type=int, default=4, help="of the static path, and skips of influence and early exit")
     add("--normalised", action="store_true", help="judge by acc_norm instead of acc")
     add("--batch_size", type=int, default=8, help="questions per forward pass (default: 8)")
@@ -94,7 +100,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         arguments,
         **dict.fromkeys(("train_questions", "batch_size"), (1, math.inf)),
         test_questions=(2, math.inf),
-        most_edits=(0, math.inf),
+        **dict.fromkeys(("most_edits", "random_seeds"), (0, math.inf)),
         train_seed=(0, MAX_SEED),
         price=(-math.inf, math.inf),
     )
@@ -236,8 +242,9 @@ def compare(arguments: argparse.Namespace, state: PartialState) -> dict:
     for checkpoint in arguments.checkpoint:
         name, _, folder = checkpoint.partition("=")
         methods.setdefault(name, []).append(comparison.decisions(folder))
-    for name in list(methods):
-        methods[f"random: rates of {name}"] = [random_paths(paths, seed) for seed, paths in enumerate(methods[name])]
+    for name in list(methods) if arguments.random_seeds else ():
+        routed = methods[name][: arguments.random_seeds]
+        methods[f"random: rates of {name}"] = [random_paths(paths, seed) for seed, paths in enumerate(routed)]
     controls = comparison.controls()
     methods |= {name: [[path] * len(comparison.prompts)] for name, (path,) in controls.items()}
     comparison.score([comparison.default, *(paths for seeds in methods.values() for paths in seeds)])
