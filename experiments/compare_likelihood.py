@@ -83,12 +83,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--unlike", default="", help="as given to experiments.group_paths")
     add_growth_arguments(parser)
     add("--price", type=float, default=0.01, help="reward that one block less may cost the static path")
-    add(
-        "--random_seeds",
-        type=int,
-        default=3,
-        help="most random counterparts per name (default: 3)",
-    )
+    add("--random_seeds", type=int, default=3, help="most random counterparts per name (default: 3)")
     add("--most_edits", type=int, default=4, help="of the static path, and skips of influence and early exit")
     add("--normalised", action="store_true", help="judge by acc_norm instead of acc")
     add("--batch_size", type=int, default=8, help="questions per forward pass (default: 8)")
