@@ -75,12 +75,13 @@ llm: $(VENV)/.installed-llm $(if $(MODEL),,$(LLM)/model)
 	  --batch_size 8 --output_dir $(LLM)/checkpoints/groups
 	for name in published groups; do \
 	  PYTHON=$(BIN)/python ./eval.sh $(LLM)/checkpoints/$$name $(LLM_DATA) --limit $(TEST) --num_processes $(PROCESSES) \
-	    --batch_size 8 --output_dir $(LLM)/results/$$name || exit; \
+	    --batch_size 8 --output_dir $(LLM)/results/$$name $$shared || exit; \
+	  shared="--base_results $(LLM)/results/$$name"; \
 	done
 	$(LLM_RUN) -m experiments.compare_likelihood --model $(LLM_MODEL) $(LLM_DATA) --sets $(LLM_SETS) \
 	  --test_questions $(TEST) --checkpoint paper=$(LLM)/checkpoints/published \
 	  --checkpoint "group paths=$(LLM)/checkpoints/groups" --train_scores $(LLM)/checkpoints/groups-measured \
-	  --unlike $(LLM_SETS) --train_questions $(LIMIT) --candidates 4 --price 0.004 --work_dir $(LLM)/compared --output $(LLM)/results/comparison.json
+	  --unlike $(LLM_SETS) --train_questions $(LIMIT) --candidates 4 --price 0.004 --most_edits 2 --work_dir $(LLM)/compared --output $(LLM)/results/comparison.json
 
 $(LLM)/model: | $(VENV)/.installed-llm
 	$(BIN)/python -m drllm.gguf_checkpoint "$$($(BIN)/python -c '$(LLM_WEIGHTS)')/SmolLM2-135M-Instruct.Q4_1.gguf" \

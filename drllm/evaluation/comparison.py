@@ -44,7 +44,7 @@ from drllm.evaluation.protocol import (
 )
 from drllm.evaluation.running import run_lm_eval
 from drllm.evaluation.runs import BASE, ROUTER
-from drllm.files import check_output_folder, disk_errors
+from drllm.files import check_output_folder, disk_errors, read_json
 from drllm.labels import read_labels
 from drllm.provenance import parse_dtype
 
@@ -62,6 +62,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", nargs="+", help="a routed checkpoint of train.py, or several of different seeds")
     add("--base", default=None, help="plain checkpoint for the baseline; default: CHECKPOINT with static routing")
+    add("--base_results", default=None, help="--output_dir of an earlier eval.sh on this base: uses its baseline")
     add(
         "--tasks",
         default=None,
@@ -115,7 +116,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         parse_dtype(args.dtype)
     check_device(args.device)
     check_model_args(args.model_args)
-    for name in ("data_dir", "labels"):
+    for name in ("data_dir", "labels", "base_results"):
         folder = getattr(args, name)
         if folder is not None and not Path(folder).is_dir():
             raise UserError(f"--{name} {folder} does not exist or is not a folder")
@@ -190,6 +191,41 @@ def plan(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return runs
 
 
+def reuse_base(run: dict[str, Any], earlier: Path, folder: Path, fingerprint: str | None) -> dict[str, Any]:
+    """Copies the baseline of an earlier eval.sh, so that checkpoints of one base model share it.
+
+    Args:
+        run: the baseline that `plan` asks for. The earlier one may be of another checkpoint.
+        earlier: --output_dir of the earlier eval.sh.
+        folder: where the copy goes; a baseline that is already there is kept.
+        fingerprint: of the base weights.
+
+    Returns:
+        The earlier baseline's record, which says what was run.
+
+    Raises:
+        UserError: the earlier baseline is incomplete, or has other settings, questions or base weights.
+    """
+    fix = "omit --base_results to run the baseline"
+    source = earlier / BASE
+    done = read_json(source / "run.json", fix).get("run")
+    results = read_json(source / "results.json", fix)
+    if not isinstance(done, dict) or not isinstance(results.get("config"), dict):
+        raise UserError(f"{source} is not a complete run of eval.sh; {fix}")
+    names = (run.keys() | done.keys()) - {"checkpoint", "pretrained"}
+    if differing := sorted(name for name in names if run.get(name) != done.get(name)):
+        raise UserError(f"--base_results {earlier}: its baseline differs in: {', '.join(differing)}; {fix}")
+    if (weights := results["config"].get("model_fingerprint")) != fingerprint:
+        raise UserError(f"--base_results {earlier}: its base weights are {weights}, here {fingerprint}; {fix}")
+    if not (folder / "run.json").exists():
+        copy = folder.with_name(f".{folder.name}")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(source, copy)
+        shutil.rmtree(folder, ignore_errors=True)
+        copy.rename(folder)
+    return done
+
+
 @main_guard
 def main(argv: list[str] | None = None) -> None:
     """Runs lm-eval, then writes the table and the figures."""
@@ -212,6 +248,9 @@ def main(argv: list[str] | None = None) -> None:
         manifest = Path(args.checkpoint[0]) / LABELS
         if manifest.is_file():
             shutil.copyfile(manifest, output / manifest.name)
+        if args.base_results is not None:
+            weights = checkpoint_info(args.checkpoint[0]).fields.get("base_model_fingerprint")
+            runs[BASE] = reuse_base(runs[BASE], Path(args.base_results), output / BASE, weights)
     for name, run in runs.items():
         run_lm_eval(name, run, output / name, args)
     from drllm.evaluation.comparison_table import write_comparison

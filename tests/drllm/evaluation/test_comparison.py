@@ -134,6 +134,34 @@ def test_several_checkpoints_share_the_base_run(base, checkpoint, data, tmp_path
     assert "have different base models" in capsys.readouterr().err
 
 
+def test_a_baseline_of_another_folder_is_used_if_it_is_the_same(
+    base, checkpoint, data, tmp_path, launches, eval_sh, capsys
+):
+    other = make_routed(base, tmp_path / "seed1", seed=1)
+    arguments = ["--data_dir", data, "--device", "cpu", "--tasks", "drllm_arc"]
+    assert eval_sh(checkpoint, *arguments, "--output_dir", tmp_path / "first") == 0
+    weights = load_runs(tmp_path / "first")[0].results["config"]["model_fingerprint"]
+    config = json.loads((other / "config.json").read_text()) | {"base_model_fingerprint": weights}
+    (other / "config.json").write_text(json.dumps(config))
+    shared = ["--base_results", tmp_path / "first", "--output_dir", tmp_path / "second"]
+    assert eval_sh(other, *arguments, *shared) == 0
+    assert eval_sh(other, *arguments, *shared) == 0, "the same command again"
+    assert len(launches) == 3
+    assert f"pretrained={other}," in " ".join(launches[2])
+    first, second = (load_runs(tmp_path / name)[0] for name in ("first", "second"))
+    assert first.results == second.results
+
+    assert eval_sh(other, *arguments, *shared[:2], "--limit", 1, "--output_dir", tmp_path / "third") == 2
+    assert "its baseline differs in: limit; omit --base_results" in capsys.readouterr().err
+    (other / "config.json").write_text(json.dumps(config | {"base_model_fingerprint": "another"}))
+    assert eval_sh(other, *arguments, *shared[:2], "--output_dir", tmp_path / "third") == 2
+    assert "its base weights are" in capsys.readouterr().err
+    (tmp_path / "first" / "base" / "run.json").unlink()
+    assert eval_sh(other, *arguments, *shared[:2], "--output_dir", tmp_path / "third") == 2
+    assert "run.json" in capsys.readouterr().err
+    assert len(launches) == 3
+
+
 def test_tasks_with_settings_of_their_own_are_one_run(checkpoint, data, tmp_path, launches, eval_sh):
     """DART with its own limit takes a second lm-eval process; results, samples and queries are merged."""
     arguments = [checkpoint, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu"]
