@@ -15,8 +15,8 @@ EVALUATE = PYTHON=$(BIN)/python ./eval.sh --data_dir miniature/data --labels $(D
 # make llm: MODEL=FOLDER_OR_NAME (default: the weights of requirements-llm.txt), DATA_DIR=FOLDER (default: the Hub),
 # LIMIT=training questions per set, TEST=test questions per set, PROCESSES=1.
 LLM := runs/llm
-LIMIT := 80
-TEST := 300
+LIMIT := 60
+TEST := 250
 PROCESSES := 2
 LLM_SETS := arc,openbookqa,commonsense
 LLM_MODEL = $(or $(MODEL),$(LLM)/model)
