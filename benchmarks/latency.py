@@ -110,7 +110,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     some, any_number = (1, math.inf), (0, math.inf)
     check_ranges(
         arguments,
-        **dict.fromkeys(("batch_sizes", "blocks", "prompt_tokens", "new_tokens", "rounds"), some),
+        **dict.fromkeys(("batch_sizes", "blocks", "prompt_tokens", "rounds"), some),
+        new_tokens=(2, math.inf),  # the first token is the prefill's, the time per token that of the others
         **dict.fromkeys(("skip", "repeat"), any_number),
         seed=(0, MAX_SEED),
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from train_models._releases import NEWEST, OLDEST
+
 SHOWN_METRICS = (
     "macro_f1",
     "f1_skip",
@@ -81,6 +83,9 @@ def model_card(description: dict[str, Any], training: dict[str, Any] | None) -> 
         "```",
         "python -m drllm.router_checkpoint join path/to/this/folder --output_dir checkpoints/joined",
         "```",
+        "",
+        "That checkpoint carries its code, which is tested with transformers "
+        f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}.",
         "",
         "Any other base model is refused: routers only work with the hidden states they were trained on.",
         "",

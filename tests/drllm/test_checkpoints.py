@@ -26,6 +26,7 @@ from drllm.evaluation.protocol import uses_chat_template
 from drllm.provenance import fingerprint
 from drllm.router_checkpoint import main
 from drllm.training.trainer import RouterTrainingConfig, train_routers
+from tests.bad_input.hostile import hostile_checkpoint
 from train_models import RouterBlock, retrofit
 
 ROOT = Path(__file__).parents[2]
@@ -179,6 +180,7 @@ def test_the_model_card_is_filled_in(checkpoint, tiny_base):
     assert f"`{record['base_model']['fingerprint']}`" in card
     assert f"| macro_f1 | {record['metrics']['macro_f1']:.4g} |" in card
     assert "5, of 2 linear layers, width 16, 4 windows" in card
+    assert "tested with transformers 5.4 to 5.23." in card
     for placeholder in ("None", "TODO", "{", "More Information"):
         assert placeholder not in card
 
@@ -219,29 +221,11 @@ def test_push_uploads_the_routers_and_what_describes_them(checkpoint, monkeypatc
     assert "https://huggingface.co/someone/routers" in capsys.readouterr().out
 
 
-MARK = """
-from pathlib import Path
-Path(__file__).with_name("MARK").touch()
-Path({mark!r}).touch()
-"""
-
-
 @pytest.fixture
 def hostile(checkpoint, tmp_path):
     """(checkpoint whose Python files leave a mark when they run, the mark)."""
-    folder, mark = tmp_path / "hostile", tmp_path / "mark"
-    shutil.copytree(checkpoint, folder)
-    code = MARK.format(mark=str(mark))
-    assert list(folder.glob("*.py"))
-    for path in folder.glob("*.py"):
-        path.write_text(code + path.read_text())
-    (folder / "custom_generate").mkdir()
-    (folder / "custom_generate" / "generate.py").write_text(code + "def generate(model, **kwargs):\n    return None\n")
-    (folder / "tokenizing.py").write_text(code + "class Tokenizer:\n    pass\n")
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    tokenizer["auto_map"] = {"AutoTokenizer": [None, "tokenizing.Tokenizer"]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    return folder, mark
+    assert list(checkpoint.glob("*.py"))
+    return hostile_checkpoint(checkpoint, tmp_path / "hostile", tmp_path / "mark"), tmp_path / "mark"
 
 
 def test_reading_a_checkpoint_never_runs_its_code(hostile, tmp_path):
