@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from tqdm import tqdm
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
@@ -84,7 +85,8 @@ class LikelihoodRewards:
         shape = (len(self.prompts), config.num_hidden_layers, config.num_windows)
         windows = torch.zeros(*shape, config.hidden_size, dtype=self.routed.dtype)
         mask = torch.zeros(len(self.prompts), config.num_windows, dtype=torch.bool)
-        for start in range(0, len(self._order), self.batch_size):
+        starts = range(0, len(self._order), self.batch_size)
+        for start in tqdm(starts, desc="hidden states of the prompts", unit="batch", mininterval=1):
             rows = self._order[start : start + self.batch_size]
             batch = pad_ids([self.prompts[index].input_ids for index in rows], 0, self.routed.device)
             output = self.routed.model(
