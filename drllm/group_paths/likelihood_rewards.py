@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-from tqdm import tqdm
 from accelerate import PartialState
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from drllm.questions.likelihood import LikelihoodPrompt
