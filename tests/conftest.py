@@ -34,6 +34,10 @@ SMALL = {
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption("--llm_model", metavar="FOLDER", help="checkpoint of the LLM; default: runs/llm/model (make llm)")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)

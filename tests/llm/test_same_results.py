@@ -1,0 +1,76 @@
+"""Each step run twice on the LLM, in processes of their own: the same labels, routers and numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.llm.steps import lines, numbers, run
+
+pytestmark = pytest.mark.llm
+
+
+def routers(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "routers" / "routers.safetensors")
+
+
+def assert_equal_routers(first: Path, second: Path) -> None:
+    one, two = routers(first), routers(second)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(weight, two[name]) for name, weight in one.items())
+
+
+def groups(checkpoint: Path) -> list[dict]:
+    return json.loads((checkpoint / "labels_manifest.json").read_text())["groups"]
+
+
+def training_record(checkpoint: Path) -> dict:
+    """Metrics after training and after each epoch."""
+    record = json.loads((checkpoint / "training.json").read_text())
+    for epoch in record["history"]:
+        for timing in ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second"):
+            epoch.pop(timing, None)
+    return {name: record[name] for name in ("metrics", "history", "steps")}
+
+
+def comparison(folder: Path) -> dict:
+    result = json.loads((folder / "result.json").read_text())
+    return {name: result[name] for name in ("rows", "sets", "paths", "test_questions", "base")}
+
+
+def test_labels(steps, labels, scratch):
+    run(steps.search(scratch))
+    expected = (labels / "labels.jsonl").read_bytes()
+    assert (scratch / "labels.jsonl").read_bytes() == expected
+    paths = {tuple(json.loads(line)["optimal_layer_config"]) for line in expected.splitlines()}
+    assert len(paths) > 1, "labels that differ by question, or there is nothing to compare"
+
+
+def test_training(steps, labels, trained, scratch):
+    run(steps.training(labels, scratch / "again"))
+    assert_equal_routers(trained, scratch / "again")
+    assert training_record(trained) == training_record(scratch / "again")
+    assert training_record(trained)["metrics"]["macro_f1"] > 0.8, "the routers learned their labels by heart"
+
+
+def test_group_paths(steps, grouped, scratch):
+    run(steps.group_paths(scratch / "again"))
+    assert groups(scratch / "again") == groups(grouped)
+    assert lines(scratch / "again-measured") == lines(grouped.parent / "grouped-measured")
+    assert_equal_routers(grouped, scratch / "again")
+
+
+def test_evaluation(steps, trained, evaluated, scratch):
+    run(steps.evaluation(trained, scratch))
+    for name in ("base", "router"):
+        assert numbers(scratch / name) == numbers(evaluated / name)
+    assert numbers(evaluated / "base")["queries"] != numbers(evaluated / "router")["queries"]
+    assert (scratch / "table.md").read_text() == (evaluated / "table.md").read_text()
+
+
+def test_comparison(steps, trained, compared, scratch):
+    run(steps.comparison(trained, scratch))
+    assert comparison(scratch) == comparison(compared)
+    assert lines(scratch / "work" / "test") == lines(compared / "work" / "test")
