@@ -23,6 +23,7 @@ GET_MODEL = "make runs/llm/model"
 BATCH = 2  # questions per forward pass in every step
 SETS = "arc_easy,arc_challenge"
 TASKS = "drllm_ll_arc_easy,drllm_ll_arc_challenge"
+LONGEST_PAUSE = 0.3  # seconds from the wanted progress to the kill, about a batch
 POLL = 0.002  # seconds
 
 
@@ -65,9 +66,9 @@ class Steps:
         return ["./eval.sh", *options.split()]
 
     def lm_eval(self, checkpoint: Path, cache: Path, output: Path) -> list[str]:
-        """drllm.evaluate: six questions, with a cache of answers."""
+        """drllm.evaluate: eight questions, with a cache of answers."""
         options = f"--model_args pretrained={checkpoint},dtype=float32 --tasks drllm_ll_arc_easy --data_dir {self.data}"
-        options += f" --batch_size {BATCH} --limit 6 --use_cache {cache} --output_path {output} --log_samples"
+        options += f" --batch_size {BATCH} --use_cache {cache} --output_path {output} --log_samples"
         return [sys.executable, *f"-m drllm.evaluate {options} --device cpu".split()]
 
     def comparison(self, checkpoint: Path, folder: Path) -> list[str]:
@@ -114,7 +115,7 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def kill_at(command: list[str], count: Callable[[], int], wanted: int, batch: int, pause: float = 1.0) -> int:
+def kill_at(command: list[str], count: Callable[[], int], wanted: int, batch: int) -> int:
     """Starts a step and kills it at a random moment after `count()` has reached `wanted`.
 
     Args:
@@ -123,12 +124,11 @@ def kill_at(command: list[str], count: Callable[[], int], wanted: int, batch: in
         wanted: finished work to wait for.
         batch: most units of work that the step may finish at once. More would mean that it holds back finished work,
             which a kill loses.
-        pause: longest time between the wanted progress and the kill, in seconds.
 
     Returns:
         `count()` after the kill.
     """
-    pause = random.uniform(0, pause)
+    pause = random.uniform(0, LONGEST_PAUSE)
     with tempfile.TemporaryFile("w+") as log:
         process = start(command, log)
         try:
