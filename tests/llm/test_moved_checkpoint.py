@@ -27,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, prompts = sys.argv[1], json.loads(sys.argv[2])
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 encoded = [tokenizer(prompt, return_tensors="pt") for prompt in prompts]
 print(json.dumps([model.generate(**each, max_new_tokens=12, do_sample=False)[0].tolist() for each in encoded]))
 """

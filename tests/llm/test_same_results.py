@@ -67,7 +67,8 @@ def test_evaluation(steps, trained, evaluated, scratch):
     for name in ("base", "router"):
         assert numbers(scratch / name) == numbers(evaluated / name)
     assert numbers(evaluated / "base")["queries"] != numbers(evaluated / "router")["queries"]
-    assert (scratch / "table.md").read_text() == (evaluated / "table.md").read_text()
+    tables = [(folder / "table.md").read_text().split("Command:")[0] for folder in (scratch, evaluated)]
+    assert tables[0] == tables[1]
 
 
 def test_comparison(steps, trained, compared, scratch):
