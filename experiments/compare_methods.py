@@ -56,10 +56,11 @@ from drllm.questions.sets import expand_sets, load_questions
 from drllm.rivals import BlockInfluence, EarlyExit, GreedySkips, random_paths
 from drllm.rollouts.engine import RolloutEngine
 from drllm.rollouts.routed_paths import routed_paths
+from drllm.rollouts.scores import ScoreStore
 from drllm.search.pool import SearchPool
 from drllm.search.tree import SearchSettings
 from drllm.training.trainer import RouterTrainingConfig, train_routers
-from experiments.known_paths import KnownPaths, agreement, train_on_known_paths
+from experiments.known_paths import KnownPaths, label_quality, train_on_known_paths
 from train_models.paths import Path as BlockPath
 from train_models.paths import default_path
 
@@ -146,8 +147,10 @@ class Comparison:
         self.num_blocks = self.routed.config.num_hidden_layers
         self.train, self.validation = self._training_questions()
         self.engine = RolloutEngine(self.routed, self.tokenizer, arguments.batch_size, reuse_default_states=False)
-        test_questions = arguments.test_questions
-        self.test = load_test_questions(self.engine, self.sets, arguments.data_dir, self.chat, test_questions)
+        key = {"model_fingerprint": fingerprint(self.routed), "dtype": "float32", "chat_template": self.chat}
+        self.answers = ScoreStore(arguments.work_dir / "answers", key)
+        limit, store = arguments.test_questions, self.answers
+        self.test = load_test_questions(self.engine, self.sets, arguments.data_dir, self.chat, limit, store=store)
         report(f"base on {len(self.test.prompts)} test questions", self.test.base)
         self._check_disjoint()
         self.store = RoundStore(arguments.work_dir / "measured", fingerprint(self.routed), state)
@@ -182,7 +185,7 @@ class Comparison:
 
     def answer(self, prompts: Sequence[Prompt], paths: Sequence[BlockPath]) -> Outcome:
         """Greedy answers along `paths`, one path per prompt, graded."""
-        return answer_along(self.engine, prompts, paths)
+        return answer_along(self.engine, prompts, paths, self.answers)
 
     def answer_test(self, name: str, path: BlockPath) -> Outcome:
         """The test questions along one path for all, reported as `name`."""
@@ -316,6 +319,13 @@ class Comparison:
             imitating.append(report(f"routers on known paths, seed {seed}", outcome))
         return followed, imitating
 
+    def label_quality(self) -> dict:
+        """See `known_paths.label_quality`; of the labels of --labels."""
+        prompts, labels = labelled_prompts(self.labels, self.arguments.data_dir, self.tokenizer)
+        kinds = [self.known.kind_of(prompt.question, "train") for prompt in prompts]
+        known = self.known.of(prompts, "train")
+        return label_quality(labels, kinds, known, lambda paths: self.answer(prompts, paths))
+
     def random(self, name: str, decisions: Sequence[list[BlockPath]]) -> list[Outcome]:
         """Random paths at the rates of each seed's decisions."""
         return [
@@ -379,8 +389,7 @@ def compare(arguments: argparse.Namespace) -> dict:
             row["recovered"] = share_recovered(Outcome.average(outcomes), comparison.test.base, known)
         sets["known paths"] = comparison.test.per_set(known)
         if comparison.labels is not None:
-            prompts, labels = labelled_prompts(comparison.labels, arguments.data_dir, comparison.tokenizer)
-            details["labels against known paths"] = agreement(labels, comparison.known.of(prompts, "train"))
+            details["labels against known paths"] = comparison.label_quality()
     return {
         # As a reader of the repository would type them.
         "arguments": {key: str(value).removeprefix(f"{ROOT}/") for key, value in vars(arguments).items()},

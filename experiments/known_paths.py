@@ -7,17 +7,20 @@ of each question; neither the model nor a router sees it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from drllm.errors import UserError
+from drllm.evaluation.outcomes import Outcome
 from drllm.group_paths.margin_rewards import MarginRewards
 from drllm.group_paths.router_training import imitate
 from drllm.questions.prompts import Prompt
 from drllm.questions.sets import SETS, Question
 from drllm.training.router_modules import StackedRouters
 from miniature.training_paths import read_known_paths
-from train_models.paths import SKIP
+from train_models.paths import SKIP, default_path
 from train_models.paths import Path as BlockPath
 
 EPOCHS, LEARNING_RATE = 10, 1e-3  # as for the paths of groups
@@ -88,6 +91,76 @@ def train_on_known_paths(rewards: MarginRewards, paths: Sequence[BlockPath], see
     along = rewards.around(paths, actions=(), title="along the known paths")
     imitate(routers, along, EPOCHS, LEARNING_RATE, seed)
     routers.copy_to(rewards.routed.model.routers)
+
+
+def of_other_questions(labels: Sequence[BlockPath], known: Sequence[BlockPath], seed: int = 0) -> list[BlockPath]:
+    """For each question the label of a random question of the same kind, which is to say of the same known path."""
+    shuffled = list(labels)
+    generator = random.Random(seed)
+    for members in _members(known).values():
+        order = generator.sample(members, len(members))
+        for index, other in zip(order, order[1:] + order[:1], strict=True):
+            shuffled[index] = labels[other]
+    return shuffled
+
+
+def most_frequent(labels: Sequence[BlockPath], known: Sequence[BlockPath]) -> list[BlockPath]:
+    """For each question, block by block, the most frequent action among the labels of its kind.
+
+    This is what a router would decide that tells the kinds apart and knows nothing else of the question.
+    """
+    decided = list(labels)
+    for members in _members(known).values():
+        blocks = zip(*(labels[index] for index in members), strict=True)
+        path = tuple(Counter(actions).most_common(1)[0][0] for actions in blocks)
+        for index in members:
+            decided[index] = path
+    return decided
+
+
+def _members(known: Sequence[BlockPath]) -> dict[BlockPath, list[int]]:
+    members: dict[BlockPath, list[int]] = {}
+    for index, path in enumerate(known):
+        members.setdefault(path, []).append(index)
+    return members
+
+
+def label_quality(
+    labels: Sequence[BlockPath],
+    kinds: Sequence[str],
+    known: Sequence[BlockPath],
+    answer: Callable[[Sequence[BlockPath]], Outcome],
+) -> dict:
+    """What the labels of a search are worth to questions other than their own.
+
+    Args:
+        labels, kinds, known: of the questions that the labels were made from.
+        answer: answers these questions along one path each.
+
+    Returns:
+        "followed": accuracy and layers of the default path, the labels, the label of another question of the same
+        kind, each block's most frequent label in the kind, and the known paths. "agreement": with the known paths, of
+        all labels; "kinds": of each kind's.
+    """
+    followed = {
+        "base": [default_path(len(known[0]))] * len(known),
+        "own label": labels,
+        "label of another question of its kind": of_other_questions(labels, known),
+        "most frequent label of its kind, block by block": most_frequent(labels, known),
+        "known path": known,
+    }
+    outcomes = {name: answer(paths) for name, paths in followed.items()}
+    by_kind: dict[str, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        by_kind.setdefault(kind, []).append(index)
+    return {
+        "followed": {name: {"accuracy": o.accuracy, "layers": o.mean_layers} for name, o in outcomes.items()},
+        "agreement": agreement(labels, known),
+        "kinds": {
+            kind: agreement([labels[index] for index in members], [known[index] for index in members])
+            for kind, members in by_kind.items()
+        },
+    }
 
 
 def agreement(labels: Sequence[BlockPath], known: Sequence[BlockPath]) -> dict[str, float]:

@@ -28,4 +28,22 @@ def methods_table(result: dict) -> str:
             f"\nOracle on {oracle['questions']} of these questions: {100 * oracle['accuracy']:.1f} at "
             f"{oracle['layers']:.2f} layers (base there: {100 * oracle['base_accuracy']:.1f})."
         )
+    if quality := result["details"].get("labels against known paths"):
+        lines += ["", "What the labels are worth, on the questions they were made from:", "", *_label_quality(quality)]
     return "\n".join(lines)
+
+
+def _label_quality(quality: dict) -> list[str]:
+    """Accuracy along labels and known paths, then how far the labels of each kind agree with its known path."""
+    lines = ["| path of a question | accuracy | layers |", "|---|---|---|"]
+    for name, values in quality["followed"].items():
+        lines.append(f"| {name} | {100 * values['accuracy']:.1f} | {values['layers']:.2f} |")
+    lines += [
+        "",
+        "| kind | labels | known skips that a label has | skips of a label that are known |",
+        "|---|---|---|---|",
+    ]
+    for kind, values in {"all": quality["agreement"], **quality["kinds"]}.items():
+        shares = f"{100 * values['skips_found']:.0f}% | {100 * values['skips_right']:.0f}%"
+        lines.append(f"| {kind} | {values['questions']} | {shares} |")
+    return lines

@@ -10,12 +10,16 @@ from itertools import pairwise
 from pathlib import Path as FilePath
 
 import torch
+from tqdm import tqdm
 
 from drllm.questions.prompts import Prompt
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import load_questions
 from drllm.rollouts.engine import Request, RolloutEngine
+from drllm.rollouts.scores import ScoreStore
 from train_models.paths import Path, default_path
+
+ANSWERS_AT_ONCE = 4  # batches between two writes of a store: what a kill may lose
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,40 @@ class Outcome:
         return cls(mixed("right"), mixed("layers"))
 
 
-def answer_along(engine: RolloutEngine, prompts: Sequence[Prompt], paths: Sequence[Path]) -> Outcome:
-    """Greedy answers of the engine's model along `paths`, one path per prompt, graded."""
-    requests = [Request(prompt, path) for prompt, path in zip(prompts, paths, strict=True)]
-    right = [float(rollout.is_right) for rollout in engine.respond(requests)]
-    for prompt in prompts:
-        engine.forget(prompt.question)
-    return Outcome(right, [float(sum(path)) for path in paths])
+def answer_along(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    paths: Sequence[Path],
+    store: ScoreStore | None = None,
+    title: str = "answering",
+) -> Outcome:
+    """Greedy answers of the engine's model along `paths`, one path per prompt, graded.
+
+    Args:
+        store: keeps whether an answer is right, by question and path; a resumed run answers nothing twice.
+        title: of the progress bar.
+    """
+    right: dict[tuple[str, Path], float] = {}
+    waiting = []
+    for prompt, path in zip(prompts, paths, strict=True):
+        stored = store.get(prompt.question.id, path) if store else None
+        if stored is None:
+            waiting.append(Request(prompt, path))
+        else:
+            right[prompt.question.id, path] = stored[0]
+    waiting.sort(key=lambda request: len(request.prompt.input_ids))  # neighbours need little padding
+    with tqdm(total=len(waiting), desc=title, unit="question", mininterval=1) as progress:
+        for start in range(0, len(waiting), ANSWERS_AT_ONCE * engine.batch_size):
+            part = waiting[start : start + ANSWERS_AT_ONCE * engine.batch_size]
+            answers = [float(rollout.is_right) for rollout in engine.respond(part)]
+            for request, answer in zip(part, answers, strict=True):
+                right[request.prompt.question.id, request.path] = answer
+                engine.forget(request.prompt.question)
+            if store:
+                store.add((r.prompt.question.id, r.path, (a,)) for r, a in zip(part, answers, strict=True))
+            progress.update(len(part))
+    pairs = zip(prompts, paths, strict=True)
+    return Outcome([right[prompt.question.id, path] for prompt, path in pairs], [float(sum(path)) for path in paths])
 
 
 @dataclass(frozen=True)
@@ -89,6 +120,7 @@ def load_test_questions(
     chat: bool,
     limit: int | None,
     response_format: ResponseFormat | None = None,
+    store: ScoreStore | None = None,
 ) -> EvaluationQuestions:
     """The test questions of `sets`, at most `limit` per set, answered along the default path.
 
@@ -96,10 +128,12 @@ def load_test_questions(
         data_dir: local question files; None: the Hub.
         chat: whether prompts get the chat template.
         response_format: of the responses; None: the default.
+        store: see `answer_along`.
     """
     questions = [question for name in sets for question in load_questions(name, "test", data_dir, limit)]
     prompts = [Prompt.of(question, engine.tokenizer, chat, response_format) for question in questions]
-    return EvaluationQuestions(prompts, answer_along(engine, prompts, [default_path(engine.num_blocks)] * len(prompts)))
+    default = [default_path(engine.num_blocks)] * len(prompts)
+    return EvaluationQuestions(prompts, answer_along(engine, prompts, default, store, "base"))
 
 
 def mixture(controls: Sequence[Outcome], layers: float) -> Outcome | None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drllm.errors import UserError
-from drllm.evaluation.outcomes import Outcome
+from drllm.evaluation.outcomes import Outcome, answer_along
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.group_paths.margin_rewards import Answered
 from drllm.provenance import dtype_name, fingerprint
@@ -21,7 +21,7 @@ from drllm.questions.prompts import Prompt
 from drllm.questions.sets import Question
 from drllm.rivals.cola import CoLa
 from drllm.rivals.interface import AnyPrompt, FittedRival, TokenLevelRival
-from drllm.rollouts.engine import Request, RolloutEngine
+from drllm.rollouts.engine import RolloutEngine
 from drllm.rollouts.likelihood import LikelihoodEngine
 from drllm.rollouts.scores import Scores, ScoreStore
 from train_models.paths import Path
@@ -177,18 +177,8 @@ class GenerationBench(RewardBench):
 
     def along(self, name: str, paths: Sequence[Path]) -> Outcome:
         """See `RewardBench.along`."""
-        engine = self.engine()
         store = ScoreStore(self.folder / "test", self.key | {"reward": self.reward})
-
-        def judge(part: Sequence[tuple[Prompt, Path]]) -> list[Scores]:
-            rollouts = engine.respond([Request(prompt, path) for prompt, path in part])
-            for prompt, _ in part:
-                engine.forget(prompt.question)
-            return [(float(rollout.is_right),) for rollout in rollouts]
-
-        self._keep(store, list(zip(self.prompts, paths, strict=True)), judge, name)
-        right = [store.get(prompt.question.id, path)[0] for prompt, path in zip(self.prompts, paths, strict=True)]
-        return Outcome(right, [float(sum(path)) for path in paths])
+        return answer_along(self.engine(), self.prompts, paths, store, name)
 
     def judge(self, rival: TokenLevelRival, prompts: Sequence[Prompt]) -> list[Scores]:
         """See `RewardBench.judge`."""

@@ -71,10 +71,10 @@ def test_known_paths_add_rows_and_the_share_that_each_method_recovers(tmp_path, 
     folders = ["--model", str(control / "model"), "--work_dir", str(tmp_path / "work"), "--output", str(output)]
     assert main([*SMALL, *settings, *folders]) == 0
     rows = {row["method"]: row for row in json.loads(output.read_text())["rows"]}
-    assert rows["known paths"]["layers"] < rows["base"]["layers"] == 13
+    assert rows["known paths"]["layers"] < rows["base"]["layers"] == 14
     assert rows["known paths"]["recovered"]["share"] == 1
     assert rows["base"]["recovered"]["share"] == 0
-    assert rows["routers on known paths"]["layers"] < 13
+    assert rows["routers on known paths"]["layers"] < 14
     assert "share of the known gain" in output.with_suffix(".md").read_text()
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from drllm.group_paths.margin_rewards import Answered
 from drllm.provenance import fingerprint
@@ -122,3 +124,65 @@ def test_a_block_that_returns_its_input_is_the_one_to_be_skipped(routed_with_idl
     assert shares[1] < 0.4 < 0.6 < min(shares[0], shares[2]), "only block 4 returns its input"
     parameters = 3 * ((32 * 8 + 8) + (8 + 1) + 3 * 32 * 8)
     assert rival.cost.parameters == parameters
+
+
+REPEAT, COMPUTE, FIRST_SYMBOL, SYMBOLS = 2, 3, 4, 20
+
+
+def text(repeats: bool, generator: torch.Generator) -> list[int]:
+    """An instruction and 15 symbols: one symbol again and again, or each computed from the two before it."""
+    first, second = torch.randint(FIRST_SYMBOL, FIRST_SYMBOL + SYMBOLS, (2,), generator=generator).tolist()
+    tokens = [REPEAT, first, first] if repeats else [COMPUTE, first, second]
+    while len(tokens) < 16:
+        tokens.append(first if repeats else FIRST_SYMBOL + (3 * tokens[-1] + 5 * tokens[-2]) % SYMBOLS)
+    return tokens
+
+
+def texts(count: int, seed: int) -> list[list[int]]:
+    """`count` texts, the repeated ones at even indices."""
+    generator = torch.Generator().manual_seed(seed)
+    return [text(index % 2 == 0, generator) for index in range(count)]
+
+
+@pytest.fixture(scope="module")
+def base_that_repeats_and_computes(tmp_path_factory):
+    """Four blocks, pre-trained on both kinds of text: one block suffices to repeat, all four are needed to compute."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(
+        vocab_size=FIRST_SYMBOL + SYMBOLS, num_hidden_layers=4, tie_word_embeddings=True, eos_token_id=None, **sizes
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(400):
+        tokens = torch.tensor(texts(32, seed=1000 + step))
+        loss = F.cross_entropy(model(tokens).logits[:, 2:-1].flatten(0, 1), tokens[:, 3:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("base")
+    model.save_pretrained(folder)
+    return retrofit(str(folder), dtype=torch.float32).eval()
+
+
+def test_fewer_blocks_run_on_repeated_text(base_that_repeats_and_computes):
+    """The paper reports fewer blocks for copying than for arithmetic."""
+    routed = base_that_repeats_and_computes
+    unseen = torch.tensor(texts(40, seed=2))
+    for path in ([0], [0, 1]):
+        with torch.no_grad():
+            logits = routed(unseen, layer_indices=path, use_cache=False).logits
+        right = (logits[:, 3:-1].argmax(-1) == unseen[:, 4:]).float().mean(1)
+        assert right[::2].mean() > 0.95, "few blocks suffice to repeat"
+        assert right[1::2].mean() < 0.7, "and not to compute"
+    questions = []
+    for number, tokens in enumerate(texts(200, seed=1)):
+        question = Question("dart-1", f"q{number}", "", (), (), "0")
+        questions.append(Answered(Prompt(question, "", tuple(tokens[:6]), 5), tuple(tokens[6:])))
+    training = GateTraining(epochs=20, batch_size=16, learning_rate=3e-3, gain=5.0)
+    rival = FlexiDepth(training, every_block=True).fit(routed, questions, 2, 0, None)
+    rows = unseen.tolist()
+    with torch.no_grad(), rival.gates.attached(routed):
+        rival.gates.run(routed, rows, [len(row) for row in rows])
+        executed = rival.gates.executed()[:, 3:].float().mean(1)
+    assert executed[::2].mean() < executed[1::2].mean() - 0.5
