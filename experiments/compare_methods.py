@@ -52,6 +52,7 @@ from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL, ROOT
 from drllm.processes import process_state
 from drllm.provenance import command_line, fingerprint, write_result
 from drllm.questions.prompts import Prompt, wants_chat_template
+from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import expand_sets, load_questions
 from drllm.rivals import BlockInfluence, EarlyExit, GreedySkips, random_paths
 from drllm.rollouts.engine import RolloutEngine
@@ -142,15 +143,25 @@ class Comparison:
         self.chat = wants_chat_template("auto", arguments.model, self.tokenizer)
         if self.labels is not None:
             self.chat = bool(self.labels.manifest["chat_template"])
+        self.response_format = response_format_of(self.labels)
         state = process_state(datetime.timedelta(days=1))
         self.routed = load_routed(arguments.model, torch.float32, None, {}).eval().to(state.device)
         self.num_blocks = self.routed.config.num_hidden_layers
         self.train, self.validation = self._training_questions()
         self.engine = RolloutEngine(self.routed, self.tokenizer, arguments.batch_size, reuse_default_states=False)
         key = {"model_fingerprint": fingerprint(self.routed), "dtype": "float32", "chat_template": self.chat}
+        if self.response_format != ResponseFormat():
+            key["response_format"] = self.response_format.as_dict()
         self.answers = ScoreStore(arguments.work_dir / "answers", key)
-        limit, store = arguments.test_questions, self.answers
-        self.test = load_test_questions(self.engine, self.sets, arguments.data_dir, self.chat, limit, store=store)
+        self.test = load_test_questions(
+            self.engine,
+            self.sets,
+            arguments.data_dir,
+            self.chat,
+            arguments.test_questions,
+            self.response_format,
+            self.answers,
+        )
         report(f"base on {len(self.test.prompts)} test questions", self.test.base)
         self._check_disjoint()
         self.store = RoundStore(arguments.work_dir / "measured", fingerprint(self.routed), state)
@@ -171,7 +182,7 @@ class Comparison:
                     f"{name} has {len(questions)} training questions; --train_questions and --validation_questions ask "
                     f"for {total}"
                 )
-            prompts = [Prompt.of(question, self.tokenizer, self.chat) for question in questions]
+            prompts = [Prompt.of(question, self.tokenizer, self.chat, self.response_format) for question in questions]
             answered = [Answered.of(prompt, self.tokenizer) for prompt in prompts]
             train.extend(answered[:count])
             validation.extend(answered[count:])
@@ -351,6 +362,13 @@ class Comparison:
         }
 
 
+def response_format_of(labels: LabelSet | None) -> ResponseFormat:
+    """That of the labels, so that all methods answer as the labels were made; without labels the default."""
+    if labels is None:
+        return ResponseFormat()
+    return ResponseFormat.of_manifest(labels.manifest).without_defaults(bool(labels.manifest["chat_template"]))
+
+
 def labelled_prompts(labels: LabelSet, data_dir: Path, tokenizer) -> tuple[list[Prompt], list[BlockPath]]:
     """The questions of `labels`, read from `data_dir`, and their labels."""
     chat = bool(labels.manifest["chat_template"])
@@ -361,7 +379,8 @@ def labelled_prompts(labels: LabelSet, data_dir: Path, tokenizer) -> tuple[list[
         for question in load_questions(name, "train", data_dir)
         if (name, question.id) in paths
     ]
-    prompts = [Prompt.of(question, tokenizer, chat) for question in questions]
+    response_format = response_format_of(labels)
+    prompts = [Prompt.of(question, tokenizer, chat, response_format) for question in questions]
     return prompts, [paths[question.set, question.id] for question in questions]
 
 

@@ -8,6 +8,7 @@ import pytest
 from drllm.miniature import MINIATURE_DATA, ROOT
 from experiments import compare_methods
 from experiments.compare_methods import main, parse_arguments
+from tests.training_toys import make_labels
 
 SETTINGS = {
     "sets": "arc_easy,dart-1",
@@ -76,6 +77,19 @@ def test_known_paths_add_rows_and_the_share_that_each_method_recovers(tmp_path, 
     assert rows["base"]["recovered"]["share"] == 0
     assert rows["routers on known paths"]["layers"] < 14
     assert "share of the known gain" in output.with_suffix(".md").read_text()
+
+
+def test_questions_are_answered_and_graded_as_the_labels_were_made(tmp_path):
+    labels = make_labels(tmp_path / "labels", ROOT / "miniature" / "model")
+    manifest = json.loads((labels / "manifest.json").read_text())
+    manifest["arguments"] = manifest.get("arguments", {}) | {"max_new_tokens": {"dart-1": 3}, "strict_letters": True}
+    (labels / "manifest.json").write_text(json.dumps(manifest))
+    folders = ["--work_dir", str(tmp_path / "work"), "--output", str(tmp_path / "comparison.json")]
+    arguments = parse_arguments([*SMALL, "--train_questions", "2", "--labels", str(labels), *folders])
+    comparison = compare_methods.Comparison(arguments)
+    prompts = [*comparison.test.prompts, *(answered.prompt for answered in comparison.train)]
+    assert {prompt.response_format.strict_letters for prompt in prompts} == {True}
+    assert {prompt.max_new_tokens for prompt in prompts if prompt.question.set == "dart-1"} == {3}
 
 
 def test_the_defaults_are_the_papers():
