@@ -71,7 +71,7 @@ def answer_along(
     right: dict[tuple[str, Path], float] = {}
     waiting = []
     for prompt, path in zip(prompts, paths, strict=True):
-        stored = store.get(prompt.question.id, path) if store else None
+        stored = None if store is None else store.get(prompt.question.id, path)
         if stored is None:
             waiting.append(Request(prompt, path))
         else:
@@ -84,7 +84,7 @@ def answer_along(
             for request, answer in zip(part, answers, strict=True):
                 right[request.prompt.question.id, request.path] = answer
                 engine.forget(request.prompt.question)
-            if store:
+            if store is not None:
                 store.add((r.prompt.question.id, r.path, (a,)) for r, a in zip(part, answers, strict=True))
             progress.update(len(part))
     pairs = zip(prompts, paths, strict=True)

@@ -165,10 +165,11 @@ def base_that_repeats_and_computes(tmp_path_factory):
     return retrofit(str(folder), dtype=torch.float32).eval()
 
 
+@pytest.mark.slow
 def test_fewer_blocks_run_on_repeated_text(base_that_repeats_and_computes):
     """The paper reports fewer blocks for copying than for arithmetic."""
     routed = base_that_repeats_and_computes
-    unseen = torch.tensor(texts(40, seed=2))
+    unseen = torch.tensor(texts(200, seed=2))
     for path in ([0], [0, 1]):
         with torch.no_grad():
             logits = routed(unseen, layer_indices=path, use_cache=False).logits
@@ -185,4 +186,6 @@ def test_fewer_blocks_run_on_repeated_text(base_that_repeats_and_computes):
     with torch.no_grad(), rival.gates.attached(routed):
         rival.gates.run(routed, rows, [len(row) for row in rows])
         executed = rival.gates.executed()[:, 3:].float().mean(1)
-    assert executed[::2].mean() < executed[1::2].mean() - 0.5
+    repeated, computed = executed[::2], executed[1::2]
+    error = (repeated.var() / len(repeated) + computed.var() / len(computed)).sqrt()
+    assert repeated.mean() < computed.mean() - 3 * error
