@@ -95,12 +95,14 @@ $(VENV)/.installed-llm: requirements-llm.txt $(VENV)/.installed
 # The positive control: a base with a known best path per kind of question; how much of its gain each method recovers.
 CONTROL := runs/positive_control
 positive-control: $(VENV)/.installed
-	$(BIN)/python data_generation.py --model miniature/positive_control/model --data_dir miniature/data --samples 40 \
-	  --limit 80 --output_dir $(CONTROL)/labels
+	$(BIN)/python miniature/make.py questions --train 1900 --test 1900 --output_dir $(CONTROL)/questions
+	$(BIN)/python data_generation.py --model miniature/positive_control/model --data_dir $(CONTROL)/questions --samples 150 \
+	  --limit 300 --output_dir $(CONTROL)/labels
 	$(BIN)/python -m experiments.compare_methods --model miniature/positive_control/model --labels $(CONTROL)/labels \
-	  --known_paths miniature/positive_control/paths.json --seeds 2 --price_seeds 1 --num_epochs 15 --warmup_steps 50 \
-	  --train_questions 120 --validation_questions 60 --test_questions 200 --static_questions 100 --most_skips 5 \
-	  --oracle_questions 0 --work_dir $(CONTROL) --output $(CONTROL)/positive_control.json
+	  --data_dir $(CONTROL)/questions --known_paths miniature/positive_control/paths.json --seeds 3 --price_seeds 1 \
+	  --num_epochs 15 --warmup_steps 50 --train_questions 200 --validation_questions 100 --test_questions 1000 \
+	  --static_questions 100 --most_skips 5 --oracle_questions 0 --batch_size 128 --work_dir $(CONTROL) \
+	  --output $(CONTROL)/positive_control.json
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2

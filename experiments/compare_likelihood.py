@@ -8,6 +8,7 @@ Checkpoints of one name are its seeds. Every method is scored on the same questi
 
     base          every block once
     NAME          the routers of the checkpoints
+    NAME, by set  the path of the question's set, with --by_set: what routers would do that always tell the set
     random: NAME  the actions of these routers at their own rates per layer, drawn regardless of the question
     static        one path for all, skips and repeats allowed, grown on the training questions of --train_scores
     influence     one path for all: the blocks with the least influence skipped (ShortGPT)
@@ -39,10 +40,12 @@ from drllm.errors import UserError, main_guard
 from drllm.evaluation.experiment_figures import draw_methods
 from drllm.evaluation.method_report import methods_table
 from drllm.evaluation.outcomes import Outcome, method_row
-from drllm.files import check_output_file, check_output_folder
+from drllm.evaluation.protocol import LABELS
+from drllm.files import check_output_file, check_output_folder, read_json
 from drllm.group_paths.growth_arguments import add_growth_arguments, check_growth_arguments, growth_of
 from drllm.group_paths.likelihood_paths import LikelihoodPaths
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
+from drllm.group_paths.paths import path_of_edits
 from drllm.processes import process_state
 from drllm.provenance import command_line, dtype_name, fingerprint, parse_dtype, write_result
 from drllm.questions.likelihood import LikelihoodPrompt, require_choices
@@ -84,6 +87,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_growth_arguments(parser)
     add("--price", type=float, default=0.01, help="reward that one block less may cost the static path")
     add("--random_seeds", type=int, default=3, help="most random counterparts per name (default: 3)")
+    add("--by_set", choices=("also", "only"), help="follow the group paths by set, beside the routers or without them")
     add("--most_edits", type=int, default=4, help="of the static path, and skips of influence and early exit")
     add("--normalised", action="store_true", help="judge by acc_norm instead of acc")
     add("--batch_size", type=int, default=8, help="questions per forward pass (default: 8)")
@@ -171,6 +175,22 @@ class Comparison:
         shares = gather_object([own])
         return [shares[index % count][index // count] for index in range(len(self.prompts))]
 
+    def by_set(self, checkpoint: str) -> list[BlockPath]:
+        """The path of each test question's set that the routers of a checkpoint were trained to follow.
+
+        Raises:
+            UserError: the checkpoint has no group paths of these sets.
+        """
+        manifest = read_json(Path(checkpoint) / LABELS, "pass a checkpoint of experiments.group_paths")
+        price = float(manifest["arguments"]["price"])
+        paths = {}
+        for group in manifest.get("groups") or ():
+            best = max(group["chain"], key=lambda member: member["reward"] - price * member["layers"])
+            paths |= dict.fromkeys(group["questions"], path_of_edits(best["edits"], self.num_blocks))
+        if missing := set(self.sets) - paths.keys():
+            raise UserError(f"--by_set: {checkpoint} has no path of the set {sorted(missing)[0]}")
+        return [paths[prompt.question.set] for prompt in self.prompts]
+
     def static_paths(self) -> list[BlockPath]:
         """The paths of 0, 1, ... edits that one group of all training questions grows."""
         arguments = self.arguments
@@ -234,13 +254,18 @@ def compare(arguments: argparse.Namespace, state: PartialState) -> dict:
     """Everything that the JSON holds but its provenance."""
     comparison = Comparison(arguments, state)
     methods: dict[str, list[list[BlockPath]]] = {}
+    followed: dict[str, list[list[BlockPath]]] = {}
     for checkpoint in arguments.checkpoint:
         name, _, folder = checkpoint.partition("=")
-        methods.setdefault(name, []).append(comparison.decisions(folder))
+        if arguments.by_set != "only":
+            methods.setdefault(name, []).append(comparison.decisions(folder))
+        if arguments.by_set is not None:
+            followed[f"{name}, by set"] = [comparison.by_set(folder)]  # the same for all seeds
     for name in list(methods) if arguments.random_seeds else ():
         routed = methods[name][: arguments.random_seeds]
         methods[f"random: rates of {name}"] = [random_paths(paths, seed) for seed, paths in enumerate(routed)]
     controls = comparison.controls()
+    methods |= followed
     methods |= {name: [[path] * len(comparison.prompts)] for name, (path,) in controls.items()}
     comparison.score([comparison.default, *(paths for seeds in methods.values() for paths in seeds)])
     base = comparison.along("base", comparison.default)

@@ -28,7 +28,7 @@ def methods_table(result: dict) -> str:
             f"\nOracle on {oracle['questions']} of these questions: {100 * oracle['accuracy']:.1f} at "
             f"{oracle['layers']:.2f} layers (base there: {100 * oracle['base_accuracy']:.1f})."
         )
-    if quality := result["details"].get("labels against known paths"):
+    if quality := result.get("details", {}).get("labels against known paths"):
         lines += ["", "What the labels are worth, on the questions they were made from:", "", *_label_quality(quality)]
     return "\n".join(lines)
 

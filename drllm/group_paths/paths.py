@@ -13,7 +13,7 @@ from drllm.group_paths.router_training import imitate, refine
 from drllm.processes import Made, from_main
 from drllm.rollouts.routed_paths import routed_paths
 from drllm.training.router_modules import StackedRouters
-from train_models.paths import EXECUTE, SKIP, Path, default_path, is_allowed
+from train_models.paths import EXECUTE, REPEAT, SKIP, Path, default_path, is_allowed
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,15 @@ def describe_edits(path: Path) -> str:
         f"{'skip' if visits == SKIP else 'repeat'} {block}" for block, visits in enumerate(path) if visits != EXECUTE
     ]
     return ", ".join(edits)
+
+
+def path_of_edits(edits: str, num_blocks: int) -> Path:
+    """The inverse of `describe_edits`."""
+    path = list(default_path(num_blocks))
+    for edit in filter(None, edits.split(", ")):
+        action, block = edit.split()
+        path[int(block)] = {"skip": SKIP, "repeat": REPEAT}[action]
+    return tuple(path)
 
 
 def grow(

@@ -1,6 +1,7 @@
 """Checkpoints compared by log-likelihood: the same answers as lm-eval, paired, resumed."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from drllm.evaluation.protocol import default_tasks
+from drllm.group_paths.paths import describe_edits, path_of_edits
 from drllm.miniature import ROOT
 from experiments import compare_likelihood, group_paths
 from tests import search_toys
@@ -80,6 +82,25 @@ def test_accuracy_and_layers_are_those_of_lm_eval_and_a_second_run_scores_nothin
     )  # nothing is scored: all scores must be in the stores
     assert compare_likelihood.main(arguments.split()) == 0
     assert json.loads((tmp_path / "result.json").read_text())["rows"] == result["rows"]
+
+
+def test_group_paths_by_set_need_no_routers(toy, tmp_path, capsys):
+    base, routed, data = toy
+    chain = [{"edits": "", "layers": 6, "reward": 0.5}, {"edits": "skip 2, skip 4", "layers": 4, "reward": 0.5}]
+    manifest = {"groups": [{"questions": {"arc_easy": 8}, "chain": chain}], "arguments": {"price": "0.01"}}
+    shutil.copytree(routed, tmp_path / "groups")
+    (tmp_path / "groups" / "labels_manifest.json").write_text(json.dumps(manifest))
+    arguments = f"--model {base} --checkpoint groups={tmp_path}/groups --data_dir {data} --batch_size 4 --by_set only"
+    arguments += f" --controls= --work_dir {tmp_path}/work --output {tmp_path}/result.json --sets"
+    assert compare_likelihood.main([*arguments.split(), "arc_easy"]) == 0
+    rows = {row["method"]: row for row in json.loads((tmp_path / "result.json").read_text())["rows"]}
+    assert rows.keys() == {"base", "groups, by set"}
+    assert rows["groups, by set"]["layers"] == 4
+    path = path_of_edits("skip 2, repeat 4", 6)
+    assert path == (1, 1, 0, 1, 2, 1)
+    assert describe_edits(path) == "skip 2, repeat 4"
+    assert compare_likelihood.main([*arguments.split(), "arc"]) == 2
+    assert "has no path of the set arc_challenge" in capsys.readouterr().err
 
 
 @pytest.mark.slow
