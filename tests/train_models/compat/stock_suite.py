@@ -77,6 +77,13 @@ class Ours(Stock):
     config_class, all_model_classes = Routed{family}Config, (Routed{family}Model, Routed{family}ForCausalLM)
     test_all_params_have_gradient = False  # the loss on labels trains no router
 
+    def setUp(self):
+        super().setUp()
+        # The inputs are not seeded, and on one in ten both of the two blocks are skipped by random routers. Then no
+        # scaling of positions changes the output, which these tests require.
+        if "rope_scaling" in self._testMethodName:
+            self.model_tester.fields = dict(is_static_routing=True)
+
     def check_training_gradient_checkpointing(self, *args, **kwargs):
         # The stock test replaces what is recomputed by the last run of the block, so each block must run once. Paths
         # are in test_gradient_checkpointing_gives_the_same_gradients_along_paths.
