@@ -145,6 +145,10 @@ class RolloutEngine:
         mask = mask.to(device)
         is_padded = min(widths) < width
         logits, cache = self._prefill(active, mask, is_padded)
+        for row, is_finite in zip(active, logits.isfinite().all(-1).tolist(), strict=True):
+            # An edited path may overflow: then its answer is wrong. If the base model does, no reward means anything.
+            if not is_finite and row.request.path == default_path(len(row.request.path)):
+                raise UserError(not_finite("logits", row.request, self.model))
         while True:
             next_ids = logits.argmax(-1).tolist()
             ended = []
@@ -313,6 +317,15 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
     if configured is None:
         configured = tokenizer.eos_token_id
     return set(configured if isinstance(configured, list) else [configured]) - {None}
+
+
+def not_finite(what: str, request: Request, model: PreTrainedModel) -> str:
+    """The sentence about NaN or infinite logits or scores of a request."""
+    path = "".join(map(str, request.path))
+    return (
+        f"question {request.prompt.question.id}: the {what} along the path {path} are NaN or infinite; the activations "
+        f"of the model overflow in {model.dtype}, try --dtype bfloat16 or float32"
+    )
 
 
 def is_out_of_memory(error: Exception) -> bool:

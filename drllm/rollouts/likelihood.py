@@ -8,6 +8,7 @@ left before every `STATE_STRIDE`-th block are kept in memory, the least recently
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from drllm.errors import UserError
 from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.sets import Question
-from drllm.rollouts.engine import Request, Rollout, is_out_of_memory
+from drllm.rollouts.engine import Request, Rollout, is_out_of_memory, not_finite
 from train_models.paths import Path, path_to_layer_indices
 
 STATE_STRIDE = 3  # blocks between kept hidden states
@@ -251,7 +252,11 @@ class LikelihoodEngine:
             self.block_tokens += sum(path[start:]) * len(batch.rows[row].tokens)
         if self._state_bytes > 0:
             self._keep(batch, ids, paths, starts, output.hidden_states)
-        return batch.option_scores(output.last_hidden_state, self.model.lm_head)
+        scores = batch.option_scores(output.last_hidden_state, self.model.lm_head)
+        for request, values in zip(requests, scores, strict=True):
+            if not all(map(math.isfinite, values)):
+                raise UserError(not_finite("log-likelihoods", request, self.model))
+        return scores
 
     def _longest_known(self, question_id: str, path: Path) -> int:
         for start in range((self.num_blocks - 1) // STATE_STRIDE * STATE_STRIDE, 0, -STATE_STRIDE):

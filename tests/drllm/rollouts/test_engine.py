@@ -70,6 +70,20 @@ def test_batched_responses_equal_stock_generate_alone(toy, reuse, batch_size):
     assert False in rewards
 
 
+def test_a_base_that_overflows_is_an_error_and_an_edited_path_a_wrong_answer(toy):
+    model, tokenizer, prompts = toy
+    overflowing = copy.deepcopy(model)
+    with torch.no_grad():
+        overflowing.lm_head.weight.fill_(3e38)
+    engine = RolloutEngine(overflowing, tokenizer, 4)
+    edited = Request(prompts[0], EDGES[0])
+    assert not engine.respond([edited])[0].is_right
+    with pytest.raises(
+        UserError, match=rf"question {prompts[1].question.id}: the logits along the path 111111 are NaN"
+    ):
+        engine.respond([edited, Request(prompts[1], default_path(NUM_BLOCKS))])
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_other_families_give_the_same_responses_batched_and_alone(toy, stock_checkpoint, family):
     _, tokenizer, prompts = toy

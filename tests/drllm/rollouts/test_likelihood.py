@@ -281,3 +281,12 @@ def test_a_store_of_another_model_and_a_damaged_line_are_refused(tmp_path):
     (tmp_path / "00000.jsonl").write_text(json.dumps(["q", "11", [1.0]]) + "\nnonsense\n")
     with pytest.raises(UserError, match=r"00000.jsonl:2: not a line of scores"):
         ScoreStore(tmp_path, {"a": 1})
+
+
+def test_scores_that_are_not_finite_are_an_error(toy):
+    model, prompts = load_path_model(str(toy[0]), dtype=torch.float32), random_prompts(2)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3e38)
+    request = Request(prompts[1], default_path(NUM_BLOCKS))
+    with pytest.raises(UserError, match="question q1: the log-likelihoods along the path 111111 are NaN"):
+        LikelihoodEngine(model, None, batch_size=2).score([request])
