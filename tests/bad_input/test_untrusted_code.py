@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import sqlite3
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -91,6 +92,18 @@ def test_the_mark_works(hostile):
 def test_joining_in_python_runs_nothing(hostile):
     world, mark = hostile
     join_routers(world("{routers}"), base=world("{base}"))
+    assert not mark.exists()
+
+
+@pytest.mark.slow
+def test_a_planted_cache_of_answers_is_not_unpickled(valid, tmp_path, capfd):
+    world, mark, cache = World({name: str(path) for name, path in valid.items()}), tmp_path / "mark", tmp_path / "c.db"
+    arguments = command_line(f"{{lm_eval}} --limit 1 --use_cache {cache}", world)
+    assert PROGRAMS["drllm.evaluate"](arguments) in (0, None)
+    with sqlite3.connect(cache) as database:
+        assert database.execute("UPDATE answers SET entry = ?", (pickle.dumps(Mark(mark)),)).rowcount > 0
+    assert PROGRAMS["drllm.evaluate"](arguments) == 2
+    assert "is not a response cache" in capfd.readouterr().err
     assert not mark.exists()
 
 
