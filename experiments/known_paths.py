@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from drllm.errors import UserError
 from drllm.evaluation.outcomes import Outcome
@@ -23,6 +24,7 @@ from miniature.training_paths import read_known_paths
 from train_models.paths import SKIP, default_path
 from train_models.paths import Path as BlockPath
 
+Group = TypeVar("Group", str, BlockPath)
 EPOCHS, LEARNING_RATE = 10, 1e-3  # as for the paths of groups
 
 
@@ -118,10 +120,11 @@ def most_frequent(labels: Sequence[BlockPath], known: Sequence[BlockPath]) -> li
     return decided
 
 
-def _members(known: Sequence[BlockPath]) -> dict[BlockPath, list[int]]:
-    members: dict[BlockPath, list[int]] = {}
-    for index, path in enumerate(known):
-        members.setdefault(path, []).append(index)
+def _members(groups: Sequence[Group]) -> dict[Group, list[int]]:
+    """The questions of each group, which is named by its known path or its kind."""
+    members: dict[Group, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
     return members
 
 
@@ -150,15 +153,12 @@ def label_quality(
         "known path": known,
     }
     outcomes = {name: answer(paths) for name, paths in followed.items()}
-    by_kind: dict[str, list[int]] = {}
-    for index, kind in enumerate(kinds):
-        by_kind.setdefault(kind, []).append(index)
     return {
         "followed": {name: {"accuracy": o.accuracy, "layers": o.mean_layers} for name, o in outcomes.items()},
         "agreement": agreement(labels, known),
         "kinds": {
             kind: agreement([labels[index] for index in members], [known[index] for index in members])
-            for kind, members in by_kind.items()
+            for kind, members in _members(kinds).items()
         },
     }
 

@@ -6,24 +6,19 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from drllm.evaluation.protocol import default_tasks
 from drllm.group_paths.paths import describe_edits, path_of_edits
 from drllm.miniature import ROOT
 from experiments import compare_likelihood, group_paths
 from tests import search_toys
-from tests.conftest import STOCK
 from tests.eval_toys import evaluate, make_routed, make_tasks, metrics, routed_lm
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory, stock_checkpoint):
+def toy(tmp_path_factory, stock_model):
     """(base, routed checkpoint, data with train and test questions)."""
     folder = tmp_path_factory.mktemp("compare_likelihood")
-
-    def stock_model(family, changes):
-        return STOCK[family][1].from_pretrained(stock_checkpoint(family, **changes), dtype=torch.float32)
 
     base = search_toys.make_model(folder / "model", stock_model)
     data = search_toys.make_data(folder / "data", 16, seed=5)

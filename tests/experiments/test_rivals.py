@@ -3,22 +3,17 @@
 import json
 
 import pytest
-import torch
 
 from drllm.rivals import benches
 from experiments import rivals
 from tests import search_toys
-from tests.conftest import STOCK
 from tests.eval_toys import make_routed, make_tasks
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory, stock_checkpoint):
+def toy(tmp_path_factory, stock_model):
     """(base, routed checkpoint, data with train and test questions)."""
     folder = tmp_path_factory.mktemp("rivals")
-
-    def stock_model(family, changes):
-        return STOCK[family][1].from_pretrained(stock_checkpoint(family, **changes), dtype=torch.float32)
 
     base = search_toys.make_model(folder / "model", stock_model)
     data = search_toys.make_data(folder / "data", 8, seed=5)
