@@ -1,5 +1,6 @@
 """What needs no weights: the tests of the LLM say how to get them, and only `make test-llm` runs them."""
 
+import os
 import shutil
 import subprocess
 
@@ -25,8 +26,12 @@ def test_without_weights_the_tests_fail_with_the_command_that_gets_them(tmp_path
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_that_command_makes_the_folder_and_the_tests_run_after_it():
     def recipe(target: str) -> str:
+        # `make test` hands its own flags down, and a make below another one also prints the directories it enters.
+        variables = {
+            name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+        }
         command = ["make", "--dry-run", "--always-make", target]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True).stdout
 
     made = recipe(GET_MODEL.removeprefix("make "))
     assert "drllm.gguf_checkpoint" in made
