@@ -40,7 +40,7 @@ from drllm.provenance import commit, dtype_name, fingerprint, parse_dtype, versi
 from drllm.questions.likelihood import REWARDS, LikelihoodPrompt, require_choices
 from drllm.questions.overlap import load_training_questions
 from drllm.questions.prompts import Prompt, wants_chat_template
-from drllm.questions.sets import Question, expand_sets
+from drllm.questions.sets import Question, collections_of, expand_sets
 from drllm.rollouts.scores import ScoreStore
 from drllm.search.selection import seeded_order
 from train_models.paths import Path as BlockPath
@@ -92,7 +92,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--price", type=float, default=0.004, help="reward that one block application less may cost a group")
     likelihood = parser.add_argument_group("with --reward likelihood or likelihood_norm")
     add = likelihood.add_argument
-    add("--group_by", choices=("set", "states"), default="set", help="set: a group per question set; states: --groups")
+    add(
+        "--group_by",
+        choices=("set", "collection", "states"),
+        default="set",
+        help="a group per question set, per name in --dataset (arc: both its sets), or --groups of similar states",
+    )
     add("--validation_questions", type=int, default=0, help="further questions per set; they choose the edits in use")
     add_growth_arguments(likelihood)
     add = parser.add_argument
@@ -181,7 +186,11 @@ def train_by_likelihood(arguments: argparse.Namespace, routed, tokenizer, measur
     normalised = arguments.reward == "likelihood_norm"
     rewards = LikelihoodRewards(routed, prompts, store, state, arguments.batch_size, normalised)
     growth = growth_of(arguments, arguments.most_skips)
-    groups = groups_by_set(prompts) if arguments.group_by == "set" else groups_by_states(rewards, arguments.groups)
+    if arguments.group_by == "states":
+        groups = groups_by_states(rewards, arguments.groups)
+    else:
+        by_collection = arguments.group_by == "collection"
+        groups = groups_by_set(prompts, collections_of(arguments.dataset) if by_collection else None)
     paths = LikelihoodPaths(rewards, groups, growth, torch.tensor(validation))
     labels = paths.labels()
     describe(labels, state)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -100,10 +100,17 @@ class _Group:
         }
 
 
-def groups_by_set(prompts: Sequence[LikelihoodPrompt]) -> torch.Tensor:
-    """int64 [N]: one group per question set."""
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(prompt.question.set for prompt in prompts))}
-    return torch.tensor([numbers[prompt.question.set] for prompt in prompts])
+def groups_by_set(prompts: Sequence[LikelihoodPrompt], collections: Mapping[str, str] | None = None) -> torch.Tensor:
+    """int64 [N]: one group per question set, or per collection of sets.
+
+    Args:
+        prompts: N questions.
+        collections: the name of each set's collection, such as "arc" for "arc_easy"; a set that is missing is a group
+            of its own.
+    """
+    names = [(collections or {}).get(prompt.question.set, prompt.question.set) for prompt in prompts]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([numbers[name] for name in names])
 
 
 def groups_by_states(rewards: LikelihoodRewards, count: int, seed: int = 0) -> torch.Tensor:

@@ -292,6 +292,19 @@ def expand_sets(names: str) -> list[str]:
     return list(dict.fromkeys(sets))
 
 
+def collections_of(names: str) -> dict[str, str]:
+    """For each set of a comma-separated list the name under which the list has it first.
+
+    >>> collections_of("arc,openbookqa")
+    {'arc_easy': 'arc', 'arc_challenge': 'arc', 'openbookqa': 'openbookqa'}
+    """
+    collections: dict[str, str] = {}
+    for name in (part.strip() for part in names.split(",")):
+        for member in expand_sets(name):
+            collections.setdefault(member, name)
+    return collections
+
+
 # --------------------------------------------------------------------------------------------------------
 # Reading
 

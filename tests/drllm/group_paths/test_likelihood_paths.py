@@ -8,10 +8,10 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 
-from drllm.group_paths.likelihood_paths import Growth, LikelihoodPaths, groups_by_states
+from drllm.group_paths.likelihood_paths import Growth, LikelihoodPaths, groups_by_set, groups_by_states
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.questions.likelihood import LikelihoodPrompt
-from drllm.questions.sets import Question, load_questions
+from drllm.questions.sets import Question, collections_of, load_questions
 from drllm.rollouts.scores import ScoreStore
 from experiments import group_paths
 from tests import search_toys
@@ -67,6 +67,16 @@ class KnownRewards:
     def count(self, edits):
         """How many paths of so many edits were scored."""
         return sum(sum(action != 1 for action in path) == edits for _, path in self.scored)
+
+
+def test_sets_of_one_collection_are_one_group():
+    def prompt(name):
+        return LikelihoodPrompt(Question(name, name, "", (), (), ""), "", (1, 2), (), (), (), 0)
+
+    prompts = [prompt(name) for name in ("arc_easy", "piqa", "arc_challenge", "openbookqa", "arc_easy")]
+    assert groups_by_set(prompts).tolist() == [0, 1, 2, 3, 0]
+    assert groups_by_set(prompts, collections_of("openbookqa,arc")).tolist() == [0, 1, 0, 2, 0]
+    assert collections_of("arc_challenge,arc") == {"arc_challenge": "arc_challenge", "arc_easy": "arc"}
 
 
 def test_each_kind_gets_its_own_path():
