@@ -17,7 +17,6 @@ import argparse
 import datetime
 import math
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,16 +32,15 @@ from drllm.group_paths.growth_arguments import add_growth_arguments, check_growt
 from drllm.group_paths.likelihood_paths import LikelihoodPaths, groups_by_set, groups_by_states
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.group_paths.margin_rewards import Answered, MarginRewards, RoundStore
+from drllm.group_paths.parts import DEFAULT_TRAIN, DEFAULT_VALIDATION, Parts
 from drllm.group_paths.paths import PathsOfGroups
 from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
 from drllm.processes import process_state
 from drllm.provenance import commit, dtype_name, fingerprint, parse_dtype, versions
 from drllm.questions.likelihood import REWARDS, LikelihoodPrompt, require_choices
-from drllm.questions.overlap import load_training_questions
 from drllm.questions.prompts import Prompt, wants_chat_template
 from drllm.questions.sets import Question, collections_of, expand_sets
 from drllm.rollouts.scores import ScoreStore
-from drllm.search.selection import seeded_order
 from train_models.paths import Path as BlockPath
 
 
@@ -85,7 +83,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default="",
         help="sets, comma-separated: no question that nearly repeats one of their test questions",
     )
-    add("--train_questions", type=int, default=800, help="most questions per set")
+    add("--train_questions", default=DEFAULT_TRAIN, help="most per set: a number, or e.g. arc_easy=1600,openbookqa=900")
     add("--reward", choices=REWARDS, default="generation", help="what counts as a right answer")
     add("--groups", type=int, default=20, help="groups of similar questions")
     add("--most_skips", type=int, default=4, help="skipped blocks of a group's path; edits with --reward likelihood")
@@ -98,7 +96,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default="set",
         help="a group per question set, per name in --dataset (arc: both its sets), or --groups of similar states",
     )
-    add("--validation_questions", type=int, default=0, help="further questions per set; they choose the edits in use")
+    add(
+        "--validation_questions",
+        default=DEFAULT_VALIDATION,
+        help="further questions per set; they choose the edits in use",
+    )
     add_growth_arguments(likelihood)
     add = parser.add_argument
     add("--batch_size", type=int, default=64, help="questions per forward pass")
@@ -110,17 +112,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     check_growth_arguments(arguments)
     check_ranges(
         arguments,
-        **dict.fromkeys(("train_questions", "groups", "batch_size"), (1, math.inf)),
+        **dict.fromkeys(("groups", "batch_size"), (1, math.inf)),
         most_skips=(0, math.inf),
         price=(-math.inf, math.inf),
-        validation_questions=(0, math.inf),
         seed=(0, MAX_SEED),
         router_seed=(0, MAX_SEED),
     )
-    for sets in filter(None, (arguments.dataset, arguments.unlike)):
-        expand_sets(sets)
+    if arguments.unlike:
+        expand_sets(arguments.unlike)
+    sets = expand_sets(arguments.dataset)
+    Parts.of(sets, arguments.train_questions, arguments.validation_questions)
     if arguments.reward != "generation":
-        require_choices(expand_sets(arguments.dataset))
+        require_choices(sets)
     if arguments.dtype != "auto":
         parse_dtype(arguments.dtype)
     check_output_folder(arguments.output_dir, "--output_dir")
@@ -153,8 +156,8 @@ def train_by_generation(arguments: argparse.Namespace, routed, tokenizer, measur
     chat = wants_chat_template("auto", arguments.model, tokenizer)
     questions = [
         Answered.of(Prompt.of(question, tokenizer, chat), tokenizer)
-        for of_set in read_questions(arguments, state).values()
-        for question in of_set[: arguments.train_questions]
+        for train, _ in read_questions(arguments, state).values()
+        for question in train
     ]
     store = RoundStore(measured, routed.config.base_model_fingerprint, state)
     rewards = MarginRewards(routed, questions, arguments.batch_size, store)
@@ -167,19 +170,11 @@ def train_by_generation(arguments: argparse.Namespace, routed, tokenizer, measur
 
 def train_by_likelihood(arguments: argparse.Namespace, routed, tokenizer, measured: Path, state) -> Trained:
     """Trains the routers on paths that raise the likelihood of right options."""
-    sets = read_questions(arguments, state)
-    chosen = [
-        question
-        for of_set in sets.values()
-        for question in seeded_order(of_set, arguments.seed)[
-            : arguments.train_questions + arguments.validation_questions
-        ]
-    ]
-    seen = Counter()
-    validation = []
-    for question in chosen:
-        validation.append(seen[question.set] >= arguments.train_questions)
-        seen[question.set] += 1
+    chosen, validation = [], []
+    for of_set in read_questions(arguments, state).values():
+        for is_validation, part in enumerate(of_set):
+            chosen += part
+            validation += [bool(is_validation)] * len(part)
     prompts = [LikelihoodPrompt.of(question, tokenizer) for question in chosen]
     key = {"model_fingerprint": routed.config.base_model_fingerprint, "dtype": dtype_name(routed.dtype)}
     store = ScoreStore(measured, key, state.process_index)
@@ -198,11 +193,13 @@ def train_by_likelihood(arguments: argparse.Namespace, routed, tokenizer, measur
     return Trained(labels, paths.report())
 
 
-def read_questions(arguments: argparse.Namespace, state: PartialState) -> dict[str, list[Question]]:
-    """The training questions of each set."""
+def read_questions(
+    arguments: argparse.Namespace, state: PartialState
+) -> dict[str, tuple[list[Question], list[Question]]]:
+    """(training, validation) questions of each set."""
+    parts = Parts.of(expand_sets(arguments.dataset), arguments.train_questions, arguments.validation_questions)
     with state.main_process_first():  # so that a download happens once per machine
-        unlike = expand_sets(arguments.unlike) if arguments.unlike else ()
-        return load_training_questions(expand_sets(arguments.dataset), arguments.data_dir, unlike)
+        return parts.split(arguments.data_dir, arguments.unlike, arguments.seed)
 
 
 def describe(labels: list[BlockPath], state: PartialState) -> None:

@@ -209,13 +209,13 @@ class LikelihoodPaths:
         return [group.chain for group in groups]
 
     def _sets_in_turn(self) -> list[int]:
-        """All questions, one of each set after the other, so that a heat has questions of every set of a group."""
-        counts: dict[str, int] = {}
-        ranks = []
-        for prompt in self.rewards.prompts:
-            ranks.append(counts.get(prompt.question.set, 0))
-            counts[prompt.question.set] = ranks[-1] + 1
-        return sorted(range(len(ranks)), key=ranks.__getitem__)
+        """All questions, the sets mixed in proportion to their sizes, so that a heat has some of each."""
+        sets = [prompt.question.set for prompt in self.rewards.prompts]
+        sizes, seen, places = Counter(sets), Counter(), []
+        for name in sets:
+            seen[name] += 1
+            places.append(seen[name] / sizes[name])
+        return sorted(range(len(sets)), key=places.__getitem__)
 
     def _run_heats(self, groups: list[_Group], step: int) -> None:
         """Measures the edits of one step; afterwards `edits` of each group are its finalists."""

@@ -94,8 +94,11 @@ class PackedBatch:
         self.segments = padded("segments", PADDING)
         contexts = torch.tensor([row.context for row in rows], device=device)
         self.prompt_mask = torch.arange(width, device=device) < contexts[:, None]
-        self._row_of = torch.tensor([n for n, row in enumerate(rows) for _ in row.target], device=device)
-        self._read_at = torch.tensor([place for row in rows for place in row.read_at], device=device)
+        # The head is applied once to each place: all options begin at the same one.
+        places = [(number, place) for number, row in enumerate(rows) for place in row.read_at]
+        distinct = {place: index for index, place in enumerate(dict.fromkeys(places))}
+        self._row_of, self._read_at = torch.tensor(list(distinct), device=device).unbind(1)
+        self._logits_of = torch.tensor([distinct[place] for place in places], device=device)
         self._target = torch.tensor([token for row in rows for token in row.target], device=device)
 
     def masks(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -122,7 +125,7 @@ class PackedBatch:
             head: the language-model head.
         """
         logits = F.linear(hidden[self._row_of, self._read_at], head.weight).float()
-        values = logits.log_softmax(-1).gather(1, self._target[:, None])[:, 0].double().tolist()
+        values = (logits[self._logits_of, self._target] - logits.logsumexp(-1)[self._logits_of]).double().tolist()
         scores, start = [], 0
         for row in self.rows:
             sums = [0.0] * (max(row.option) + 1)
