@@ -45,16 +45,15 @@ from drllm.files import check_output_file, check_output_folder, read_json
 from drllm.group_paths.growth_arguments import add_growth_arguments, check_growth_arguments, growth_of
 from drllm.group_paths.likelihood_paths import LikelihoodPaths
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
+from drllm.group_paths.parts import DEFAULT_TRAIN, Parts
 from drllm.group_paths.paths import path_of_edits
 from drllm.processes import process_state
 from drllm.provenance import command_line, dtype_name, fingerprint, parse_dtype, write_result
 from drllm.questions.likelihood import LikelihoodPrompt, require_choices
-from drllm.questions.overlap import load_training_questions
 from drllm.questions.sets import expand_sets, load_questions
 from drllm.rivals import BlockInfluence, EarlyExit, random_paths
 from drllm.rollouts.routed_paths import routed_paths
 from drllm.rollouts.scores import ScoreStore
-from drllm.search.selection import seeded_order
 from train_models.paths import Path as BlockPath
 from train_models.paths import default_path
 
@@ -80,10 +79,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--test_questions", type=int, help="per set; default: all")
     add("--controls", default="static,influence,early exit", help="static paths to compare with, comma-separated")
     add("--train_scores", type=Path, help="scores of experiments.group_paths, for the static paths; default: none")
-    add("--train_questions", type=int, default=120, help="per set, as given to experiments.group_paths (default: 120)")
-    add("--train_sets", help="as given to experiments.group_paths; default: --sets")
-    add("--train_seed", type=int, default=0, help="as given to experiments.group_paths (default: 0)")
-    add("--unlike", default="", help="as given to experiments.group_paths")
+    add("--train_questions", default=DEFAULT_TRAIN, help="as given to experiments.group_paths, like the next three")
+    add("--train_seed", type=int, default=0, help="of the order of questions (default: 0)")
+    add("--unlike", default="", help="sets whose test questions no training question repeats")
+    add("--train_sets", help="sets of --train_scores; default: --sets")
     add_growth_arguments(parser)
     add("--price", type=float, default=0.01, help="reward that one block less may cost the static path")
     add("--random_seeds", type=int, default=3, help="most random counterparts per name (default: 3)")
@@ -97,7 +96,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     check_growth_arguments(arguments)
     check_ranges(
         arguments,
-        **dict.fromkeys(("train_questions", "batch_size"), (1, math.inf)),
+        batch_size=(1, math.inf),
         test_questions=(2, math.inf),
         **dict.fromkeys(("most_edits", "random_seeds"), (0, math.inf)),
         train_seed=(0, MAX_SEED),
@@ -110,6 +109,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         checkpoint_info(folder).require_routers()
     for sets in (arguments.sets, arguments.train_sets or arguments.sets):
         require_choices(expand_sets(sets))
+    Parts.of(expand_sets(arguments.train_sets or arguments.sets), arguments.train_questions)
     arguments.controls = [name for name in arguments.controls.split(",") if name]
     if unknown := set(arguments.controls) - set(CONTROLS):
         raise UserError(f"--controls: {sorted(unknown)[0]!r} is not a control; choose from {', '.join(CONTROLS)}")
@@ -194,12 +194,11 @@ class Comparison:
     def static_paths(self) -> list[BlockPath]:
         """The paths of 0, 1, ... edits that one group of all training questions grows."""
         arguments = self.arguments
-        train_sets = expand_sets(arguments.train_sets or arguments.sets)
-        unlike = expand_sets(arguments.unlike) if arguments.unlike else ()
+        parts = Parts.of(expand_sets(arguments.train_sets or arguments.sets), arguments.train_questions)
         training = [
             LikelihoodPrompt.of(question, self.tokenizer)
-            for of_set in load_training_questions(train_sets, arguments.data_dir, unlike).values()
-            for question in seeded_order(of_set, arguments.train_seed)[: arguments.train_questions]
+            for train, _ in parts.split(arguments.data_dir, arguments.unlike, arguments.train_seed).values()
+            for question in train
         ]
         shared = {prompt.question.id for prompt in training} & {prompt.question.id for prompt in self.prompts}
         if shared:

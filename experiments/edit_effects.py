@@ -20,12 +20,11 @@ from pathlib import Path
 from drllm.arguments import MAX_SEED, check_ranges
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_file, read_json
+from drllm.group_paths.parts import DEFAULT_TRAIN, DEFAULT_VALIDATION, Parts
 from drllm.group_paths.paths import describe_edits
 from drllm.provenance import command_line, write_result
-from drllm.questions.overlap import load_training_questions
 from drllm.questions.sets import Question, expand_sets
 from drllm.rollouts.scores import Scores, ScoreStore
-from drllm.search.selection import seeded_order
 from train_models.paths import EXECUTE
 from train_models.paths import Path as BlockPath
 
@@ -47,17 +46,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", default="arc,openbookqa,commonsense", help="question sets and groups, comma-separated")
     add("--unlike", default="", help="sets whose test questions no training question repeats")
     add("--seed", type=int, default=0, help="of the order of questions (default: 0)")
-    add("--train_questions", type=int, default=800, help="per set (default: 800)")
-    add("--validation_questions", type=int, default=0, help="per set (default: 0)")
+    add("--train_questions", default=DEFAULT_TRAIN, help=f"most per set (default: {DEFAULT_TRAIN})")
+    add("--validation_questions", default=DEFAULT_VALIDATION, help=f"most per set (default: {DEFAULT_VALIDATION})")
     add("--share", type=float, default=0.99, help="least share of questions scored along a path (default: 0.99)")
     add("--output", type=Path, required=True, help="JSON file; a .md is written beside it")
     arguments = parser.parse_args(argv)
-    check_ranges(
-        arguments,
-        train_questions=(1, math.inf),
-        validation_questions=(0, math.inf),
-        share=(0, 1),
-        seed=(0, MAX_SEED),
+    check_ranges(arguments, share=(0, 1), seed=(0, MAX_SEED))
+    arguments.parts = Parts.of(
+        expand_sets(arguments.dataset), arguments.train_questions, arguments.validation_questions
     )
     check_output_file(arguments.output, "--output")
     if not (arguments.scores / "scores.json").is_file():
@@ -123,17 +119,9 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     key = read_json(arguments.scores / "scores.json", "name another folder")
     scores_of = ScoreStore(arguments.scores, key, rank=None).by_question()
-    unlike = expand_sets(arguments.unlike) if arguments.unlike else ()
-    sets = load_training_questions(expand_sets(arguments.dataset), arguments.data_dir, unlike)
     rows = []
-    for name, of_set in sets.items():
-        ordered = seeded_order(of_set, arguments.seed)
-        end = arguments.train_questions + arguments.validation_questions
-        parts = {
-            "training": ordered[: arguments.train_questions],
-            "validation": ordered[arguments.train_questions : end],
-        }
-        for part, questions in parts.items():
+    for name, parts in arguments.parts.split(arguments.data_dir, arguments.unlike, arguments.seed).items():
+        for part, questions in zip(("training", "validation"), parts, strict=True):
             rows += [{"set": name, "part": part} | row for row in effects_of(questions, scores_of, arguments.share)]
     if not rows:
         raise UserError(f"{arguments.scores} has no path scored along by {arguments.share:g} of a set; lower --share")
