@@ -35,6 +35,7 @@ from drllm.checkpoints import load_routed, load_routed_checkpoint, load_tokenize
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.outcomes import Outcome
 from drllm.files import check_output_file, check_output_folder
+from drllm.group_paths.parts import Parts
 from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
 from drllm.provenance import command_line, fingerprint, parse_dtype, write_result
 from drllm.questions.sets import expand_sets, load_questions
@@ -53,7 +54,6 @@ from drllm.rivals import (
 )
 from drllm.rivals.routed import KeptDecisions, random_skips, routing_cost
 from drllm.rivals.table import table5, table_row
-from drllm.search.selection import seeded_order
 from train_models.paths import default_path
 
 PROGRAM = "python -m experiments.rivals"
@@ -82,6 +82,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--methods", default=",".join(METHODS), help="comma-separated; default: all")
     add("--checkpoint", action="append", default=[], help="NAME=FOLDER of a routed checkpoint; repeatable")
     add("--train_questions", type=int, default=120, help="per set, the first of the seed's order (default: 120)")
+    add("--unlike", default="", help="sets whose test questions no training question repeats; default: not checked")
     add("--test_questions", type=int, help="per set; default: all")
     add("--ceiling_questions", type=int, default=20, help="test questions per set for cola (default: 20)")
     add(
@@ -110,6 +111,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--methods: {sorted(unknown)[0]!r} is not a method; choose from {', '.join(METHODS)}")
     if arguments.data_dir is None and arguments.model == str(MINIATURE_MODEL):
         arguments.data_dir = MINIATURE_DATA
+    if arguments.unlike:
+        expand_sets(arguments.unlike)
     check_output_file(arguments.output, "--output")
     check_output_folder(arguments.work_dir, "--work_dir")
     parse_dtype(arguments.dtype)
@@ -127,12 +130,11 @@ class Comparison:
         self.num_blocks = self.routed.config.num_hidden_layers
         if arguments.skips >= self.num_blocks:
             raise UserError(f"--skips {arguments.skips}: the model has only {self.num_blocks} blocks")
+        parts = Parts.of(sets, str(arguments.train_questions))
         train = [
             question
-            for name in sets
-            for question in seeded_order(load_questions(name, "train", arguments.data_dir), arguments.seed)[
-                : arguments.train_questions
-            ]
+            for of_set, _ in parts.split(arguments.data_dir, arguments.unlike, arguments.seed).values()
+            for question in of_set
         ]
         test = [
             question
