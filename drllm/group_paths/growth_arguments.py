@@ -15,17 +15,17 @@ def add_growth_arguments(group: argparse.ArgumentParser | argparse._ArgumentGrou
     add("--pilot", type=int, default=40, help="questions per group on which every edit is tried")
     add("--keep", type=int, default=12, help="edits that are tried on more questions")
     add("--candidates", type=int, default=6, help="edits that a group tries at each further step")
+    add("--finalists", type=int, default=3, help="edits that are measured on all questions of a group, at least")
     add("--caution", type=float, default=0.0, help="standard errors by which a gain must exceed its price")
 
 
 def check_growth_arguments(arguments: argparse.Namespace) -> None:
     """UserError for an argument of `add_growth_arguments` out of range."""
-    check_ranges(
-        arguments, **dict.fromkeys(("pilot", "keep", "candidates"), (1, math.inf)), caution=(-math.inf, math.inf)
-    )
+    some = dict.fromkeys(("pilot", "keep", "candidates", "finalists"), (1, math.inf))
+    check_ranges(arguments, **some, caution=(-math.inf, math.inf))
 
 
 def growth_of(arguments: argparse.Namespace, max_edits: int) -> Growth:
     """How paths of groups are grown, as the arguments say."""
-    names = ("pilot", "keep", "candidates", "price", "caution")
+    names = ("pilot", "keep", "candidates", "finalists", "price", "caution")
     return Growth(max_edits=max_edits, **{name: getattr(arguments, name) for name in names})

@@ -28,8 +28,6 @@ from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.training.router_modules import StackedRouters
 from train_models.paths import EXECUTE, REPEAT, SKIP, Path, default_path, is_allowed
 
-FINALISTS = 3  # edits that are measured on all questions of a group, at least
-
 Edit = tuple[int, int]  # (block, action)
 
 
@@ -41,6 +39,7 @@ class Growth:
         pilot: questions per group in the first heat of a step.
         keep: edits that survive the first heat of the first step, which tries all of them.
         candidates: edits that a group tries in each further step.
+        finalists: edits that are measured on all questions of a group, at least.
         max_edits: of a path.
         price: reward that one block application less may cost, and that one more must gain.
         caution: standard errors by which an edit's gain must exceed its price.
@@ -49,12 +48,13 @@ class Growth:
     pilot: int = 40
     keep: int = 12
     candidates: int = 6
+    finalists: int = 3
     max_edits: int = 4
     price: float = 0.01
     caution: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("pilot", "keep", "candidates"):
+        for name in ("pilot", "keep", "candidates", "finalists"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_edits < 0:
@@ -227,7 +227,7 @@ class LikelihoodPaths:
                 return
             for group in groups:
                 first = step == 0 and heat == 1
-                survivors = self.growth.keep if first else max(FINALISTS, -(-len(group.edits) // 2))
+                survivors = self.growth.keep if first else max(self.growth.finalists, -(-len(group.edits) // 2))
                 ranked = sorted(group.options(), key=lambda edit: group.worth[edit].upper, reverse=True)
                 group.edits = ranked[:survivors]
             size, heat = min(2 * size, largest), heat + 1

@@ -50,5 +50,5 @@ def test_sizes_per_set():
 def test_wrong_sizes(wrong):
     with pytest.raises(UserError, match="--train_questions"):
         Parts.of(("arc_easy",), wrong)
-    with pytest.raises(UserError, match="--train_questions|--validation_questions"):
+    with pytest.raises(UserError, match=r"--(train|validation)_questions"):
         Parts.of(("arc_easy",), "5", wrong if wrong != "0" else "-0")
