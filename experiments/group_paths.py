@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from drllm.arguments import MAX_SEED, check_ranges
 from drllm.checkpoints import load_routed, load_tokenizer, save_checkpoint
-from drllm.errors import main_guard
+from drllm.errors import UserError, main_guard
 from drllm.files import check_output_folder
 from drllm.group_paths.growth_arguments import add_growth_arguments, check_growth_arguments, growth_of
 from drllm.group_paths.likelihood_paths import LikelihoodPaths, groups_by_set, groups_by_states
@@ -101,6 +101,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=DEFAULT_VALIDATION,
         help="further questions per set; they choose the edits in use",
     )
+    add(
+        "--keep_edits",
+        type=float,
+        help="share of the validation questions that keep their edits; where routers are less sure they execute",
+    )
     add_growth_arguments(likelihood)
     add = parser.add_argument
     add("--batch_size", type=int, default=64, help="questions per forward pass")
@@ -115,13 +120,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         **dict.fromkeys(("groups", "batch_size"), (1, math.inf)),
         most_skips=(0, math.inf),
         price=(-math.inf, math.inf),
+        keep_edits=(0, 1),
         seed=(0, MAX_SEED),
         router_seed=(0, MAX_SEED),
     )
     if arguments.unlike:
         expand_sets(arguments.unlike)
     sets = expand_sets(arguments.dataset)
-    Parts.of(sets, arguments.train_questions, arguments.validation_questions)
+    parts = Parts.of(sets, arguments.train_questions, arguments.validation_questions)
+    if arguments.keep_edits is not None and not any(parts.validation.values()):
+        raise UserError("--keep_edits is a share of the validation questions; give --validation_questions")
     if arguments.reward != "generation":
         require_choices(sets)
     if arguments.dtype != "auto":
@@ -189,7 +197,7 @@ def train_by_likelihood(arguments: argparse.Namespace, routed, tokenizer, measur
     paths = LikelihoodPaths(rewards, groups, growth, torch.tensor(validation))
     labels = paths.labels()
     describe(labels, state)
-    paths.train_routers(labels, arguments.router_seed)
+    paths.train_routers(labels, arguments.router_seed, arguments.keep_edits)
     return Trained(labels, paths.report())
 
 

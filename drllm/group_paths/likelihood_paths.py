@@ -22,7 +22,7 @@ from drllm.group_paths.grouping import groups_of, standardised_states
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.group_paths.margin_rewards import RewardRound
 from drllm.group_paths.paths import GroupPath, describe_edits
-from drllm.group_paths.router_training import imitate
+from drllm.group_paths.router_training import PURE_ROUTER, imitate, knob_that_keeps
 from drllm.processes import from_main
 from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.training.router_modules import StackedRouters
@@ -116,8 +116,8 @@ def groups_by_set(prompts: Sequence[LikelihoodPrompt], collections: Mapping[str,
 def groups_by_states(rewards: LikelihoodRewards, count: int, seed: int = 0) -> torch.Tensor:
     """int64 [N]: at most `count` groups of questions that look alike to the routers on the default path."""
     default = [default_path(rewards.routed.config.num_hidden_layers)] * len(rewards.prompts)
-    windows, mask = rewards.windows(default)
-    return from_main(rewards.state, lambda: groups_of(standardised_states(windows, mask), count, seed))
+    read = rewards.windows(default)
+    return from_main(rewards.state, lambda: groups_of(standardised_states(*read), count, seed))
 
 
 class LikelihoodPaths:
@@ -171,21 +171,29 @@ class LikelihoodPaths:
             for number, chain in enumerate(self.chains)
         ]
 
-    def train_routers(self, labels: Sequence[Path], seed: int, epochs: int = 25) -> None:
+    def train_routers(self, labels: Sequence[Path], seed: int, keep: float | None = None, epochs: int = 25) -> None:
         """Trains routers on `labels` from the initial weights of `seed`, and leaves them in the model.
 
         The main process trains; the others receive the routers.
+
+        Args:
+            keep: the share of validation questions that must follow the edits of their labels. The model's knob is then
+                set so that the routers abstain where they are less sure, and validation questions train no router.
         """
         model = self.rewards.routed.model
         model.init_routers(seed)
         routers = StackedRouters(model.routers).cpu()
+        read = self.rewards.windows(labels)
 
-        def weights() -> dict[str, torch.Tensor]:
-            along = RewardRound(list(labels), torch.empty(0), *self.rewards.windows(labels))
-            imitate(routers, along, epochs=epochs, learning_rate=1e-3, seed=seed)
-            return routers.state_dict()
+        def weights() -> tuple[dict[str, torch.Tensor], float]:
+            along = RewardRound(list(labels), torch.empty(0), *read)
+            parts = [(~self.validation).nonzero()[:, 0], self.validation.nonzero()[:, 0]]
+            imitate(routers, along, epochs, 1e-3, seed, members=None if keep is None else parts[0])
+            knob = PURE_ROUTER if keep is None else knob_that_keeps(routers, along, parts[1], keep)
+            return routers.state_dict(), knob
 
-        routers.load_state_dict(from_main(self.rewards.state, weights))
+        state_dict, model.routing_control = from_main(self.rewards.state, weights)
+        routers.load_state_dict(state_dict)
         routers.copy_to(model.routers)
 
     def _grow(self) -> list[list[Path]]:

@@ -12,9 +12,12 @@ from collections.abc import Sequence
 
 import torch
 from accelerate import PartialState
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from drllm.files import write_tensors
+from drllm.group_paths.margin_rewards import PART_QUESTIONS, RoundStore
 from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.padding import pad_ids
 from drllm.rollouts.likelihood import LikelihoodEngine
@@ -78,22 +81,45 @@ class LikelihoodRewards:
         self.state.wait_for_everyone()
         self._scores.update()
 
-    @torch.inference_mode()
-    def windows(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the routers read of each context along its path: [N, L, W, d] and bool [N, W], on the CPU."""
+    def windows(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What the routers read of each context along its path: [N, L, W, d] and bool [N, W], on the CPU.
+
+        Every process calls this and reads its share, which is kept beside the scores. The main process gets the result,
+        the others None.
+        """
         config = self.routed.config
+        parts = [self._order[start : start + PART_QUESTIONS] for start in range(0, len(self._order), PART_QUESTIONS)]
+        asked = [[prompt.input_ids, path] for prompt, path in zip(self.prompts, paths, strict=True)]
+        store = RoundStore(self._scores.folder / "windows", str(self._scores.key), self.state)
+        files, missing = store.open({"asked": asked, "num_windows": config.num_windows}, len(parts))
+        batches = -(-PART_QUESTIONS // self.batch_size)
+        mine, title = store.my_share(missing), "hidden states of the prompts"
+        with tqdm(total=len(mine) * batches, desc=title, disable=not self.state.is_main_process) as progress:
+            for number in mine:
+                write_tensors(files[number], self._windows_of(parts[number], paths, progress))
+        self.state.wait_for_everyone()
+        if not self.state.is_main_process:
+            return None
         shape = (len(self.prompts), config.num_hidden_layers, config.num_windows)
         windows = torch.zeros(*shape, config.hidden_size, dtype=self.routed.dtype)
         mask = torch.zeros(len(self.prompts), config.num_windows, dtype=torch.bool)
-        starts = range(0, len(self._order), self.batch_size)
-        for start in tqdm(starts, desc="hidden states of the prompts", unit="batch", mininterval=1):
-            rows = self._order[start : start + self.batch_size]
-            batch = pad_ids([self.prompts[index].input_ids for index in rows], 0, self.routed.device)
+        for rows, file in zip(parts, files, strict=True):
+            part = load_file(file)
+            windows[rows], mask[rows] = part["windows"], part["window_mask"]
+        return windows, mask
+
+    @torch.inference_mode()
+    def _windows_of(self, rows: Sequence[int], paths: Sequence[Path], progress: tqdm) -> dict[str, torch.Tensor]:
+        windows, masks = [], []
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
             output = self.routed.model(
-                **batch,
-                layer_indices=[path_to_layer_indices(paths[index]) for index in rows],
+                **pad_ids([self.prompts[index].input_ids for index in batch], 0, self.routed.device),
+                layer_indices=[path_to_layer_indices(paths[index]) for index in batch],
                 use_cache=False,
                 output_router_inputs=True,
             )
-            windows[rows], mask[rows] = output.router_inputs.cpu(), output.window_mask.cpu()
-        return windows, mask
+            windows.append(output.router_inputs.cpu())
+            masks.append(output.window_mask.cpu())
+            progress.update()
+        return {"windows": torch.cat(windows), "window_mask": torch.cat(masks)}

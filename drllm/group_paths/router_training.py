@@ -1,7 +1,8 @@
-"""Training of the routers on the paths of groups, and one round on their own decisions."""
+"""Training of the routers on the paths of groups, one round on their own decisions, and when they abstain."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,20 +12,64 @@ from tqdm import tqdm
 
 from drllm.group_paths.margin_rewards import NUM_ACTIONS, RewardRound
 from drllm.training.router_modules import StackedRouters
+from train_models.paths import EXECUTE
 
 BATCH_SIZE = 32  # questions per optimiser step
+PURE_ROUTER = -0.5  # of the knob
+KNOB_SLACK = 1e-4  # so that rounding does not turn the weakest decision that is to be kept
 REWARD_SCALE = 10  # rewards are small beside cross-entropies; this makes AdamW's epsilon harmless
 
 
-def imitate(routers: StackedRouters, along: RewardRound, epochs: int, learning_rate: float, seed: int) -> float:
-    """Cross-entropy on the paths of `along`; returns the last epoch's mean loss."""
+def imitate(
+    routers: StackedRouters,
+    along: RewardRound,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    members: torch.Tensor | None = None,
+) -> float:
+    """Cross-entropy on the paths of `along`; returns the last epoch's mean loss.
+
+    members: int64, the questions of `along` to train on; default: all.
+    """
     targets = torch.tensor(along.paths)
+    members = torch.arange(len(targets)) if members is None else members
 
     def loss(chosen: torch.Tensor) -> torch.Tensor:
+        chosen = members[chosen]
         logits = routers(along.windows[chosen], along.window_mask[chosen])["logits"]
         return F.cross_entropy(logits.flatten(0, 1), targets[chosen].flatten())
 
-    return _train(routers, loss, len(targets), epochs, learning_rate, seed)
+    return _train(routers, loss, len(members), epochs, learning_rate, seed)
+
+
+@torch.no_grad()
+def knob_that_keeps(routers: StackedRouters, along: RewardRound, members: torch.Tensor, share: float) -> float:
+    """The largest knob p in [-0.5, 0.5] at which `share` of the questions still follow the edits of their path.
+
+    From -0.5 to 0.5 the knob mixes the routers with one-hot execute (Appendix B), so a router deviates from execute
+    only where it is sure enough. With a share below 1 the routers abstain from edits where they are less sure than on
+    most questions like those of their training.
+
+    Args:
+        along: paths, and what the routers read along them.
+        members: int64, questions of `along` that no router was trained on. Those on the default path do not count.
+        share: in [0, 1].
+    """
+    paths = torch.tensor(along.paths)[members]
+    logits = [
+        routers(along.windows[chosen], along.window_mask[chosen])["logits"] for chosen in members.split(BATCH_SIZE)
+    ]
+    probabilities = torch.cat(logits).softmax(-1)
+    ahead = probabilities.gather(2, paths[..., None])[..., 0] - probabilities[..., EXECUTE]
+    ahead = ahead.masked_fill(probabilities.argmax(2) != paths, -1.0)  # lost at any knob
+    is_edited = paths != EXECUTE
+    weakest = ahead.masked_fill(~is_edited, math.inf).amin(1)[is_edited.any(1)].sort().values
+    if not len(weakest):
+        return PURE_ROUTER
+    # An edit survives the share t of one-hot execute while its lead (1 - t) exceeds t.
+    lead = float(weakest[min(len(weakest) - 1, int((1 - share) * len(weakest)))])
+    return PURE_ROUTER + max(0.0, lead / (1 + max(0.0, lead)) - KNOB_SLACK)
 
 
 def refine(

@@ -41,6 +41,7 @@ class ScoreStore:
 
     def __init__(self, folder: FilePath, key: dict, rank: int | None = 0) -> None:
         self.folder = folder
+        self.key = key
         self._scores: dict[tuple[str, str], Scores] = {}
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,8 @@ def test_two_processes_make_the_same_checkpoint_and_a_stopped_run_resumes(tmp_pa
         (["--groups", "0"], "--groups is 0; it must be at least 1"),
         (["--train_questions", "0"], "--train_questions 0: expected numbers of at least 1"),
         (["--train_questions", "dart-1=5,none=5"], "--train_questions dart-1=5,none=5: expected"),
+        (["--keep_edits", "0.9"], "--keep_edits is a share of the validation questions; give --validation_questions"),
+        (["--keep_edits", "2"], "--keep_edits is 2.0; it must be between 0 and 1"),
         (["--validation_questions", "many"], "--validation_questions many: expected 0, a number"),
         (["--price", "nan"], "--price is nan; it must be a number"),
         (["--seed", "-1"], "--seed is -1; it must be between 0 and 4294967295"),

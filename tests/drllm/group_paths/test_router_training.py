@@ -1,12 +1,14 @@
 """Routers that learn labels, and a round on their own decisions."""
 
+import pytest
 import torch
 
 from drllm.group_paths.margin_rewards import RewardRound
-from drllm.group_paths.router_training import imitate, refine
+from drllm.group_paths.router_training import imitate, knob_that_keeps, refine
 from drllm.training.router_modules import StackedRouters
 from tests.search_toys import toy_windows
 from train_models import retrofit
+from train_models.routing import route
 
 
 def toy_routers(stock_checkpoint, seed: int = 0) -> StackedRouters:
@@ -46,3 +48,39 @@ def test_a_round_on_own_decisions_takes_back_what_does_not_pay(stock_checkpoint)
     decided = routers(windows, mask)["logits"].argmax(-1)
     assert (decided[:, 0] == torch.where(helps, 0, 1)).float().mean() > 0.9
     assert (decided[:, 1] == 0).all(), "one point does not pay a price of two"
+
+
+def test_only_its_members_train_the_routers(stock_checkpoint):
+    windows, mask = toy_windows(40)
+    weights = []
+    for others in ((0, 1), (2, 0)):  # labels of questions that are no members
+        routers = toy_routers(stock_checkpoint)
+        along = RewardRound([(0, 1)] * 20 + [others] * 20, torch.empty(0), windows, mask)
+        imitate(routers, along, epochs=2, learning_rate=1e-2, seed=0, members=torch.arange(20))
+        weights.append(routers.weights[0].detach().clone())
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.9, 0.5])
+def test_at_the_knob_a_share_of_the_edits_is_kept_and_unsure_routers_execute(stock_checkpoint, share):
+    windows, mask = toy_windows(400)
+    routers = toy_routers(stock_checkpoint)
+    labels = [(0, 1) if is_positive else (1, 1) for is_positive in (windows[:, 0, 0, 0] > 0).tolist()]
+    along = RewardRound(labels, torch.empty(0), windows, mask)
+    imitate(routers, along, epochs=3, learning_rate=1e-3, seed=0, members=torch.arange(200))
+    members = torch.arange(200, 400)
+    logits = routers(windows, mask)["logits"][members]
+    is_edited = torch.tensor(labels)[members][:, 0] == 0
+    pure = (route(logits)[is_edited, 0] == 0).float().mean().item()
+    knob = knob_that_keeps(routers, along, members, share)
+    kept = (route(logits, knob)[is_edited, 0] == 0).float().mean().item()
+    assert kept == pytest.approx(min(share, pure), abs=0.02)
+    if share < pure:
+        assert knob > -0.5
+        assert (route(logits, knob + 0.02)[is_edited, 0] == 0).float().mean() < kept
+
+
+def test_without_edits_the_knob_is_that_of_the_pure_router(stock_checkpoint):
+    windows, mask = toy_windows(8)
+    along = RewardRound([(1, 1)] * 8, torch.empty(0), windows, mask)
+    assert knob_that_keeps(toy_routers(stock_checkpoint), along, torch.arange(8), 0.9) == -0.5
