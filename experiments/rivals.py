@@ -60,7 +60,6 @@ PROGRAM = "python -m experiments.rivals"
 FITTED = ("shortgpt", "layerskip", "mindskip", "flexidepth")
 METHODS = (*FITTED, "cola", "random")
 CONTROL_QUESTIONS = 96  # training questions on which the knob is set
-ROUTER_CONTROL = -0.5  # of the knob: the routers as they are
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -199,7 +198,7 @@ class Comparison:
         for seed, folder in enumerate(folders):
             decisions = self._decisions(folder)
             cost = routing_cost(decisions.routed, Path(folder))
-            paths = decisions.paths(bench.prompts, ROUTER_CONTROL)
+            paths = decisions.paths(bench.prompts, decisions.own_control)
             as_it_is.append(bench.along(name, paths))
             at_random.append(bench.along(f"random: {name}", random_paths(paths, seed)))
             controls.append(decisions.control_at(layers, [question.prompt for question in some]))

@@ -21,12 +21,16 @@ TRAINING_RECORD = "training.json"  # of train.py, in a checkpoint
 
 
 class KeptDecisions:
-    """The decisions of a routed checkpoint, kept in `folder` so that a stopped run makes none twice."""
+    """The decisions of a routed checkpoint, kept in `folder` so that a stopped run makes none twice.
+
+    own_control: the knob that the checkpoint came with.
+    """
 
     def __init__(self, routed: PreTrainedModel, folder: FilePath, batch_size: int) -> None:
         self.routed = routed
         self.folder = folder
         self.batch_size = batch_size
+        self.own_control: float = routed.model.routing_control
         digest = hashlib.sha256()
         for tensor in routed.model.routers.state_dict().values():
             digest.update(tensor.float().cpu().numpy().tobytes())
