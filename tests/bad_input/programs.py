@@ -24,6 +24,7 @@ from experiments import (
     paper_backbones,
     paper_figures,
     paper_tables,
+    predictable_effects,
     rivals,
     sweep,
 )
@@ -45,6 +46,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "paper_backbones": paper_backbones.main,
     "paper_figures": paper_figures.main,
     "paper_tables": paper_tables.main,
+    "predictable_effects": predictable_effects.main,
     "rivals": rivals.main,
     "sweep": sweep.main,
     "miniature/make.py": make.main,
@@ -82,6 +84,7 @@ COMMON = {
     "--train_questions 2 --validation_questions 2",
     "likelihood": "--model {base} --data_dir {questions} --sets arc_easy --work_dir {out} --output {out}/r.json",
     "groups": "--model {base} --data_dir {questions} --dataset arc_easy --output_dir {out} --train_questions 2",
+    "predictable": "--model {base} --data_dir {questions} --dataset arc_easy --scores {scores} --output {out}/r.json",
     "sweep": "{checkpoint} --data_dir {questions} --dataset arc_easy --output {out}/r.json",
     "backbone": "--model {base} --output_dir {out}",
 }

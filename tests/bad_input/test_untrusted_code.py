@@ -40,6 +40,7 @@ CASES = [
     ("group_paths", "{groups} --most_skips 1 --groups 1 --reward likelihood"),
     ("inspect_prompt", "{checkpoint} hello --max_new_tokens 1"),
     ("sweep", "{sweep} --limit 1 --knobs -0.5"),
+    ("predictable_effects", "{predictable}"),
     ("rivals", "{likelihood} --checkpoint published={checkpoint} --skips 1 --epochs 1 --train_questions 2"),
     ("benchmarks/evaluation.py", "--model {checkpoint} --data_dir {questions} --questions 2 --output {out}/r.json"),
     ("benchmarks/latency.py", "--model {base} --prompt_tokens 4 --new_tokens 2 --rounds 1 --skip 0 --batch_sizes 1"),
@@ -80,7 +81,8 @@ def test_no_program_runs_the_code_of_a_checkpoint(program, arguments, hostile, c
         status = end.code
     errors = capfd.readouterr().err
     assert not mark.exists()
-    assert status in (0, None), errors  # so it has loaded the checkpoint
+    # So it has loaded the checkpoint: predictable_effects then finds scores of another base.
+    assert status in (0, None) or "holds scores of" in errors, errors
 
 
 def test_the_mark_works(hostile):
