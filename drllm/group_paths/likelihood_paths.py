@@ -3,7 +3,7 @@
 Each group starts from the default path and adds one edit (a skip or a repeat) per step. To try every edit on every
 question would be 2 L rollouts per question and step, most of them for edits that cost far more than any price. So a
 step is a sequence of heats (successive halving): the first heat tries many edits on few questions, each further heat
-twice as many questions and the better half of the edits. An edit is adopted only if its gain exceeds its price by
+the better half of the edits on twice as many questions. An edit is adopted only if its gain exceeds its price by
 `caution` standard errors; otherwise the group's path is complete. Questions set aside for validation then choose how
 many of the edits a group uses.
 """
@@ -36,7 +36,7 @@ class Growth:
     """How paths of groups are found.
 
     Attributes:
-        pilot: questions per group in the first heat of a step.
+        pilot: questions per group on which all edits are tried; every heat costs as many scores.
         keep: edits that survive the first heat of the first step, which tries all of them.
         candidates: edits that a group tries in each further step.
         finalists: edits that are measured on all questions of a group, at least.
@@ -226,10 +226,18 @@ class LikelihoodPaths:
         return sorted(range(len(sets)), key=places.__getitem__)
 
     def _run_heats(self, groups: list[_Group], step: int) -> None:
-        """Measures the edits of one step; afterwards `edits` of each group are its finalists."""
+        """Measures the edits of one step; afterwards `edits` of each group are its finalists.
+
+        Every heat costs a group about as many scores as the first one of the first step, which has all edits: the fewer
+        edits are left, the more questions they are tried on, since it takes more to tell the better half.
+        """
         largest = max(len(group.members) for group in groups)
-        size, heat = min(self.growth.pilot, largest), 1
+        scores = self.growth.pilot * 2 * self.rewards.routed.config.num_hidden_layers
+        heat = 1
         while True:
+            most_edits = max(len(group.edits) for group in groups)
+            is_last = most_edits <= self.growth.finalists
+            size = largest if is_last else min(largest, -(-scores // most_edits))
             self._measure(groups, size, f"edit {step + 1}, heat {heat}: {size} questions per group")
             if size == largest:
                 return
@@ -237,8 +245,8 @@ class LikelihoodPaths:
                 first = step == 0 and heat == 1
                 survivors = self.growth.keep if first else max(self.growth.finalists, -(-len(group.edits) // 2))
                 ranked = sorted(group.options(), key=lambda edit: group.worth[edit].upper, reverse=True)
-                group.edits = ranked[:survivors]
-            size, heat = min(2 * size, largest), heat + 1
+                group.edits = ranked[: min(survivors, most_edits - 1)]
+            heat += 1
 
     def _measure(self, groups: list[_Group], size: int, title: str) -> None:
         work: list[list[Path]] = [[] for _ in self.rewards.prompts]

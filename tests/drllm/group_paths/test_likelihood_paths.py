@@ -95,7 +95,7 @@ def test_dropped_edits_are_not_measured_again():
     rewards = KnownRewards(40)
     LikelihoodPaths(rewards, torch.zeros(40, dtype=torch.long), Growth(pilot=10, keep=4, max_edits=1, price=0.2))
     edits = 2 * NUM_BLOCKS
-    assert rewards.count(1) == 10 * edits + 10 * 4 + 20 * 3  # all edits, the best four, three finalists
+    assert rewards.count(1) == 10 * edits + 20 * 4 + 10 * 3  # all edits, the best four on 30, three on all 40
 
 
 def test_heats_take_questions_of_every_set():
