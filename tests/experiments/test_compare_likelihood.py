@@ -96,6 +96,13 @@ def test_group_paths_by_set_need_no_routers(toy, tmp_path, capsys):
     assert describe_edits(path) == "skip 2, repeat 4"
     assert compare_likelihood.main([*arguments.split(), "arc"]) == 2
     assert "has no path of the set arc_challenge" in capsys.readouterr().err
+    # other checkpoints beside it have no paths of sets
+    assert compare_likelihood.main([*arguments.split(), "arc_easy", "--checkpoint", f"paper={routed}"]) == 0
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert {row["method"] for row in rows} == {"base", "groups, by set"}
+    alone = arguments.replace(f"groups={tmp_path}/groups", f"paper={routed}")
+    assert compare_likelihood.main([*alone.split(), "arc_easy"]) == 2
+    assert "--by_set: no checkpoint has group paths; pass one of experiments.group_paths" in capsys.readouterr().err
 
 
 @pytest.mark.slow
