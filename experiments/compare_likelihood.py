@@ -183,7 +183,8 @@ class Comparison:
         Raises:
             UserError: the group paths leave out one of the sets.
         """
-        manifest = read_json(Path(checkpoint) / LABELS, "pass a checkpoint of experiments.group_paths")
+        file = Path(checkpoint) / LABELS
+        manifest = read_json(file, "pass an undamaged checkpoint") if file.exists() else {}
         if not manifest.get("groups"):
             return None
         price = float(manifest["arguments"]["price"])
