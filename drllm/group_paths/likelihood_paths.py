@@ -78,6 +78,11 @@ class Worth:
         """What it may be worth: one standard error above the mean."""
         return self.mean + self.error
 
+    @property
+    def lower(self) -> float:
+        """What it is worth with some confidence: one standard error below the mean."""
+        return self.mean - self.error
+
 
 @dataclass
 class _Group:
@@ -275,8 +280,9 @@ class LikelihoodPaths:
             return
         group.path = options[best]
         group.chain.append(group.path)
+        # Not by `upper`: the luckiest of the many edits that were dropped on few questions would come first.
         others = (edit for edit in group.worth if edit[0] != best[0])
-        group.edits = sorted(others, key=lambda edit: group.worth[edit].upper, reverse=True)[: self.growth.candidates]
+        group.edits = sorted(others, key=lambda edit: group.worth[edit].lower, reverse=True)[: self.growth.candidates]
 
     def _chosen_by_validation(self, chains: list[list[Path]]) -> list[list[GroupPath]]:
         """The chains with the mean reward of each group's validation questions, or else its training questions."""

@@ -202,6 +202,18 @@ def test_the_program_makes_a_checkpoint_and_resumes(toy, tmp_path, monkeypatch):
     assert all("router" in name for name in changed)
 
 
+def test_the_next_step_tries_edits_that_are_known_to_help_before_lucky_ones():
+    rewards = KnownRewards(40)
+    rewards.effect_noise = 0.3  # on the ten questions of the first heat some of the bad edits look good
+    gains = {(2, 0): 0.5, (3, 0): 0.2}
+    rewards.value = lambda kind, path: 0.5 + sum(
+        gains.get((block, action), 0.0) for block, action in enumerate(path) if action != 1
+    )
+    growth = Growth(pilot=10, keep=2, candidates=1, finalists=2, max_edits=2, price=0.0)
+    (chain,) = LikelihoodPaths(rewards, torch.zeros(40, dtype=torch.long), growth).chains
+    assert [member.path for member in chain[1:]] == [(1, 1, 0, 1, 1, 1), (1, 1, 0, 0, 1, 1)]
+
+
 def test_the_price_decides_which_edits_stay():
     rewards = KnownRewards(40)
     # repeating block 5 gains 0.03 for half of the questions, which a block application at 0.05 outweighs
