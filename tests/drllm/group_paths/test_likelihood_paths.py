@@ -206,8 +206,8 @@ def test_the_next_step_tries_edits_that_are_known_to_help_before_lucky_ones():
     rewards = KnownRewards(40)
     rewards.effect_noise = 0.3  # on the ten questions of the first heat some of the bad edits look good
     gains = {(2, 0): 0.5, (3, 0): 0.2}
-    rewards.value = lambda kind, path: 0.5 + sum(
-        gains.get((block, action), 0.0) for block, action in enumerate(path) if action != 1
+    rewards.value = lambda kind, path: (
+        0.5 + sum(gains.get((block, action), 0.0) for block, action in enumerate(path) if action != 1)
     )
     growth = Growth(pilot=10, keep=2, candidates=1, finalists=2, max_edits=2, price=0.0)
     (chain,) = LikelihoodPaths(rewards, torch.zeros(40, dtype=torch.long), growth).chains
