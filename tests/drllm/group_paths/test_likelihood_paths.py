@@ -202,6 +202,20 @@ def test_the_program_makes_a_checkpoint_and_resumes(toy, tmp_path, monkeypatch):
     assert all("router" in name for name in changed)
 
 
+def test_a_checkpoint_carries_the_knob_at_which_its_routers_abstain(toy, tmp_path):
+    folder, data = toy
+    arguments = f"--reward likelihood --model {folder} --data_dir {data} --dataset arc --group_by collection"
+    arguments += " --train_questions 8 --validation_questions 4 --pilot 8 --keep 3 --most_skips 1 --batch_size 4"
+    arguments += f" --price 0.5 --measured_dir {tmp_path}/measured"  # a price above every reward: a block is skipped
+    knobs = {}
+    for name, extra in (("all", ""), ("sure", "--keep_edits 0.5")):
+        output = ["--output_dir", str(tmp_path / name)]
+        assert group_paths.main([*arguments.split(), *extra.split(), *output]) == 0
+        knobs[name] = json.loads((tmp_path / name / "config.json").read_text())["routing_control"]
+    assert knobs["all"] == -0.5
+    assert -0.5 < knobs["sure"] < 0.5
+
+
 def test_the_next_step_tries_edits_that_are_known_to_help_before_lucky_ones():
     rewards = KnownRewards(40)
     rewards.effect_noise = 0.3  # on the ten questions of the first heat some of the bad edits look good
