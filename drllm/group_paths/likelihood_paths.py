@@ -4,8 +4,9 @@ Each group starts from the default path and adds one edit (a skip or a repeat) p
 question would be 2 L rollouts per question and step, most of them for edits that cost far more than any price. So a
 step is a sequence of heats (successive halving): the first heat tries many edits on few questions, each further heat
 the better half of the edits on twice as many questions. An edit is adopted only if its gain exceeds its price by
-`caution` standard errors; otherwise the group's path is complete. Questions set aside for validation then choose how
-many of the edits a group uses.
+`caution` standard errors; otherwise the group's path is complete. Growing at further prices leads to other paths.
+Questions set aside for validation then choose among the paths of the chain and the best of all that were measured on
+every training question of the group.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -43,6 +44,10 @@ class Growth:
         max_edits: of a path.
         price: reward that one block application less may cost, and that one more must gain.
         caution: standard errors by which an edit's gain must exceed its price.
+        further_prices: prices at which paths are grown, too; `price` alone chooses.
+        nominees: paths off the chain that validation questions choose among; the best of those that were measured on
+            all training questions of a group, at any price. Without validation questions there are none: the training
+            questions would choose the path on which they were luckiest.
     """
 
     pilot: int = 40
@@ -52,13 +57,16 @@ class Growth:
     max_edits: int = 4
     price: float = 0.01
     caution: float = 0.0
+    further_prices: tuple[float, ...] = ()
+    nominees: int = 3
 
     def __post_init__(self) -> None:
         for name in ("pilot", "keep", "candidates", "finalists"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_edits < 0:
-            raise ValueError(f"max_edits is {self.max_edits}; it must be at least 0")
+        for name in ("max_edits", "nominees"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ class _Group:
     path: Path
     edits: list[Edit]
     chain: list[Path] = field(default_factory=list)
+    finalists: dict[Path, float] = field(default_factory=dict)  # mean reward of all members
     worth: dict[Edit, Worth] = field(default_factory=dict)
     is_complete: bool = False
 
@@ -136,7 +145,8 @@ class LikelihoodPaths:
             choose.
 
     Attributes:
-        chains: for each group its paths of 0, 1, ... edits, with the mean reward of the questions that choose.
+        chains: for each group its paths of 0, 1, ... edits and the nominees, with the mean reward of the questions
+            that choose.
     """
 
     def __init__(
@@ -150,7 +160,7 @@ class LikelihoodPaths:
         self.groups = groups
         self.growth = growth
         self.validation = torch.zeros(len(groups), dtype=torch.bool) if validation is None else validation
-        self.chains = self._chosen_by_validation(self._grow())
+        self.chains = self._chosen_by_validation(self._nominated())
 
     def labels(self, price: float | None = None) -> list[Path]:
         """One path per question: its group's path that is worth most at `price` (default: that of the growth)."""
@@ -201,8 +211,23 @@ class LikelihoodPaths:
         routers.load_state_dict(state_dict)
         routers.copy_to(model.routers)
 
-    def _grow(self) -> list[list[Path]]:
-        """For each group its paths of 0, 1, ... edits."""
+    def _nominated(self) -> list[list[Path]]:
+        """For each group the paths to choose among."""
+        growth = self.growth
+        grown = [self._grow(replace(growth, price=price)) for price in (growth.price, *growth.further_prices)]
+        nominated = []
+        for number, of_prices in enumerate(zip(*grown, strict=True)):
+            chain = of_prices[0].chain
+            finalists = {path: reward for group in of_prices for path, reward in group.finalists.items()}
+            others = sorted(
+                finalists.keys() - set(chain), key=lambda path: (growth.price * sum(path) - finalists[path], path)
+            )
+            validates = bool((self.validation & (self.groups == number)).any())
+            nominated.append([*chain, *others[: growth.nominees if validates else 0]])
+        return nominated
+
+    def _grow(self, growth: Growth) -> list[_Group]:
+        """The groups with their chains of paths of 0, 1, ... edits."""
         num_blocks = self.rewards.routed.config.num_hidden_layers
         every_edit = [(block, action) for action in (SKIP, REPEAT) for block in range(num_blocks)]
         training = [index for index in self._sets_in_turn() if not self.validation[index]]
@@ -212,14 +237,14 @@ class LikelihoodPaths:
         ]
         for group in groups:
             group.chain.append(group.path)
-        for step in range(self.growth.max_edits):
+        for step in range(growth.max_edits):
             growing = [group for group in groups if group.members and not group.is_complete]
             if not growing:
                 break
-            self._run_heats(growing, step)
+            self._run_heats(growing, step, growth)
             for group in growing:
-                self._adopt(group)
-        return [group.chain for group in groups]
+                self._adopt(group, growth)
+        return groups
 
     def _sets_in_turn(self) -> list[int]:
         """All questions, the sets mixed in proportion to their sizes, so that a heat has some of each."""
@@ -230,30 +255,31 @@ class LikelihoodPaths:
             places.append(seen[name] / sizes[name])
         return sorted(range(len(sets)), key=places.__getitem__)
 
-    def _run_heats(self, groups: list[_Group], step: int) -> None:
+    def _run_heats(self, groups: list[_Group], step: int, growth: Growth) -> None:
         """Measures the edits of one step; afterwards `edits` of each group are its finalists.
 
         Every heat costs a group about as many scores as the first one of the first step, which has all edits: the fewer
         edits are left, the more questions they are tried on, since it takes more to tell the better half.
         """
         largest = max(len(group.members) for group in groups)
-        scores = self.growth.pilot * 2 * self.rewards.routed.config.num_hidden_layers
+        scores = growth.pilot * 2 * self.rewards.routed.config.num_hidden_layers
         heat = 1
         while True:
             most_edits = max(len(group.edits) for group in groups)
-            is_last = most_edits <= self.growth.finalists
+            is_last = most_edits <= growth.finalists
             size = largest if is_last else min(largest, -(-scores // most_edits))
-            self._measure(groups, size, f"edit {step + 1}, heat {heat}: {size} questions per group")
+            title = f"price {growth.price:g}, edit {step + 1}, heat {heat}: {size} questions per group"
+            self._measure(groups, size, growth.price, title)
             if size == largest:
                 return
             for group in groups:
                 first = step == 0 and heat == 1
-                survivors = self.growth.keep if first else max(self.growth.finalists, -(-len(group.edits) // 2))
+                survivors = growth.keep if first else max(growth.finalists, -(-len(group.edits) // 2))
                 ranked = sorted(group.options(), key=lambda edit: group.worth[edit].upper, reverse=True)
                 group.edits = ranked[: min(survivors, most_edits - 1)]
             heat += 1
 
-    def _measure(self, groups: list[_Group], size: int, title: str) -> None:
+    def _measure(self, groups: list[_Group], size: int, price: float, title: str) -> None:
         work: list[list[Path]] = [[] for _ in self.rewards.prompts]
         for group in groups:
             for index in group.members[:size]:
@@ -262,27 +288,29 @@ class LikelihoodPaths:
         for group in groups:
             members = group.members[:size]
             for edit, path in group.options().items():
-                gains = [
-                    self.rewards.reward(self.rewards.prompts[index], path)
-                    - self.rewards.reward(self.rewards.prompts[index], group.path)
-                    for index in members
-                ]
-                price = self.growth.price * (sum(path) - sum(group.path))
+                rewards, before = self._rewards(members, path), self._rewards(members, group.path)
+                gains = [reward - own for reward, own in zip(rewards, before, strict=True)]
                 error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
-                group.worth[edit] = Worth(statistics.mean(gains) - price, error)
+                cost = price * (sum(path) - sum(group.path))
+                group.worth[edit] = Worth(statistics.mean(gains) - cost, error)
+                if len(members) == len(group.members):
+                    group.finalists[path] = statistics.mean(rewards)
 
-    def _adopt(self, group: _Group) -> None:
+    def _rewards(self, members: Sequence[int], path: Path) -> list[float]:
+        return [self.rewards.reward(self.rewards.prompts[index], path) for index in members]
+
+    def _adopt(self, group: _Group, growth: Growth) -> None:
         """Adds the best finalist to the group's path if it is worth it; the next step tries the best of all edits."""
         options = group.options()
         best = max(options, key=lambda edit: group.worth[edit].mean, default=None)
-        if best is None or group.worth[best].mean <= self.growth.caution * group.worth[best].error:
+        if best is None or group.worth[best].mean <= growth.caution * group.worth[best].error:
             group.is_complete = True
             return
         group.path = options[best]
         group.chain.append(group.path)
         # Not by `upper`: the luckiest of the many edits that were dropped on few questions would come first.
         others = (edit for edit in group.worth if edit[0] != best[0])
-        group.edits = sorted(others, key=lambda edit: group.worth[edit].lower, reverse=True)[: self.growth.candidates]
+        group.edits = sorted(others, key=lambda edit: group.worth[edit].lower, reverse=True)[: growth.candidates]
 
     def _chosen_by_validation(self, chains: list[list[Path]]) -> list[list[GroupPath]]:
         """The chains with the mean reward of each group's validation questions, or else its training questions."""
@@ -298,9 +326,6 @@ class LikelihoodPaths:
                 work[index] = chain
         self.rewards.score(work, "paths of the groups")
         return [
-            [
-                GroupPath(path, statistics.mean(self.rewards.reward(self.rewards.prompts[i], path) for i in members))
-                for path in chain
-            ]
+            [GroupPath(path, statistics.mean(self._rewards(members, path))) for path in chain]
             for chain, members in zip(chains, choosing, strict=True)
         ]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,10 +123,29 @@ def test_validation_questions_choose_among_the_paths():
     rewards.kinds = [0] * 30 + [1] * 10  # the validation questions are of the other kind
     validation = torch.arange(40) >= 30
     groups = torch.zeros(40, dtype=torch.long)
-    paths = LikelihoodPaths(rewards, groups, Growth(pilot=10, keep=3, max_edits=1, price=0.001), validation)
+    growth = Growth(pilot=10, keep=3, max_edits=1, price=0.001, nominees=0)
+    paths = LikelihoodPaths(rewards, groups, growth, validation)
     assert paths.chains[0][1].path == (1, 1, 0, 1, 1, 1)
     assert set(paths.labels()) == {(1,) * 6}
     assert not any(index >= 30 and 2 in path for index, path in rewards.scored)
+    # a path that the training questions put second is what the validation questions want
+    paths = LikelihoodPaths(rewards, groups, replace(growth, nominees=2), validation)
+    assert set(paths.labels()) == {(1, 1, 1, 1, 0, 1)}
+    assert len(paths.chains[0]) == 4
+    # without validation questions there are no nominees
+    paths = LikelihoodPaths(rewards, groups, replace(growth, nominees=2))
+    assert len(paths.chains[0]) == 2
+
+
+def test_paths_grown_at_further_prices_are_chosen_among():
+    rewards = KnownRewards(40)
+    validation = torch.arange(40) >= 30
+    growth = Growth(pilot=10, keep=6, max_edits=2, price=0.02, nominees=1)
+    alone = LikelihoodPaths(rewards, rewards.groups(), replace(growth, price=0.2), validation)
+    both = LikelihoodPaths(rewards, rewards.groups(), replace(growth, further_prices=(0.2,)), validation)
+    assert max(sum(action == 0 for action in member.path) for member in alone.chains[0]) == 2, "skips that cost 0.15"
+    assert {member.path for member in both.chains[1]} > {(1, 1, 1, 1, 0, 1)}
+    assert set(both.labels()) == {(1, 1, 0, 1, 1, 1), (1, 1, 1, 1, 0, 2)}, "the price alone chooses"
 
 
 def test_questions_that_look_alike_form_a_group():
