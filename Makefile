@@ -100,13 +100,13 @@ CLAIM_LIMIT := 120
 CLAIM_BASE = --model $(LLM_MODEL) --dtype bfloat16 $(LLM_DATA) --unlike $(CLAIM_UNLIKE)
 CLAIM_TRAIN := --train_questions arc_easy=1200,arc_challenge=600,openbookqa=600,commonsense=1200
 CLAIM_PARTS := $(CLAIM_TRAIN) --validation_questions arc_easy=600,arc_challenge=320,openbookqa=400,commonsense=700
-CLAIM_GROWTH := --pilot 80 --keep 20 --candidates 3 --finalists 3 --price 0.006 --caution 0.5
+CLAIM_GROWTH := --pilot 80 --keep 20 --candidates 3 --finalists 3 --price 0.003 --caution 0.5
 CLAIM_METHODS = $(foreach seed,$(SEEDS),--checkpoint "group paths=$(CLAIM)/groups-$(seed)") \
   $(foreach seed,$(SEEDS),--checkpoint paper=$(CLAIM)/checkpoints/published-$(seed))
 llm-claim: $(VENV)/.installed-llm $(if $(MODEL),,$(LLM)/model)
 	for seed in $(SEEDS); do \
 	  $(LLM_RUN) -m experiments.group_paths --reward likelihood $(CLAIM_BASE) --dataset $(LLM_SETS) --group_by collection \
-	    $(CLAIM_PARTS) $(CLAIM_GROWTH) --most_skips 2 --keep_edits 0.9 --batch_size 8 --router_seed $$seed \
+	    $(CLAIM_PARTS) $(CLAIM_GROWTH) --further_prices 0.006,0.008 --most_skips 2 --keep_edits 0.9 --batch_size 8 --router_seed $$seed \
 	    --measured_dir $(CLAIM)/measured --output_dir $(CLAIM)/groups-$$seed || exit; \
 	done
 	$(LLM_RUN) data_generation.py --reward likelihood $(CLAIM_BASE) --dataset $(LLM_SETS) --limit $(CLAIM_LIMIT) \
