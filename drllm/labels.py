@@ -27,6 +27,7 @@ from train_models.paths import check_path
 
 FORMAT = 1
 WRONG_TO_RIGHT, SHORTER = "wrong_to_right", "shorter"  # what a label does for its question
+GROUP = "group"  # a label that was chosen for a group of questions, so it may be wrong on this one, or the default path
 MANIFEST, LABELS = "manifest.json", "labels.jsonl"
 RUN_AGAIN = "run the same data_generation.py command again"
 
@@ -74,7 +75,10 @@ COLUMNS: Schema = {
     "answer": (_is_text, "text"),
     "set": (_is_text, "text"),
     "question_id": (_is_text, "text"),
-    "kind": (lambda value: value in (WRONG_TO_RIGHT, SHORTER), f'"{WRONG_TO_RIGHT}" or "{SHORTER}"'),
+    "kind": (
+        lambda value: value in (WRONG_TO_RIGHT, SHORTER, GROUP),
+        f'"{WRONG_TO_RIGHT}" or "{SHORTER}", or "{GROUP}"',
+    ),
     "prompt": (_is_name, "text"),
     "base_correct": (lambda value: isinstance(value, bool), "true or false"),
     "path_correct": (lambda value: value is True, "true: a label keeps the answer right"),
@@ -84,6 +88,7 @@ COLUMNS: Schema = {
     "inferences": (_is_count, "a count"),
     "good_paths": (lambda value: isinstance(value, list) and all(map(_is_path, value)), "a list of paths"),
 }
+GROUP_COLUMNS = COLUMNS | {"path_correct": COLUMNS["base_correct"]}
 PLAIN_COLUMNS: Schema = {
     "question": (_is_name, "text"),
     "optimal_layer_config": COLUMNS["optimal_layer_config"],
@@ -146,7 +151,7 @@ def read_labels(folder: Path | str) -> LabelSet:
     for number, line in _lines(path):
         where = f"{path}:{number}"
         row = _parse(line, where)
-        _check_row(row, COLUMNS, where)
+        _check_row(row, GROUP_COLUMNS if row.get("kind") == GROUP else COLUMNS, where)
         _check_paths(row, manifest["num_layers"], manifest["arguments"]["budget"], where)
         first = first_line.setdefault(row["question_id"], number)
         if first != number:

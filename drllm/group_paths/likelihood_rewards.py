@@ -12,14 +12,13 @@ from collections.abc import Sequence
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from drllm.questions.likelihood import LikelihoodPrompt
-from drllm.questions.padding import pad_ids
 from drllm.rollouts.likelihood import LikelihoodEngine
+from drllm.rollouts.routed_paths import router_windows
 from drllm.rollouts.scores import ScoreStore, score_all
-from train_models.paths import Path, path_to_layer_indices
+from train_models.paths import Path
 
 CHUNK = 64  # questions of similar length that are scored one after the other
 
@@ -78,22 +77,6 @@ class LikelihoodRewards:
         self.state.wait_for_everyone()
         self._scores.update()
 
-    @torch.inference_mode()
     def windows(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
         """What the routers read of each context along its path: [N, L, W, d] and bool [N, W], on the CPU."""
-        config = self.routed.config
-        shape = (len(self.prompts), config.num_hidden_layers, config.num_windows)
-        windows = torch.zeros(*shape, config.hidden_size, dtype=self.routed.dtype)
-        mask = torch.zeros(len(self.prompts), config.num_windows, dtype=torch.bool)
-        starts = range(0, len(self._order), self.batch_size)
-        for start in tqdm(starts, desc="hidden states of the prompts", unit="batch", mininterval=1):
-            rows = self._order[start : start + self.batch_size]
-            batch = pad_ids([self.prompts[index].input_ids for index in rows], 0, self.routed.device)
-            output = self.routed.model(
-                **batch,
-                layer_indices=[path_to_layer_indices(paths[index]) for index in rows],
-                use_cache=False,
-                output_router_inputs=True,
-            )
-            windows[rows], mask[rows] = output.router_inputs.cpu(), output.window_mask.cpu()
-        return windows, mask
+        return router_windows(self.routed, [prompt.input_ids for prompt in self.prompts], paths, self.batch_size)

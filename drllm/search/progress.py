@@ -23,7 +23,7 @@ from drllm.labels import read_manifest
 from drllm.search.pool import SearchedQuestion
 from drllm.search.selection import Record, Selection
 
-MAY_DIFFER = {"model", "revision", "data_dir", "versions", "commit", "labels", "table2", "shortfalls"}
+MAY_DIFFER = {"model", "revision", "data_dir", "versions", "commit", "labels", "groups", "table2", "shortfalls"}
 SYNC_EVERY_S = 1.0
 
 
