@@ -20,6 +20,7 @@ from experiments import (
     compare_methods,
     edit_effects,
     group_paths,
+    group_search,
     inspect_prompt,
     paper_backbones,
     paper_figures,
@@ -41,6 +42,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "compare_methods": compare_methods.main,
     "edit_effects": edit_effects.main,
     "group_paths": group_paths.main,
+    "group_search": group_search.main,
     "inspect_prompt": inspect_prompt.main,
     "paper_backbones": paper_backbones.main,
     "paper_figures": paper_figures.main,
@@ -82,6 +84,7 @@ COMMON = {
     "--train_questions 2 --validation_questions 2",
     "likelihood": "--model {base} --data_dir {questions} --sets arc_easy --work_dir {out} --output {out}/r.json",
     "groups": "--model {base} --data_dir {questions} --dataset arc_easy --output_dir {out} --train_questions 2",
+    "group_search": "--model {base} --data_dir {questions} --dataset arc_easy --output_dir {out} --limit 2",
     "sweep": "{checkpoint} --data_dir {questions} --dataset arc_easy --output {out}/r.json",
     "backbone": "--model {base} --output_dir {out}",
 }
