@@ -267,9 +267,8 @@ def search(
     measured: Measured, groups: dict[int, list[int]], arguments: argparse.Namespace, is_shown: bool
 ) -> dict[int, GroupLabel]:
     """Searches `groups` with a progress bar, or reads from the store what was searched before."""
-    with tqdm(
-        total=len(groups) * arguments.num_simulations, desc="searching", unit="simulation", disable=not is_shown
-    ) as bar:
+    total = len(groups) * (arguments.num_simulations + arguments.finalists)
+    with tqdm(total=total, desc="simulations and finalists", unit="path", disable=not is_shown) as bar:
         return search_groups(
             groups, measured.engine.num_blocks, settings_of(arguments), measured.rewards, after_round=bar.update
         )

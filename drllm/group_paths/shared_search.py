@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from drllm.search.tree import PathSearch, SearchSettings, question_seed
-from train_models.paths import Path, default_path
+from train_models.paths import Path
 
 # (questions, one path each) -> the reward of each question along its path, in [0, 1]
 Measure = Callable[[Sequence[int], Sequence[Path]], Sequence[float]]
@@ -76,7 +76,12 @@ class _OpenGroup:
         shuffled = random.Random(own_seed).sample(self.questions, len(self.questions))
         self.searched_on = shuffled[: max(1, min(settings.search_questions, len(shuffled) // 2))]
         self.search = PathSearch(num_blocks, replace(settings.tree, stop_when_right=False), own_seed)
-        self.finalists: list[Path] = []
+        self.finalists: dict[Path, Sequence[float]] = {}  # with the rewards of all questions
+
+    def label(self, settings: SharedSettings) -> GroupLabel:
+        """The label of the group, once its finalists are measured."""
+        chosen = choose(self.finalists, self.search.root.path, settings)
+        return GroupLabel(self.questions, *chosen, self.search.simulations, len(self.search.rewards))
 
 
 def search_groups(
@@ -84,7 +89,7 @@ def search_groups(
     num_blocks: int,
     settings: SharedSettings,
     measure: Measure,
-    after_round: Callable[[int], None] = lambda simulations: None,
+    after_round: Callable[[int], None] = lambda steps: None,
 ) -> dict[int, GroupLabel]:
     """One label per group. The searches run side by side, so that their questions fill batches.
 
@@ -95,7 +100,8 @@ def search_groups(
         num_blocks: L of the model.
         settings: of every group.
         measure: rewards of questions along paths; it is asked for some of them twice and should remember them.
-        after_round: called after each round with the simulations that all groups did in it.
+        after_round: called after each round with the steps that it took: simulations, then finalists; `num_simulations`
+            and `finalists` for each group.
     """
     open_groups = {number: _OpenGroup(number, members, num_blocks, settings) for number, members in groups.items()}
     while waiting := [group for group in open_groups.values() if group.search.request is not None]:
@@ -104,19 +110,16 @@ def search_groups(
         for group, values in zip(waiting, rewards, strict=True):
             group.search.tell(statistics.mean(values))
         after_round(sum(group.search.simulations for group in waiting) - before)
-    default = default_path(num_blocks)
     for group in open_groups.values():
-        group.finalists = [default, *group.search.ranked(settings.price)[: settings.finalists]]
-    finals = [(group.questions, path) for group in open_groups.values() for path in group.finalists]
-    rewards = iter(_of_each(measure, finals))
-    labels = {}
-    for number, group in open_groups.items():
-        measured = {path: next(rewards) for path in group.finalists}
-        path, gain, error = choose(measured, default, settings)
-        labels[number] = GroupLabel(
-            group.questions, path, gain, error, group.search.simulations, len(group.search.rewards)
-        )
-    return labels
+        ranked = group.search.ranked(settings.price)[: settings.finalists]
+        group.finalists = dict.fromkeys([group.search.root.path, *ranked], ())
+    for place in range(settings.finalists + 1):
+        waiting = [group for group in open_groups.values() if place < len(group.finalists)]
+        asked = [(group.questions, list(group.finalists)[place]) for group in waiting]
+        for group, (_, path), rewards in zip(waiting, asked, _of_each(measure, asked), strict=True):
+            group.finalists[path] = rewards
+        after_round(len(open_groups) if place else 0)
+    return {number: group.label(settings) for number, group in open_groups.items()}
 
 
 def choose(measured: dict[Path, Sequence[float]], default: Path, settings: SharedSettings) -> tuple[Path, float, float]:

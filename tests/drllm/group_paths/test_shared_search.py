@@ -78,14 +78,14 @@ def test_a_group_does_not_depend_on_the_groups_beside_it():
 
 def test_the_tree_sees_at_most_half_of_a_group_and_finalists_are_measured_on_all():
     measured = Measured()
-    simulations = []
+    steps = []
     settings = SharedSettings(SETTINGS.tree, search_questions=20, finalists=2)
-    search_groups({0: range(30)}, NUM_BLOCKS, settings, measured, simulations.append)
-    assert sum(simulations) == 200
-    assert set(measured.calls[:-1]) == {15}
-    assert measured.calls[-1] == 3 * 30, "the default path and two others"
+    search_groups({0: range(30)}, NUM_BLOCKS, settings, measured, steps.append)
+    assert sum(steps) == 200 + 2
+    assert set(measured.calls[:-3]) == {15}
+    assert measured.calls[-3:] == [30] * 3, "the default path and two others"
     search_groups({0: range(100)}, NUM_BLOCKS, settings, measured := Measured())
-    assert set(measured.calls[:-1]) == {20}
+    assert set(measured.calls[:-3]) == {20}
     assert sum(len(asked) == 100 for asked in measured.of_path.values()) == 3
 
 
