@@ -6,8 +6,9 @@ A label folder holds
     labels.jsonl             one label per line
     progress/00000.jsonl     what the search has finished (`drllm.search.progress`); not read here
 
-`read_labels` reads such a folder. `read_plain_labels` reads files of other programs, whose rows only have the fields
-`question`, `optimal_layer_config` and `answer`.
+`read_labels` reads such a folder; experiments.group_search writes one without progress/, whose labels are those of
+groups of questions. `read_plain_labels` reads files of other programs, whose rows only have the fields `question`,
+`optimal_layer_config` and `answer`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ FORMAT = 1
 WRONG_TO_RIGHT, SHORTER = "wrong_to_right", "shorter"  # what a label does for its question
 GROUP = "group"  # a label that was chosen for a group of questions, so it may be wrong on this one, or the default path
 MANIFEST, LABELS = "manifest.json", "labels.jsonl"
-RUN_AGAIN = "run the same data_generation.py command again"
+PROGRAM = "data_generation.py"  # that made labels whose manifest names no other
+RUN_AGAIN = f"run the same {PROGRAM} command again"
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,9 @@ def read_labels(folder: Path | str) -> LabelSet:
     folder = Path(folder)
     manifest = read_manifest(folder)
     path = folder / LABELS
+    run_again = RUN_AGAIN.replace(PROGRAM, str(manifest.get("program", PROGRAM)))
     if "labels" not in manifest or not path.exists():
-        raise UserError(f"{folder} holds an unfinished run; {RUN_AGAIN} to resume it")
+        raise UserError(f"{folder} holds an unfinished run; {run_again} to resume it")
     check_manifest(manifest, folder / MANIFEST)
     rows: list[dict[str, Any]] = []
     first_line: dict[str, int] = {}
@@ -158,10 +161,10 @@ def read_labels(folder: Path | str) -> LabelSet:
             raise UserError(f"{where}: the question of line {first} again; each may have one label")
         rows.append(row)
     if not rows:
-        raise UserError(f"{path} is empty: the search kept no label; search more questions, or {RUN_AGAIN}")
+        raise UserError(f"{path} is empty: the search kept no label; search more questions, or {run_again}")
     if len(rows) != manifest["labels"]:
         raise UserError(
-            f"{path} has {len(rows)} rows, the manifest says {shorten(manifest['labels'])}: cut off? {RUN_AGAIN}"
+            f"{path} has {len(rows)} rows, the manifest says {shorten(manifest['labels'])}: cut off? {run_again}"
         )
     return LabelSet(rows, manifest)
 

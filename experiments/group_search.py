@@ -233,6 +233,7 @@ def make_manifest(arguments: argparse.Namespace, routed: PreTrainedModel, prompt
     of_set = {name: [p.question for p in prompts if p.question.set == name] for name in sets}
     return {
         "format": FORMAT,
+        "program": "experiments.group_search",
         "revision": arguments.revision,
         "seed": arguments.seed,
         "model": arguments.model,

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import train
+from drllm.errors import UserError
 from drllm.labels import read_labels
 from drllm.miniature import MINIATURE_DATA, ROOT
 from drllm.rollouts.scores import ScoreStore
@@ -59,7 +60,8 @@ def test_a_stopped_run_asks_nothing_twice_and_ends_with_the_same_labels(tmp_path
     kept = tmp_path / "stopped-measured" / "00000.jsonl"
     before = kept.read_bytes()
     kept.write_bytes(before + b'["cut off')
-    assert not (tmp_path / "stopped" / "labels.jsonl").exists()
+    with pytest.raises(UserError, match=r"unfinished run; run the same experiments\.group_search command again"):
+        read_labels(tmp_path / "stopped")
     assert main(command) == 0
     assert (tmp_path / "stopped" / "labels.jsonl").read_bytes() == (tmp_path / "whole" / "labels.jsonl").read_bytes()
     assert kept.read_bytes().startswith(before)
