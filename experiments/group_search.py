@@ -76,8 +76,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", default="arc,dart", help="question sets and groups, comma-separated")
     add("--unlike", default="", help="sets: no question that nearly repeats one of their test questions")
     add("--limit", type=int, default=300, help="questions per set; all of them get a label")
-    add("--reward", choices=REWARDS, default="generation", help="generation: 1 for a right answer; likelihood: the "
-        "probability of the right option of a multiple-choice question")  # fmt: skip
+    add(
+        "--reward",
+        choices=REWARDS,
+        default="generation",
+        help="of a question; generation: 1 for a right answer; likelihood: probability of the right option",
+    )
     add("--groups", type=int, default=25, help="groups of similar questions")
     add("--search_questions", type=int, default=shared.search_questions, help="of a group, that the tree sees")
     add("--num_simulations", type=int, default=200, help="of the tree search, per group")
@@ -293,14 +297,14 @@ def write_labels(folder: Path, manifest: dict, measured: Measured, labels: dict[
     write_json(folder / MANIFEST, manifest | {"labels": len(rows), "groups": groups})
 
 
-def describe(rows_or_groups: Sequence[GroupLabel]) -> str:
-    """One line on the labels: groups with an edited path, mean layers and mean gain over their questions."""
-    count = sum(len(label.questions) for label in rows_or_groups)
-    edited = sum(sum(label.path) != len(label.path) or 0 in label.path for label in rows_or_groups)
-    layers = sum(sum(label.path) * len(label.questions) for label in rows_or_groups) / count
-    gain = 100 * sum(label.gain * len(label.questions) for label in rows_or_groups) / count
+def describe(labels: Sequence[GroupLabel]) -> str:
+    """One line: groups with an edited path, and the mean layers and gain of their questions."""
+    count = sum(len(label.questions) for label in labels)
+    edited = sum(label.path != default_path(len(label.path)) for label in labels)
+    layers = sum(sum(label.path) * len(label.questions) for label in labels) / count
+    gain = 100 * sum(label.gain * len(label.questions) for label in labels) / count
     return (
-        f"{count} labels: {edited} of {len(rows_or_groups)} groups have a path of their own, {layers:.2f} layers and "
+        f"{count} labels: {edited} of {len(labels)} groups have a path of their own, {layers:.2f} layers and "
         f"{gain:+.2f} points of reward on average over the questions that chose them"
     )
 

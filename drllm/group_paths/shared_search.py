@@ -115,6 +115,8 @@ def search_groups(
         group.finalists = dict.fromkeys([group.search.root.path, *ranked], ())
     for place in range(settings.finalists + 1):
         waiting = [group for group in open_groups.values() if place < len(group.finalists)]
+        if not waiting:
+            break
         asked = [(group.questions, list(group.finalists)[place]) for group in waiting]
         for group, (_, path), rewards in zip(waiting, asked, _of_each(measure, asked), strict=True):
             group.finalists[path] = rewards

@@ -76,8 +76,9 @@ class ScoreStore:
         """Appends (question id, path, scores); they outlive this process at once."""
         lines = []
         for question_id, path, scores in rows:
-            self._scores[question_id, path_text(path)] = scores
-            lines.append(json.dumps([question_id, path_text(path), [round(value, 5) for value in scores]]) + "\n")
+            # As a resumed run reads them, so that it decides alike.
+            kept = self._scores[question_id, path_text(path)] = tuple(round(value, 5) for value in scores)
+            lines.append(json.dumps([question_id, path_text(path), kept]) + "\n")
         with disk_errors(self._path, f"{len(self)} scores are safe"):
             self._file.write("".join(lines).encode())
 

@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 
 from drllm.group_paths.shared_search import SharedSettings, choose, search_groups
-from drllm.search.tree import SearchSettings
+from drllm.search.tree import PathSearch, SearchSettings
 from train_models.paths import default_path
 
 NUM_BLOCKS = 6
@@ -87,6 +87,22 @@ def test_the_tree_sees_at_most_half_of_a_group_and_finalists_are_measured_on_all
     search_groups({0: range(100)}, NUM_BLOCKS, settings, measured := Measured())
     assert set(measured.calls[:-3]) == {20}
     assert sum(len(asked) == 100 for asked in measured.of_path.values()) == 3
+
+
+def test_the_tree_is_told_the_mean_reward(monkeypatch):
+    told, means = [], []
+    tell = PathSearch.tell
+    monkeypatch.setattr(PathSearch, "tell", lambda search, reward: (told.append(reward), tell(search, reward)))
+
+    def measure(questions, paths):
+        rewards = [question / 100 for question in questions]
+        means.append(sum(rewards) / len(rewards))
+        return rewards
+
+    settings = SharedSettings(SearchSettings(num_simulations=5), search_questions=7)
+    search_groups({0: range(20)}, NUM_BLOCKS, settings, measure)
+    assert told == pytest.approx(means[:6])
+    assert len(told) == 6
 
 
 def test_a_gain_must_exceed_its_price_and_its_error():
