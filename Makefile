@@ -131,8 +131,11 @@ positive-control: $(VENV)/.installed
 	$(BIN)/python miniature/make.py questions --train 1900 --test 1900 --output_dir $(CONTROL)/questions
 	$(BIN)/python data_generation.py --model miniature/positive_control/model --data_dir $(CONTROL)/questions --samples 150 \
 	  --limit 300 --output_dir $(CONTROL)/labels
+	$(BIN)/python -m experiments.group_search --model miniature/positive_control/model --data_dir $(CONTROL)/questions \
+	  --limit 300 --output_dir $(CONTROL)/group_labels
 	$(BIN)/python -m experiments.compare_methods --model miniature/positive_control/model --labels $(CONTROL)/labels \
-	  --data_dir $(CONTROL)/questions --known_paths miniature/positive_control/paths.json --seeds 3 --price_seeds 1 \
+	  --group_labels $(CONTROL)/group_labels --data_dir $(CONTROL)/questions \
+	  --known_paths miniature/positive_control/paths.json --seeds 3 --price_seeds 1 \
 	  --num_epochs 15 --warmup_steps 50 --train_questions 200 --validation_questions 100 --test_questions 1000 \
 	  --static_questions 100 --most_skips 5 --oracle_questions 0 --batch_size 128 --work_dir $(CONTROL) \
 	  --output $(CONTROL)/positive_control.json

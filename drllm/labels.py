@@ -6,8 +6,9 @@ A label folder holds
     labels.jsonl             one label per line
     progress/00000.jsonl     what the search has finished (`drllm.search.progress`); not read here
 
-`read_labels` reads such a folder. `read_plain_labels` reads files of other programs, whose rows only have the fields
-`question`, `optimal_layer_config` and `answer`.
+`read_labels` reads such a folder; experiments.group_search writes one without progress/, whose labels are those of
+groups of questions. `read_plain_labels` reads files of other programs, whose rows only have the fields `question`,
+`optimal_layer_config` and `answer`.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from train_models.paths import check_path
 
 FORMAT = 1
 WRONG_TO_RIGHT, SHORTER = "wrong_to_right", "shorter"  # what a label does for its question
+GROUP = "group"  # a label that was chosen for a group of questions, so it may be wrong on this one, or the default path
 MANIFEST, LABELS = "manifest.json", "labels.jsonl"
-RUN_AGAIN = "run the same data_generation.py command again"
+PROGRAM = "data_generation.py"  # that made labels whose manifest names no other
+RUN_AGAIN = f"run the same {PROGRAM} command again"
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,10 @@ COLUMNS: Schema = {
     "answer": (_is_text, "text"),
     "set": (_is_text, "text"),
     "question_id": (_is_text, "text"),
-    "kind": (lambda value: value in (WRONG_TO_RIGHT, SHORTER), f'"{WRONG_TO_RIGHT}" or "{SHORTER}"'),
+    "kind": (
+        lambda value: value in (WRONG_TO_RIGHT, SHORTER, GROUP),
+        f'"{WRONG_TO_RIGHT}" or "{SHORTER}", or "{GROUP}"',
+    ),
     "prompt": (_is_name, "text"),
     "base_correct": (lambda value: isinstance(value, bool), "true or false"),
     "path_correct": (lambda value: value is True, "true: a label keeps the answer right"),
@@ -84,6 +90,7 @@ COLUMNS: Schema = {
     "inferences": (_is_count, "a count"),
     "good_paths": (lambda value: isinstance(value, list) and all(map(_is_path, value)), "a list of paths"),
 }
+GROUP_COLUMNS = COLUMNS | {"path_correct": COLUMNS["base_correct"]}
 PLAIN_COLUMNS: Schema = {
     "question": (_is_name, "text"),
     "optimal_layer_config": COLUMNS["optimal_layer_config"],
@@ -138,25 +145,26 @@ def read_labels(folder: Path | str) -> LabelSet:
     folder = Path(folder)
     manifest = read_manifest(folder)
     path = folder / LABELS
+    run_again = RUN_AGAIN.replace(PROGRAM, str(manifest.get("program", PROGRAM)))
     if "labels" not in manifest or not path.exists():
-        raise UserError(f"{folder} holds an unfinished run; {RUN_AGAIN} to resume it")
+        raise UserError(f"{folder} holds an unfinished run; {run_again} to resume it")
     check_manifest(manifest, folder / MANIFEST)
     rows: list[dict[str, Any]] = []
     first_line: dict[str, int] = {}
     for number, line in _lines(path):
         where = f"{path}:{number}"
         row = _parse(line, where)
-        _check_row(row, COLUMNS, where)
+        _check_row(row, GROUP_COLUMNS if row.get("kind") == GROUP else COLUMNS, where)
         _check_paths(row, manifest["num_layers"], manifest["arguments"]["budget"], where)
         first = first_line.setdefault(row["question_id"], number)
         if first != number:
             raise UserError(f"{where}: the question of line {first} again; each may have one label")
         rows.append(row)
     if not rows:
-        raise UserError(f"{path} is empty: the search kept no label; search more questions, or {RUN_AGAIN}")
+        raise UserError(f"{path} is empty: the search kept no label; search more questions, or {run_again}")
     if len(rows) != manifest["labels"]:
         raise UserError(
-            f"{path} has {len(rows)} rows, the manifest says {shorten(manifest['labels'])}: cut off? {RUN_AGAIN}"
+            f"{path} has {len(rows)} rows, the manifest says {shorten(manifest['labels'])}: cut off? {run_again}"
         )
     return LabelSet(rows, manifest)
 

@@ -6,6 +6,8 @@ Every method answers the same test questions, graded and counted alike:
 
     base            every block once
     paper           routers trained as published on the labels of --labels, one run per seed
+    published, reward shared by groups
+                    the same training on the labels of --group_labels (experiments.group_search), one run per seed
     group paths     routers trained on paths that serve groups of similar questions (drllm/group_paths), one run per
                     seed; the price of a block is chosen on validation questions: of the prices that save at least
                     --save of the blocks there, the one with the highest accuracy over --price_seeds
@@ -39,7 +41,7 @@ from pathlib import Path
 import torch
 
 from drllm.arguments import check_ranges
-from drllm.checkpoints import join_routers, load_routed, load_tokenizer
+from drllm.checkpoints import load_routed, load_tokenizer
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.experiment_figures import draw_methods
 from drllm.evaluation.method_report import methods_table
@@ -60,15 +62,21 @@ from drllm.rollouts.routed_paths import routed_paths
 from drllm.rollouts.scores import ScoreStore
 from drllm.search.pool import SearchPool
 from drllm.search.tree import SearchSettings
-from drllm.training.trainer import RouterTrainingConfig, train_routers
+from drllm.training.trainer import RouterTrainingConfig
 from experiments.known_paths import KnownPaths, label_quality, train_on_known_paths
+from experiments.published_training import labelled_prompts, response_format_of, train_published
 from train_models.paths import Path as BlockPath
 from train_models.paths import default_path
 
 PROGRAM = "python -m experiments.compare_methods"
 PRICES = (0.004, 0.006, 0.009)
 STATIC_SKIPS, RIVAL_SKIPS = 3, 2
-METHODS = {"paper": "paper", "group_paths": "group paths"}  # of --methods -> name in the table
+METHODS = {  # of --methods -> name in the table
+    "paper": "paper",
+    "group_paths": "group paths",
+    "group_search": "published, reward shared by groups",
+}
+LABELS_OF = {"paper": "labels", "group_search": "group_labels"}  # methods that train on labels -> their argument
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,7 +93,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data_dir", type=Path, default=MINIATURE_DATA, help="question files; default: the miniature's")
     add("--sets", default="arc,dart", help="question sets and groups, comma-separated")
     add("--labels", help="folder of labels for the method 'paper', which is left out without it")
-    add("--methods", help="paper, group_paths, or both comma-separated; default: all that are possible")
+    add("--group_labels", help="folder of labels of experiments.group_search, for the method 'group_search'")
+    add("--methods", help=", ".join(METHODS) + ", comma-separated; default: all that are possible")
     add("--seeds", type=int, default=5, help="training runs per method")
     add("--train_questions", type=int, default=800, help="per set, for group paths and static paths")
     add("--validation_questions", type=int, default=400, help="per set, further ones")
@@ -95,8 +104,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save", type=float, default=0.1, help="group paths: least share of blocks to save")
     add("--price_seeds", type=int, default=2, help="group paths: seeds that the price is chosen on")
     add("--static_questions", type=int, default=400, help="per set, to choose each static skip")
-    add("--num_epochs", type=int, default=25, help="paper: epochs of the training")
-    add("--warmup_steps", type=int, default=500, help="paper: warm-up steps of the training")
+    add("--num_epochs", type=int, default=25, help="paper, group_search: epochs of the training")
+    add("--warmup_steps", type=int, default=500, help="paper, group_search: warm-up steps of the training")
     add("--known_paths", type=Path, help="JSON, kind of question -> path, of a base trained along known paths")
     add("--oracle_questions", type=int, default=40, help="test questions per set for the oracle; 0: none")
     add("--batch_size", type=int, default=64, help="questions per forward pass")
@@ -104,12 +113,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("results/compare_methods.json"), help="JSON file; .md and .png beside it")
     arguments = parser.parse_args(argv)
     if arguments.methods is None:
-        arguments.methods = "group_paths,paper" if arguments.labels else "group_paths"
+        with_labels = [method for method, folder in LABELS_OF.items() if getattr(arguments, folder)]
+        arguments.methods = ",".join(["group_paths", *with_labels])
     arguments.methods = arguments.methods.replace("effects", "group_paths").split(",")  # its former name
     if unknown := set(arguments.methods) - METHODS.keys():
         raise UserError(f"--methods: {sorted(unknown)[0]!r} is not a method; choose from {', '.join(METHODS)}")
-    if "paper" in arguments.methods and not arguments.labels:
-        raise UserError("--methods paper needs the labels it trains on: --labels, a folder of data_generation.py")
+    for method, folder in LABELS_OF.items():
+        if method in arguments.methods and not getattr(arguments, folder):
+            program = {"paper": "data_generation.py", "group_search": "experiments.group_search"}[method]
+            raise UserError(f"--methods {method} needs the labels it trains on: --{folder}, a folder of {program}")
     some, any_number = (1, math.inf), (0, math.inf)
     check_ranges(
         arguments,
@@ -138,12 +150,17 @@ class Comparison:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.sets = expand_sets(arguments.sets)
-        self.labels = None if arguments.labels is None else read_labels(arguments.labels)
+        self.labels = {  # of the methods that train on labels
+            method: read_labels(getattr(arguments, folder))
+            for method, folder in LABELS_OF.items()
+            if getattr(arguments, folder) is not None
+        }
         self.tokenizer = load_tokenizer(arguments.model)
         self.chat = wants_chat_template("auto", arguments.model, self.tokenizer)
-        if self.labels is not None:
-            self.chat = bool(self.labels.manifest["chat_template"])
-        self.response_format = response_format_of(self.labels)
+        formats = [(bool(of.manifest["chat_template"]), response_format_of(of)) for of in self.labels.values()]
+        if formats and formats[0] != formats[-1]:
+            raise UserError("the labels of --labels and --group_labels were made with different prompts or graders")
+        self.chat, self.response_format = formats[0] if formats else (self.chat, ResponseFormat())
         state = process_state(datetime.timedelta(days=1))
         self.routed = load_routed(arguments.model, torch.float32, None, {}).eval().to(state.device)
         self.num_blocks = self.routed.config.num_hidden_layers
@@ -221,25 +238,28 @@ class Comparison:
             outcomes[rival.name] = [self.test.base, *skipping]
         return greedy_paths, outcomes
 
-    def paper(self) -> tuple[list[Outcome], list[list[BlockPath]], dict]:
-        """Published training: (outcomes and paths per seed, how labels and routers did on training questions)."""
+    def published(self, method: str) -> tuple[list[Outcome], list[list[BlockPath]], dict]:
+        """Published training: (outcomes and paths per seed, how labels and routers did on training questions).
+
+        Args:
+            method: "paper" or "group_search", which have labels.
+        """
         arguments = self.arguments
         outcomes, decisions, in_training = [], [], []
-        prompts, labels = labelled_prompts(self.labels, arguments.data_dir, self.tokenizer)
+        prompts, labels = labelled_prompts(self.labels[method], arguments.data_dir, self.tokenizer)
         for seed in range(arguments.seeds):
             config = RouterTrainingConfig(
-                data=(arguments.labels,),
+                data=(getattr(arguments, LABELS_OF[method]),),
                 model_id=arguments.model,
-                run_name=f"paper-{seed}",
+                run_name=f"{method}-{seed}",
                 output_dir=str(arguments.work_dir),
                 num_epochs=arguments.num_epochs,
                 warmup_steps=arguments.warmup_steps,
                 seed=seed,
             )
-            train_routers(config)
-            routed = join_routers(config.checkpoint / "routers", arguments.model).to(self.routed.device)
+            routed = train_published(config).to(self.routed.device)
             decisions.append(self.decide(routed, self.test.prompts))
-            outcomes.append(report(f"paper, seed {seed}", self.answer(self.test.prompts, decisions[-1])))
+            outcomes.append(report(f"{method}, seed {seed}", self.answer(self.test.prompts, decisions[-1])))
             in_training.append(self.answer(prompts, self.decide(routed, prompts)))
         details = self._on_training_questions(prompts, labels, in_training)
         return outcomes, decisions, {"on_training_questions": details}
@@ -330,12 +350,12 @@ class Comparison:
             imitating.append(report(f"routers on known paths, seed {seed}", outcome))
         return followed, imitating
 
-    def label_quality(self) -> dict:
-        """See `known_paths.label_quality`; of the labels of --labels."""
-        prompts, labels = labelled_prompts(self.labels, self.arguments.data_dir, self.tokenizer)
+    def label_quality(self, labels: LabelSet) -> dict:
+        """See `known_paths.label_quality`."""
+        prompts, paths = labelled_prompts(labels, self.arguments.data_dir, self.tokenizer)
         kinds = [self.known.kind_of(prompt.question, "train") for prompt in prompts]
         known = self.known.of(prompts, "train")
-        return label_quality(labels, kinds, known, lambda paths: self.answer(prompts, paths))
+        return label_quality(paths, kinds, known, lambda given: self.answer(prompts, given))
 
     def random(self, name: str, decisions: Sequence[list[BlockPath]]) -> list[Outcome]:
         """Random paths at the rates of each seed's decisions."""
@@ -362,28 +382,6 @@ class Comparison:
         }
 
 
-def response_format_of(labels: LabelSet | None) -> ResponseFormat:
-    """That of the labels, so that all methods answer as the labels were made; without labels the default."""
-    if labels is None:
-        return ResponseFormat()
-    return ResponseFormat.of_manifest(labels.manifest).without_defaults(bool(labels.manifest["chat_template"]))
-
-
-def labelled_prompts(labels: LabelSet, data_dir: Path, tokenizer) -> tuple[list[Prompt], list[BlockPath]]:
-    """The questions of `labels`, read from `data_dir`, and their labels."""
-    chat = bool(labels.manifest["chat_template"])
-    paths = {(row["set"], row["question_id"]): tuple(row["optimal_layer_config"]) for row in labels.rows}
-    questions = [
-        question
-        for name in sorted({set_name for set_name, _ in paths})
-        for question in load_questions(name, "train", data_dir)
-        if (name, question.id) in paths
-    ]
-    response_format = response_format_of(labels)
-    prompts = [Prompt.of(question, tokenizer, chat, response_format) for question in questions]
-    return prompts, [paths[question.set, question.id] for question in questions]
-
-
 def compare(arguments: argparse.Namespace) -> dict:
     """Everything that the JSON holds but its provenance."""
     comparison = Comparison(arguments)
@@ -394,7 +392,8 @@ def compare(arguments: argparse.Namespace) -> dict:
     sets, details = {}, {}
     for method in arguments.methods:
         name = METHODS[method]
-        outcomes, decisions, details[name] = getattr(comparison, method)()
+        trained = comparison.group_paths() if method == "group_paths" else comparison.published(method)
+        outcomes, decisions, details[name] = trained
         groups += [(name, outcomes), (f"random: rates of {name}", comparison.random(name, decisions))]
         sets[name] = comparison.test.per_set(Outcome.average(outcomes))
     controls = static[GreedySkips.name]
@@ -407,15 +406,16 @@ def compare(arguments: argparse.Namespace) -> dict:
         for row, (_, outcomes) in zip(rows, groups, strict=True):
             row["recovered"] = share_recovered(Outcome.average(outcomes), comparison.test.base, known)
         sets["known paths"] = comparison.test.per_set(known)
-        if comparison.labels is not None:
-            details["labels against known paths"] = comparison.label_quality()
+        details["labels against known paths"] = {
+            METHODS[method]: comparison.label_quality(labels) for method, labels in comparison.labels.items()
+        }
     return {
         # As a reader of the repository would type them.
         "arguments": {key: str(value).removeprefix(f"{ROOT}/") for key, value in vars(arguments).items()},
         "test_questions": len(comparison.test.prompts),
         "static_paths": [list(path) for path in greedy_paths],
         "search": asdict(SearchSettings()),
-        "labels": comparison.labels.manifest.get("arguments") if comparison.labels else None,
+        "labels": {METHODS[m]: labels.manifest.get("arguments") for m, labels in comparison.labels.items()} or None,
         "rows": rows,
         "sets": sets,
         "details": details,

@@ -114,6 +114,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--measured_dir", type=Path, help="keeps what was measured; default: OUTPUT_DIR-measured")
     add("--output_dir", type=Path, required=True, help="folder of the checkpoint")
     arguments = parser.parse_args(argv)
+    check_arguments(arguments)
+    if arguments.router_seed is None:
+        arguments.router_seed = arguments.seed
+    if arguments.data_dir is None and arguments.model == str(MINIATURE_MODEL):
+        arguments.data_dir = MINIATURE_DATA
+    return arguments
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Checks what needs no model and no data, and sets the default of --measured_dir.
+
+    Raises:
+        UserError: an argument out of range, or an output that cannot be written.
+    """
     check_growth_arguments(arguments)
     check_ranges(
         arguments,
@@ -139,11 +153,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         name = f"{arguments.output_dir.resolve().name}-measured"  # "." has no name of its own
         arguments.measured_dir = arguments.output_dir.parent / name
     check_output_folder(arguments.measured_dir, "--measured_dir")
-    if arguments.router_seed is None:
-        arguments.router_seed = arguments.seed
-    if arguments.data_dir is None and arguments.model == str(MINIATURE_MODEL):
-        arguments.data_dir = MINIATURE_DATA
-    return arguments
 
 
 def load_base(arguments: argparse.Namespace, state: PartialState) -> PreTrainedModel:

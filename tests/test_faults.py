@@ -1,4 +1,4 @@
-"""Training, group paths and evaluation stopped by signals and by a full disk: the same command ends with equal results.
+"""Programs stopped by signals and by a full disk: the same command ends with equal results.
 
 tests/test_data_generation.py has the same for the search.
 """
@@ -90,6 +90,7 @@ def programs(tmp_path_factory, stock_model, tiny_labels) -> dict[str, Program]:
     evaluation = f"-m drllm.evaluation.comparison {checkpoint} --data_dir {questions} --device cpu --batch_size 1"
     generation = f"{groups} --dataset arc_easy,dart-1 --most_skips 2 --price 0.01 --batch_size 2"
     likelihood = f"{groups} --dataset arc_easy --reward likelihood --price 0.01 --batch_size 2 --pilot 8"
+    search = f"-m experiments.group_search --model {base} --data_dir {questions} --dataset arc_easy,dart-1 --limit 30"
     weights = "model.safetensors"
     return {
         "training": Program(
@@ -107,6 +108,11 @@ def programs(tmp_path_factory, stock_model, tiny_labels) -> dict[str, Program]:
             lambda out: any(path.stat().st_size for path in out.parent.glob(f"{out.name}-measured/**/*.jsonl")),
             lambda out: (out / weights).read_bytes(),
         ),
+        "group search": Program(
+            [*search.split(), "--groups", "3", "--num_simulations", "80", "--batch_size", "2"],
+            lambda out: any(path.stat().st_size for path in out.parent.glob(f"{out.name}-measured/*.jsonl")),
+            lambda out: (out / "labels.jsonl").read_bytes(),
+        ),
         "evaluation": Program(
             [*evaluation.split(), "--tasks", "drllm_arc_easy,drllm_dart_1"],
             lambda out: (
@@ -117,7 +123,7 @@ def programs(tmp_path_factory, stock_model, tiny_labels) -> dict[str, Program]:
     }
 
 
-NAMES = ("training", "group paths", "group paths by likelihood", "evaluation")
+NAMES = ("training", "group paths", "group paths by likelihood", "group search", "evaluation")
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +163,8 @@ def test_stopped_by_a_signal(name, sent, programs, undisturbed, tmp_path):
         ("group paths", 100_000),
         ("group paths by likelihood", 1_000),
         ("group paths by likelihood", 100_000),
+        ("group search", 1_000),
+        ("group search", 20_000),
         ("evaluation", 1_000),
         ("evaluation", 16_000),
     ],

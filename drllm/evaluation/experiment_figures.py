@@ -198,11 +198,14 @@ def draw_methods(result: Mapping[str, Any], path: Path) -> Path:
         name, _, detail = row["method"].partition(":")
         kinds.setdefault(f"{name},{detail}" if name == "random" else name, []).append(row)
     with new_figure(path, (6.4, 4.2)) as (figure, axes):
-        axis, number = axes[0][0], 0
+        axis, styles = axes[0][0], {}
         for kind, rows in kinds.items():
             style = {"color": BASE_COLOUR, "marker": "*", "ms": 11}
             if kind != "base":
-                style, number = series(number).points, number + 1
+                method = kind.removeprefix("random, rates of ")
+                if method not in styles:  # random decisions look like the method whose rates they have, but hollow
+                    styles[method] = series(len(styles)).points
+                style = styles[method]
             errors = [(row["against_base"]["high"] - row["against_base"]["low"]) / 2 for row in rows]
             axis.errorbar(
                 [row["layers"] for row in rows],

@@ -28,8 +28,9 @@ def methods_table(result: dict) -> str:
             f"\nOracle on {oracle['questions']} of these questions: {100 * oracle['accuracy']:.1f} at "
             f"{oracle['layers']:.2f} layers (base there: {100 * oracle['base_accuracy']:.1f})."
         )
-    if quality := result.get("details", {}).get("labels against known paths"):
-        lines += ["", "What the labels are worth, on the questions they were made from:", "", *_label_quality(quality)]
+    for name, quality in result.get("details", {}).get("labels against known paths", {}).items():
+        lines += ["", f"What the labels are worth, on the questions they were made from ({name}):", ""]
+        lines += _label_quality(quality)
     return "\n".join(lines)
 
 

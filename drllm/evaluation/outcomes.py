@@ -60,13 +60,13 @@ def answer_along(
     prompts: Sequence[Prompt],
     paths: Sequence[Path],
     store: ScoreStore | None = None,
-    title: str = "answering",
+    title: str | None = "answering",
 ) -> Outcome:
     """Greedy answers of the engine's model along `paths`, one path per prompt, graded.
 
     Args:
         store: keeps whether an answer is right, by question and path; a resumed run answers nothing twice.
-        title: of the progress bar.
+        title: of the progress bar; None: no bar.
     """
     right: dict[tuple[str, Path], float] = {}
     waiting = []
@@ -77,7 +77,7 @@ def answer_along(
         else:
             right[prompt.question.id, path] = stored[0]
     waiting.sort(key=lambda request: len(request.prompt.input_ids))  # neighbours need little padding
-    with tqdm(total=len(waiting), desc=title, unit="question", mininterval=1) as progress:
+    with tqdm(total=len(waiting), desc=title, unit="question", mininterval=1, disable=title is None) as progress:
         for start in range(0, len(waiting), ANSWERS_AT_ONCE * engine.batch_size):
             part = waiting[start : start + ANSWERS_AT_ONCE * engine.batch_size]
             answers = [float(rollout.is_right) for rollout in engine.respond(part)]

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from drllm.files import write_tensors
 from drllm.group_paths.margin_rewards import PART_QUESTIONS, RoundStore
 from drllm.questions.likelihood import LikelihoodPrompt
-from drllm.questions.padding import pad_ids
 from drllm.rollouts.likelihood import LikelihoodEngine
+from drllm.rollouts.routed_paths import router_windows
 from drllm.rollouts.scores import ScoreStore, score_all
-from train_models.paths import Path, path_to_layer_indices
+from train_models.paths import Path
 
 CHUNK = 64  # questions of similar length that are scored one after the other
 
@@ -92,13 +92,13 @@ class LikelihoodRewards:
         asked = [[prompt.input_ids, path] for prompt, path in zip(self.prompts, paths, strict=True)]
         store = RoundStore(self._scores.folder / "windows", str(self._scores.key), self.state)
         files, missing = store.open({"asked": asked, "num_windows": config.num_windows}, len(parts))
-        batches = -(-PART_QUESTIONS // self.batch_size)
-        mine, title = store.my_share(missing), "hidden states of the prompts"
-        with tqdm(total=len(mine) * batches, desc=title, disable=not self.state.is_main_process) as progress:
+        mine = store.my_share(missing)
+        total, is_hidden = sum(len(parts[number]) for number in mine), not self.state.is_main_process
+        with tqdm(total=total, desc="hidden states of the prompts", unit="question", disable=is_hidden) as progress:
             for number in mine:
                 write_tensors(files[number], self._windows_of(parts[number], paths, progress))
         self.state.wait_for_everyone()
-        if not self.state.is_main_process:
+        if is_hidden:
             return None
         shape = (len(self.prompts), config.num_hidden_layers, config.num_windows)
         windows = torch.zeros(*shape, config.hidden_size, dtype=self.routed.dtype)
@@ -108,18 +108,13 @@ class LikelihoodRewards:
             windows[rows], mask[rows] = part["windows"], part["window_mask"]
         return windows, mask
 
-    @torch.inference_mode()
     def _windows_of(self, rows: Sequence[int], paths: Sequence[Path], progress: tqdm) -> dict[str, torch.Tensor]:
         windows, masks = [], []
-        for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size]
-            output = self.routed.model(
-                **pad_ids([self.prompts[index].input_ids for index in batch], 0, self.routed.device),
-                layer_indices=[path_to_layer_indices(paths[index]) for index in batch],
-                use_cache=False,
-                output_router_inputs=True,
-            )
-            windows.append(output.router_inputs.cpu())
-            masks.append(output.window_mask.cpu())
-            progress.update()
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            input_ids, own = [self.prompts[index].input_ids for index in chunk], [paths[index] for index in chunk]
+            read = router_windows(self.routed, input_ids, own, self.batch_size, title=None)
+            windows.append(read[0])
+            masks.append(read[1])
+            progress.update(len(chunk))
         return {"windows": torch.cat(windows), "window_mask": torch.cat(masks)}

@@ -77,8 +77,9 @@ class ScoreStore:
         """Appends (question id, path, scores); they outlive this process at once."""
         lines = []
         for question_id, path, scores in rows:
-            self._scores[question_id, path_text(path)] = scores
-            lines.append(json.dumps([question_id, path_text(path), [round(value, 5) for value in scores]]) + "\n")
+            # As a resumed run reads them, so that it decides alike.
+            kept = self._scores[question_id, path_text(path)] = tuple(round(value, 5) for value in scores)
+            lines.append(json.dumps([question_id, path_text(path), kept]) + "\n")
         with disk_errors(self._path, f"{len(self)} scores are safe"):
             self._file.write("".join(lines).encode())
 
@@ -104,14 +105,15 @@ def score_all(
     engine: LikelihoodEngine,
     work: Sequence[tuple[LikelihoodPrompt, Sequence[Path]]],
     store: ScoreStore,
-    title: str,
+    title: str | None,
     rank: int = 0,
     num_processes: int = 1,
 ) -> None:
     """Scores each question along its paths, as far as `store` does not hold them.
 
     Questions of one batch go through their paths together, so that paths which begin alike share their first blocks.
-    The order of the work is kept in chunks of `engine.batch_size` questions.
+    The order of the work is kept in chunks of `engine.batch_size` questions. `title` names the progress bar of the
+    first process; None: no bar.
     """
     size = engine.batch_size
     chunks = [work[start : start + size] for start in range(0, len(work), size)][rank::num_processes]
@@ -120,7 +122,7 @@ def score_all(
         return [path for path in dict.fromkeys(paths) if store.get(prompt.question.id, path) is None]
 
     total = sum(len(missing(prompt, paths)) for chunk in chunks for prompt, paths in chunk)
-    with tqdm(total=total, desc=title, unit="score", disable=rank > 0, mininterval=1) as progress:
+    with tqdm(total=total, desc=title, unit="score", disable=rank > 0 or title is None, mininterval=1) as progress:
         for chunk in chunks:
             waiting = [(prompt, sorted(missing(prompt, paths), reverse=True)) for prompt, paths in chunk]
             while any(paths for _, paths in waiting):

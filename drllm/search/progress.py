@@ -23,7 +23,8 @@ from drllm.labels import read_manifest
 from drllm.search.pool import SearchedQuestion
 from drllm.search.selection import Record, Selection
 
-MAY_DIFFER = {"model", "revision", "data_dir", "versions", "commit", "labels", "table2", "shortfalls"}
+MAY_DIFFER = {"model", "revision", "data_dir", "program", "versions", "commit"}
+MAY_DIFFER |= {"labels", "groups", "table2", "shortfalls"}  # known at the end of a run
 SYNC_EVERY_S = 1.0
 
 

@@ -39,6 +39,8 @@ class SearchSettings:
         length_penalty: lambda of the UCB score.
         random_child: probability of descending to a uniformly random child instead of the best one.
         policy: which nodes may grow a child, see `PathSearch`.
+        stop_when_right: end the search of a wrong answer with the first right path. A reward that is the mean over
+            several questions has no such path: turn it off there.
 
     Raises:
         ValueError: a value outside its range.
@@ -50,6 +52,7 @@ class SearchSettings:
     length_penalty: float = 3.0
     random_child: float = 0.1
     policy: str = DEFAULT_POLICY
+    stop_when_right: bool = True
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -125,8 +128,9 @@ class PathSearch:
     * "widening": progressive widening; a node with v visits may have up to sqrt(2 v) children, so that the tree has
       both breadth and depth.
 
-    For a wrong answer the search ends with the first right path. For a right answer it uses all simulations to find
-    shorter right paths.
+    For a wrong answer the search ends with the first right path (`stop_when_right`). For a right answer it uses all
+    simulations to find shorter right paths. `result` reads the rewards as right or wrong answers of one question;
+    `ranked` reads them as what a path is worth, the mean reward of several questions for example.
     """
 
     def __init__(self, num_blocks: int, settings: SearchSettings, seed: int) -> None:
@@ -179,6 +183,14 @@ class PathSearch:
             inferences=len(self.rewards),
         )
 
+    def ranked(self, price: float) -> list[Path]:
+        """The evaluated paths but the default one, by reward less `price` per block application, best first.
+
+        Paths of equal worth stay in the order of evaluation.
+        """
+        edited = [path for path in self.rewards if path != self.root.path]
+        return sorted(edited, key=lambda path: price * sum(path) - self.rewards[path])
+
     def _run(self) -> Generator[Path, float, None]:
         self._backpropagate(self.root, (yield self.root.path))
         while self.simulations < self.settings.num_simulations:
@@ -188,7 +200,7 @@ class PathSearch:
                 reward = yield leaf.path
             self._backpropagate(leaf, reward)
             self.simulations += 1
-            if not self.base_correct and _is_right(reward):
+            if self.settings.stop_when_right and not self.base_correct and _is_right(reward):
                 return
 
     def _descend(self) -> Node:

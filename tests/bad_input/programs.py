@@ -20,6 +20,7 @@ from experiments import (
     compare_methods,
     edit_effects,
     group_paths,
+    group_search,
     inspect_prompt,
     paper_backbones,
     paper_figures,
@@ -42,6 +43,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "compare_methods": compare_methods.main,
     "edit_effects": edit_effects.main,
     "group_paths": group_paths.main,
+    "group_search": group_search.main,
     "inspect_prompt": inspect_prompt.main,
     "paper_backbones": paper_backbones.main,
     "paper_figures": paper_figures.main,
@@ -85,6 +87,7 @@ COMMON = {
     "likelihood": "--model {base} --data_dir {questions} --sets arc_easy --work_dir {out} --output {out}/r.json",
     "groups": "--model {base} --data_dir {questions} --dataset arc_easy --output_dir {out} --train_questions 2",
     "predictable": "--model {base} --data_dir {questions} --dataset arc_easy --scores {scores} --output {out}/r.json",
+    "group_search": "--model {base} --data_dir {questions} --dataset arc_easy --output_dir {out} --limit 2",
     "sweep": "{checkpoint} --data_dir {questions} --dataset arc_easy --output {out}/r.json",
     "backbone": "--model {base} --output_dir {out}",
 }

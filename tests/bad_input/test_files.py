@@ -23,6 +23,7 @@ READERS = {
     "compare_likelihood-questions": ("compare_likelihood", "{likelihood}"),
     "group_paths": ("group_paths", "{groups}"),
     "group_paths-questions": ("group_paths", "{groups}"),
+    "group_search": ("group_search", "{group_search}"),
     "inspect_prompt": ("inspect_prompt", "{checkpoint} x"),
     "eval.sh": ("eval.sh", "{eval} --labels {labels}"),
     "eval.sh-checkpoint": ("eval.sh", "{eval}"),

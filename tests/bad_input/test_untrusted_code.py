@@ -38,6 +38,7 @@ CASES = [
     ("compare_likelihood", "{likelihood} --checkpoint paper={checkpoint} --test_questions 2 --most_edits 1"),
     ("group_paths", "{groups} --most_skips 1 --groups 1"),
     ("group_paths", "{groups} --most_skips 1 --groups 1 --reward likelihood"),
+    ("group_search", "{group_search} --num_simulations 1"),
     ("inspect_prompt", "{checkpoint} hello --max_new_tokens 1"),
     ("sweep", "{sweep} --limit 1 --knobs -0.5"),
     ("predictable_effects", "{predictable}"),

@@ -58,6 +58,15 @@ def test_bad_rows_are_named_with_file_and_line(finished, change, message):
         labels.read_labels(finished)
 
 
+def test_a_label_of_a_group_may_be_wrong_on_a_question_or_the_default_path(finished):
+    group = {"kind": "group", "path_correct": False, "optimal_layer_config": [1, 1, 1, 1], "good_paths": []}
+    spoil(finished, 3, lambda row: json.dumps(row | group))
+    assert labels.read_labels(finished).rows[2]["path_correct"] is False
+    spoil(finished, 3, lambda row: json.dumps(row | {"path_correct": None}))
+    with pytest.raises(UserError, match=r":3: 'path_correct' is null, expected true or false"):
+        labels.read_labels(finished)
+
+
 def test_missing_empty_and_cut_off_files_are_named(finished, tmp_path):
     with pytest.raises(UserError, match=r"nowhere/manifest\.json does not exist; make the labels with data_generation"):
         labels.read_labels(tmp_path / "nowhere")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from drllm.miniature import MINIATURE_DATA, ROOT
-from experiments import compare_methods
+from experiments import compare_methods, group_search
 from experiments.compare_methods import main, parse_arguments
 from tests.training_toys import make_labels
 
@@ -64,19 +64,30 @@ def test_one_command_makes_table_figure_and_json(tmp_path, capsys):
     assert "| group paths |" in capsys.readouterr().out
 
 
-def test_known_paths_add_rows_and_the_share_that_each_method_recovers(tmp_path, capsys):
+def test_known_paths_and_labels_of_groups_add_rows_and_the_share_that_each_method_recovers(tmp_path):
     control = ROOT / "miniature" / "positive_control"
     output = tmp_path / "comparison.json"
     settings = ["--train_questions", "12", "--oracle_questions", "0", "--most_skips", "1", "--static_questions", "6"]
     settings += ["--sets", "dart-1,dart-5", "--test_questions", "40", "--known_paths", str(control / "paths.json")]
+    labels = ["--model", str(control / "model"), "--data_dir", str(MINIATURE_DATA), "--dataset", "dart-1,dart-5"]
+    labels += ["--limit", "6", "--groups", "2", "--num_simulations", "2", "--output_dir", str(tmp_path / "labels")]
+    assert group_search.main(labels) == 0
+    settings += ["--group_labels", str(tmp_path / "labels"), "--num_epochs", "1", "--warmup_steps", "1"]
     folders = ["--model", str(control / "model"), "--work_dir", str(tmp_path / "work"), "--output", str(output)]
     assert main([*SMALL, *settings, *folders]) == 0
-    rows = {row["method"]: row for row in json.loads(output.read_text())["rows"]}
+    result = json.loads(output.read_text())
+    rows = {row["method"]: row for row in result["rows"]}
+    shared = "published, reward shared by groups"
+    assert rows[f"random: rates of {shared}"]["layers"] == pytest.approx(rows[shared]["layers"])
+    quality = result["details"]["labels against known paths"][shared]
+    assert quality["agreement"]["questions"] == 12
     assert rows["known paths"]["layers"] < rows["base"]["layers"] == 14
     assert rows["known paths"]["recovered"]["share"] == 1
     assert rows["base"]["recovered"]["share"] == 0
     assert rows["routers on known paths"]["layers"] < 14
-    assert "share of the known gain" in output.with_suffix(".md").read_text()
+    table = output.with_suffix(".md").read_text()
+    assert "share of the known gain" in table
+    assert f"the questions they were made from ({shared})" in table
 
 
 def test_questions_are_answered_and_graded_as_the_labels_were_made(tmp_path):
@@ -97,6 +108,18 @@ def test_the_defaults_are_the_papers():
     assert (arguments.num_epochs, arguments.warmup_steps) == (25, 500)
     assert arguments.methods == ["group_paths"]
     assert parse_arguments(["--labels", "data"]).methods == ["group_paths", "paper"]
+    assert parse_arguments(["--group_labels", "data"]).methods == ["group_paths", "group_search"]
+
+
+def test_labels_with_other_prompts_are_refused_together(tmp_path, capsys):
+    base = ROOT / "miniature" / "model"
+    folders = [make_labels(tmp_path / name, base) for name in ("labels", "group_labels")]
+    manifest = json.loads((folders[1] / "manifest.json").read_text())
+    manifest["arguments"] |= {"strict_letters": True}
+    (folders[1] / "manifest.json").write_text(json.dumps(manifest))
+    labels = ["--labels", str(folders[0]), "--group_labels", str(folders[1])]
+    assert main([*SMALL, *labels, "--output", str(tmp_path / "c.json")]) == 2
+    assert "--labels and --group_labels were made with different prompts or graders" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

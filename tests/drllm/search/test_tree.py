@@ -249,3 +249,18 @@ def test_misuse_is_refused():
 def test_the_search_needs_no_torch():
     code = "import sys, drllm.search; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_shared_reward_does_not_end_the_search():
+    settings = SearchSettings(num_simulations=60, stop_when_right=False)
+    search = run(PathSearch(6, settings, 0), lambda path: float(path[2] == 0))
+    assert search.simulations == 60
+    assert sum(reward == RIGHT for reward in search.rewards.values()) > 1
+
+
+def test_ranked_paths_are_worth_their_reward_less_the_price_of_their_blocks():
+    search = PathSearch(3, SearchSettings(), 0)
+    search.tell(0.9)
+    search.rewards |= {(2, 1, 1): 0.55, (0, 1, 1): 0.5, (1, 0, 1): 0.5, (0, 0, 1): 0.3}
+    assert search.ranked(price=0.0) == [(2, 1, 1), (0, 1, 1), (1, 0, 1), (0, 0, 1)]
+    assert search.ranked(price=0.1) == [(0, 1, 1), (1, 0, 1), (0, 0, 1), (2, 1, 1)]
