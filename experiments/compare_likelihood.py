@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from drllm.arguments import MAX_SEED, check_ranges
@@ -52,12 +53,13 @@ from drllm.provenance import command_line, dtype_name, fingerprint, parse_dtype,
 from drllm.questions.likelihood import LikelihoodPrompt, require_choices
 from drllm.questions.sets import expand_sets, load_questions
 from drllm.rivals import BlockInfluence, EarlyExit, random_paths
-from drllm.rollouts.routed_paths import routed_paths
+from drllm.rivals.routed import KeptDecisions
 from drllm.rollouts.scores import ScoreStore
 from train_models.paths import Path as BlockPath
 from train_models.paths import default_path
 
 PROGRAM = "python -m experiments.compare_likelihood"
+CHUNK = 64  # questions whose decisions are kept in one file
 CONTROLS = ("static", "influence", "early exit")
 
 
@@ -161,6 +163,8 @@ class Comparison:
     def decisions(self, checkpoint: str) -> list[BlockPath]:
         """The paths that the routers of a checkpoint decide on for the test questions; every process calls this.
 
+        They are kept in --work_dir.
+
         Raises:
             UserError: the checkpoint has another base model.
         """
@@ -170,10 +174,14 @@ class Comparison:
                 f"{checkpoint} has base weights {found}, --model has {self.key['model_fingerprint']}; name the base "
                 "that the checkpoint was trained on"
             )
-        rank, count = self.state.process_index, self.state.num_processes
-        own = routed_paths(model, self.prompts[rank::count], self.arguments.batch_size)
-        shares = gather_object([own])
-        return [shares[index % count][index // count] for index in range(len(self.prompts))]
+        kept = KeptDecisions(model, self.arguments.work_dir / "decisions", self.arguments.batch_size)
+        chunks = [self.prompts[start : start + CHUNK] for start in range(0, len(self.prompts), CHUNK)]
+        mine = range(self.state.process_index, len(chunks), self.state.num_processes)
+        is_hidden = not self.state.is_main_process
+        bar = tqdm(mine, desc=f"decisions of {checkpoint}", unit=f"x {CHUNK} questions", disable=is_hidden)
+        own = {number: kept.paths(chunks[number], kept.own_control) for number in bar}
+        decided = {number: paths for share in gather_object([own]) for number, paths in share.items()}
+        return [path for number in range(len(chunks)) for path in decided[number]]
 
     def by_set(self, checkpoint: str) -> list[BlockPath] | None:
         """The path of each test question's set that the routers of a checkpoint were trained to follow.
