@@ -144,6 +144,11 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+def beside(folder: Path, suffix: str) -> Path:
+    """The folder NAME-SUFFIX beside `folder`, NAME being its own name."""
+    return folder.parent / f"{folder.resolve().name}-{suffix}"  # "." has no name of its own
+
+
 def check_output_folder(path: Path | str, argument: str) -> None:
     """Checks that a folder can be created, or written to, at `path`. Creates nothing.
 

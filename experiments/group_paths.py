@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from drllm.arguments import MAX_SEED, check_ranges
 from drllm.checkpoints import load_routed, load_tokenizer, save_checkpoint
 from drllm.errors import UserError, main_guard
-from drllm.files import check_output_folder
+from drllm.files import beside, check_output_folder
 from drllm.group_paths.growth_arguments import add_growth_arguments, check_growth_arguments, growth_of
 from drllm.group_paths.likelihood_paths import LikelihoodPaths, groups_by_set, groups_by_states
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
@@ -150,8 +150,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         parse_dtype(arguments.dtype)
     check_output_folder(arguments.output_dir, "--output_dir")
     if arguments.measured_dir is None:
-        name = f"{arguments.output_dir.resolve().name}-measured"  # "." has no name of its own
-        arguments.measured_dir = arguments.output_dir.parent / name
+        arguments.measured_dir = beside(arguments.output_dir, "measured")
     check_output_folder(arguments.measured_dir, "--measured_dir")
 
 

@@ -31,7 +31,7 @@ from drllm.arguments import MAX_SEED, check_ranges
 from drllm.checkpoints import load_routed, load_tokenizer
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.outcomes import answer_along
-from drllm.files import check_output_folder, write_json, write_whole
+from drllm.files import beside, check_output_folder, write_json, write_whole
 from drllm.group_paths.grouping import groups_of, standardised_states
 from drllm.group_paths.paths import describe_edits
 from drllm.group_paths.shared_search import GroupLabel, SharedSettings, search_groups
@@ -117,8 +117,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parse_dtype(arguments.dtype)
     check_output_folder(arguments.output_dir, "--output_dir")
     if arguments.measured_dir is None:
-        name = f"{arguments.output_dir.resolve().name}-measured"  # "." has no name of its own
-        arguments.measured_dir = arguments.output_dir.parent / name
+        arguments.measured_dir = beside(arguments.output_dir, "measured")
     check_output_folder(arguments.measured_dir, "--measured_dir")
     if arguments.data_dir is None and arguments.model == str(MINIATURE_MODEL):
         arguments.data_dir = MINIATURE_DATA

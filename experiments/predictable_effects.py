@@ -25,7 +25,7 @@ import torch
 from drllm.arguments import MAX_SEED, check_ranges
 from drllm.checkpoints import load_routed, load_tokenizer
 from drllm.errors import UserError, main_guard
-from drllm.files import check_output_file, read_json
+from drllm.files import check_output_file
 from drllm.group_paths.grouping import smoothed
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.group_paths.parts import DEFAULT_TRAIN, Parts
@@ -173,7 +173,6 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(arguments.model)
     routed = load_routed(arguments.model, parse_dtype(arguments.dtype), None, {}).eval().to(state.device)
     key = {"model_fingerprint": fingerprint(routed), "dtype": dtype_name(routed.dtype)}
-    read_json(arguments.scores / "scores.json", "name another folder")
     store = ScoreStore(arguments.scores, key, rank=None)
     sets = arguments.parts.split(arguments.data_dir, arguments.unlike, arguments.seed)
     prompts = [LikelihoodPrompt.of(question, tokenizer) for train, _ in sets.values() for question in train]

@@ -214,7 +214,8 @@ class LikelihoodPaths:
     def _nominated(self) -> list[list[Path]]:
         """For each group the paths to choose among."""
         growth = self.growth
-        grown = [self._grow(replace(growth, price=price)) for price in (growth.price, *growth.further_prices)]
+        further = growth.further_prices if self.validation.any() else ()  # without validation nobody chooses from them
+        grown = [self._grow(replace(growth, price=price)) for price in (growth.price, *further)]
         nominated = []
         for number, of_prices in enumerate(zip(*grown, strict=True)):
             chain = of_prices[0].chain
