@@ -199,8 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
     data_dir = args.data_dir or (None if args.model else MINIATURE_DATA)
 
     state = process_state(WAIT_FOR_OTHERS)
-    on_gpu = state.device.type != "cpu"
-    dtype = provenance.parse_dtype(("bfloat16" if on_gpu else "float32") if args.dtype == "auto" else args.dtype)
+    dtype = provenance.dtype_on(state.device, args.dtype)
     with state.main_process_first():  # so that a download happens once per machine
         questions = load_training_questions(sets, data_dir, expand_sets(args.unlike) if args.unlike else ())
     model, tokenizer = load(name, args.revision, dtype, state.device)

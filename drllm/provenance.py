@@ -44,6 +44,11 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
         raise UserError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}") from None
 
 
+def dtype_on(device: torch.device, name: str) -> torch.dtype:
+    """The dtype called `name`; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    return parse_dtype(("float32" if device.type == "cpu" else "bfloat16") if name == "auto" else name)
+
+
 def dtype_name(dtype: str | torch.dtype) -> str:
     """The one name under which a dtype is recorded: "float32", "bfloat16" or "float16"."""
     return str(parse_dtype(dtype)).removeprefix("torch.")

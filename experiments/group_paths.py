@@ -36,7 +36,7 @@ from drllm.group_paths.parts import DEFAULT_TRAIN, DEFAULT_VALIDATION, Parts
 from drllm.group_paths.paths import PathsOfGroups
 from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
 from drllm.processes import process_state
-from drllm.provenance import commit, dtype_name, fingerprint, parse_dtype, versions
+from drllm.provenance import commit, dtype_name, dtype_on, fingerprint, parse_dtype, versions
 from drllm.questions.likelihood import REWARDS, LikelihoodPrompt, require_choices
 from drllm.questions.prompts import Prompt, wants_chat_template
 from drllm.questions.sets import Question, collections_of, expand_sets
@@ -156,10 +156,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def load_base(arguments: argparse.Namespace, state: PartialState) -> PreTrainedModel:
     """The base model with fresh routers, on this process's device; its config records the base."""
-    dtype = arguments.dtype
-    if dtype == "auto":
-        dtype = "float32" if state.device.type == "cpu" else "bfloat16"
-    routed = load_routed(arguments.model, parse_dtype(dtype), arguments.revision, {}).eval().to(state.device)
+    dtype = dtype_on(state.device, arguments.dtype)
+    routed = load_routed(arguments.model, dtype, arguments.revision, {}).eval().to(state.device)
     config = routed.config
     config.base_model_name, config.base_model_revision = arguments.model, arguments.revision
     config.base_model_fingerprint = fingerprint(routed)

@@ -38,7 +38,7 @@ from drllm.group_paths.shared_search import GroupLabel, SharedSettings, search_g
 from drllm.labels import FORMAT, GROUP, LABELS, MANIFEST
 from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
 from drllm.processes import from_main, process_state
-from drllm.provenance import commit, dtype_name, fingerprint, parse_dtype, versions
+from drllm.provenance import commit, dtype_name, dtype_on, fingerprint, parse_dtype, versions
 from drllm.questions.likelihood import REWARDS, LikelihoodPrompt, require_choices
 from drllm.questions.overlap import load_training_questions
 from drllm.questions.prompts import Prompt, split_by_context, wants_chat_template
@@ -200,10 +200,8 @@ class Measured:
 
 def load_base(arguments: argparse.Namespace, state: PartialState) -> PreTrainedModel:
     """The base model on this process's device, with routers that only say what they read."""
-    dtype = arguments.dtype
-    if dtype == "auto":
-        dtype = "float32" if state.device.type == "cpu" else "bfloat16"
-    return load_routed(arguments.model, parse_dtype(dtype), arguments.revision, {}).eval().to(state.device)
+    dtype = dtype_on(state.device, arguments.dtype)
+    return load_routed(arguments.model, dtype, arguments.revision, {}).eval().to(state.device)
 
 
 def read_prompts(arguments: argparse.Namespace, tokenizer, chat: bool, context: int, state: PartialState) -> list:
