@@ -125,7 +125,13 @@ def command_line(program: str, argv: Sequence[str] | None = None) -> str:
 
 
 def write_result(
-    path: Path, result: Mapping[str, Any], *, command: str, seed: int | Sequence[int] | None, seconds: float
+    path: Path,
+    result: Mapping[str, Any],
+    *,
+    command: str,
+    seed: int | Sequence[int] | None,
+    seconds: float,
+    table: str | None = None,
 ) -> dict[str, Any]:
     """Write the JSON file of a result, with what is needed to reproduce it.
 
@@ -135,6 +141,7 @@ def write_result(
         command: the command that made it, see `command_line`.
         seed: the seed or seeds; None where nothing is random.
         seconds: wall-clock time of the run.
+        table: the result as Markdown; it is written beside the file, as .md with the command, and printed.
 
     Returns:
         What was written: `command`, `seed`, the items of `result`, `seconds`, `machine`, `versions`, `commit`.
@@ -153,4 +160,8 @@ def write_result(
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
+    if table is not None:
+        with disk_errors(path):
+            path.with_suffix(".md").write_text(f"{table}\n\nCommand:\n\n    {command}\n")
+        print(f"{table}\n\n{path}")
     return record

@@ -195,7 +195,7 @@ class Comparison:
         manifest = read_json(file, "pass an undamaged checkpoint") if file.exists() else {}
         if not manifest.get("groups"):
             return None
-        price = float(manifest["arguments"]["price"])
+        price = float(manifest.get("price", manifest["arguments"]["price"]))
         paths = {}
         for group in manifest["groups"]:
             best = max(group["chain"], key=lambda member: member["reward"] - price * member["layers"])
@@ -328,12 +328,9 @@ def main(argv: list[str] | None = None) -> None:
             command=command_line(PROGRAM, argv),
             seed=arguments.train_seed,
             seconds=time.perf_counter() - start,
+            table=f"{sets_table(result)}\n\n{methods_table(result)}",
         )
-        tables = f"{sets_table(result)}\n\n{methods_table(result)}\n"
-        arguments.output.with_suffix(".md").write_text(tables)
         draw_methods(result, arguments.output.with_suffix(".png"))
-        print(tables)
-        print(arguments.output)
     state.wait_for_everyone()
     state.destroy_process_group()
 

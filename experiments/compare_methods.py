@@ -428,18 +428,16 @@ def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
     arguments = parse_arguments(argv)
     start = time.perf_counter()
-    result = write_result(
+    result = compare(arguments)
+    write_result(
         arguments.output,
-        compare(arguments),
+        result,
         command=command_line(PROGRAM, argv),
         seed=range(arguments.seeds),
         seconds=time.perf_counter() - start,
+        table=methods_table(result),
     )
-    figure = arguments.output.with_suffix(".png")
-    draw_methods(result, figure)
-    table = methods_table(result)
-    arguments.output.with_suffix(".md").write_text(f"{table}\n\nCommand:\n\n    {result['command']}\n")
-    print(f"{table}\n\n{arguments.output}\n{figure}")
+    draw_methods(result, arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

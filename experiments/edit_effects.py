@@ -15,15 +15,13 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
-from drllm.arguments import MAX_SEED, check_ranges
 from drllm.errors import UserError, main_guard
-from drllm.files import check_output_file, read_json
-from drllm.group_paths.parts import DEFAULT_TRAIN, DEFAULT_VALIDATION, Parts
+from drllm.files import read_json
 from drllm.group_paths.paths import describe_edits
+from drllm.group_paths.scored_questions import add_scores_arguments, scored_parts
 from drllm.provenance import command_line, write_result
-from drllm.questions.sets import Question, expand_sets
+from drllm.questions.sets import Question
 from drllm.rollouts.scores import Scores, ScoreStore
 from train_models.paths import EXECUTE
 from train_models.paths import Path as BlockPath
@@ -40,24 +38,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--scores", type=Path, required=True, help="folder of scores that experiments.group_paths has measured")
-    add("--data_dir", type=Path, help="as given to experiments.group_paths, like the next five")
-    add("--dataset", default="arc,openbookqa,commonsense", help="question sets and groups, comma-separated")
-    add("--unlike", default="", help="sets whose test questions no training question repeats")
-    add("--seed", type=int, default=0, help="of the order of questions (default: 0)")
-    add("--train_questions", default=DEFAULT_TRAIN, help=f"most per set (default: {DEFAULT_TRAIN})")
-    add("--validation_questions", default=DEFAULT_VALIDATION, help=f"most per set (default: {DEFAULT_VALIDATION})")
-    add("--share", type=float, default=0.99, help="least share of questions scored along a path (default: 0.99)")
-    add("--output", type=Path, required=True, help="JSON file; a .md is written beside it")
+    add_scores_arguments(parser, share=0.99, validates=True)
     arguments = parser.parse_args(argv)
-    check_ranges(arguments, share=(0, 1), seed=(0, MAX_SEED))
-    arguments.parts = Parts.of(
-        expand_sets(arguments.dataset), arguments.train_questions, arguments.validation_questions
-    )
-    check_output_file(arguments.output, "--output")
-    if not (arguments.scores / "scores.json").is_file():
-        raise UserError(f"--scores {arguments.scores}: no scores.json; name a folder of experiments.group_paths")
+    arguments.parts = scored_parts(arguments)
     return arguments
 
 
@@ -132,9 +115,8 @@ def main(argv: list[str] | None = None) -> None:
         command=command_line(PROGRAM, argv),
         seed=arguments.seed,
         seconds=time.perf_counter() - start,
+        table=table(result),
     )
-    arguments.output.with_suffix(".md").write_text(table(result) + "\n")
-    print(table(result))
 
 
 if __name__ == "__main__":

@@ -51,10 +51,12 @@ class Trained:
     Attributes:
         labels: one path per question.
         groups: `LikelihoodPaths.report()`, for the manifest.
+        price: at which they were chosen; None: --price.
     """
 
     labels: list[BlockPath]
     groups: list[dict] = field(default_factory=list)
+    price: float | None = None
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -101,6 +103,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=DEFAULT_VALIDATION,
         help="further questions per set; they choose the edits in use",
     )
+    add("--most_layers", type=float, help="raise the price that chooses until labels take as few blocks on average")
     add(
         "--keep_edits",
         type=float,
@@ -132,7 +135,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     check_ranges(
         arguments,
         **dict.fromkeys(("groups", "batch_size"), (1, math.inf)),
-        most_skips=(0, math.inf),
+        **dict.fromkeys(("most_skips", "most_layers"), (0, math.inf)),
         price=(-math.inf, math.inf),
         keep_edits=(0, 1),
         seed=(0, MAX_SEED),
@@ -201,10 +204,11 @@ def train_by_likelihood(arguments: argparse.Namespace, routed, tokenizer, measur
         by_collection = arguments.group_by == "collection"
         groups = groups_by_set(prompts, collections_of(arguments.dataset) if by_collection else None)
     paths = LikelihoodPaths(rewards, groups, growth, torch.tensor(validation))
-    labels = paths.labels()
+    price = arguments.price if arguments.most_layers is None else paths.price_within(arguments.most_layers)
+    labels = paths.labels(price)
     describe(labels, state)
     paths.train_routers(labels, arguments.router_seed, arguments.keep_edits)
-    return Trained(labels, paths.report())
+    return Trained(labels, paths.report(), price)
 
 
 def read_questions(
@@ -249,6 +253,7 @@ def main(argv: list[str] | None = None) -> None:
             "reward": arguments.reward,
             "labels": len(trained.labels),
             "groups": trained.groups,
+            "price": arguments.price if trained.price is None else trained.price,
             "arguments": {key: str(value) for key, value in vars(arguments).items()}
             | {"dataset": list(expand_sets(arguments.dataset))},  # eval.sh takes the tasks from here
             "versions": versions(),

@@ -18,18 +18,16 @@ import datetime
 import math
 import time
 from collections import Counter
-from pathlib import Path
 
 import torch
 
-from drllm.arguments import MAX_SEED, check_ranges
+from drllm.arguments import check_ranges
 from drllm.checkpoints import load_routed, load_tokenizer
 from drllm.errors import UserError, main_guard
-from drllm.files import check_output_file
 from drllm.group_paths.grouping import smoothed
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
-from drllm.group_paths.parts import DEFAULT_TRAIN, Parts
 from drllm.group_paths.paths import describe_edits
+from drllm.group_paths.scored_questions import add_scores_arguments, scored_parts
 from drllm.processes import process_state
 from drllm.provenance import command_line, dtype_name, fingerprint, parse_dtype, write_result
 from drllm.questions.likelihood import LikelihoodPrompt, require_choices
@@ -52,28 +50,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--scores", type=Path, required=True, help="folder of scores that experiments.group_paths has measured")
-    add("--model", required=True, help="as given to experiments.group_paths, like the next six")
+    add("--model", required=True, help="as given to experiments.group_paths, like --dtype")
     add("--dtype", default="float32", help="of the base model (default: float32)")
-    add("--data_dir", type=Path, help="local question files; default: the Hub")
-    add("--dataset", default="arc,openbookqa,commonsense", help="question sets and groups, comma-separated")
-    add("--unlike", default="", help="sets whose test questions no training question repeats")
-    add("--train_questions", default=DEFAULT_TRAIN, help=f"most per set (default: {DEFAULT_TRAIN})")
-    add("--seed", type=int, default=0, help="of the order of questions (default: 0)")
-    add("--share", type=float, default=0.95, help="least share of questions scored along a path (default: 0.95)")
     add("--batch_size", type=int, default=8, help="questions per forward pass (default: 8)")
-    add("--output", type=Path, required=True, help="JSON file; a .md is written beside it")
+    add_scores_arguments(parser, share=0.95, validates=False)
     arguments = parser.parse_args(argv)
-    check_ranges(arguments, share=(0, 1), seed=(0, MAX_SEED), batch_size=(1, math.inf))
-    sets = expand_sets(arguments.dataset)
-    require_choices(sets)
-    if arguments.unlike:
-        expand_sets(arguments.unlike)
-    arguments.parts = Parts.of(sets, arguments.train_questions)
+    check_ranges(arguments, batch_size=(1, math.inf))
+    arguments.parts = scored_parts(arguments)
+    require_choices(expand_sets(arguments.dataset))
     parse_dtype(arguments.dtype)
-    check_output_file(arguments.output, "--output")
-    if not (arguments.scores / "scores.json").is_file():
-        raise UserError(f"--scores {arguments.scores}: no scores.json; name a folder of experiments.group_paths")
     return arguments
 
 
@@ -195,9 +180,8 @@ def main(argv: list[str] | None = None) -> None:
             command=command_line(PROGRAM, argv),
             seed=arguments.seed,
             seconds=time.perf_counter() - start,
+            table=table(rows),
         )
-        arguments.output.with_suffix(".md").write_text(table(rows) + "\n")
-        print(table(rows))
     state.wait_for_everyone()
     state.destroy_process_group()
 

@@ -274,10 +274,8 @@ def main(argv: list[str] | None = None) -> None:
         command=command_line(PROGRAM, argv),
         seed=range(arguments.seed, arguments.seed + arguments.seeds),
         seconds=time.perf_counter() - start,
+        table=table5(result["rows"]),
     )
-    table = table5(result["rows"])
-    arguments.output.with_suffix(".md").write_text(f"{table}\n")
-    print(f"{table}\n\n{arguments.output}")
 
 
 if __name__ == "__main__":

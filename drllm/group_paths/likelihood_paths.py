@@ -16,9 +16,11 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 
 import torch
 
+from drllm.errors import UserError
 from drllm.group_paths.grouping import groups_of, standardised_states
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.group_paths.margin_rewards import RewardRound
@@ -30,6 +32,7 @@ from drllm.training.router_modules import StackedRouters
 from train_models.paths import EXECUTE, REPEAT, SKIP, Path, default_path, is_allowed
 
 Edit = tuple[int, int]  # (block, action)
+PRICE_STEP = 1e-9  # above the price at which two paths are worth the same, the shorter one is worth more
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,27 @@ class LikelihoodPaths:
         price = self.growth.price if price is None else price
         best = [max(chain, key=lambda member: member.reward - price * sum(member.path)).path for chain in self.chains]
         return [best[group] for group in self.groups.tolist()]
+
+    def price_within(self, most_layers: float) -> float:
+        """The lowest price, from that of the growth on, whose labels take at most `most_layers` blocks on average.
+
+        Raises:
+            UserError: no path of any group is short enough.
+        """
+        prices = {self.growth.price}
+        for chain in self.chains:
+            for long, short in permutations(chain, 2):
+                if sum(long.path) > sum(short.path):
+                    even = (long.reward - short.reward) / (sum(long.path) - sum(short.path))
+                    prices.add(max(self.growth.price, even + PRICE_STEP))
+        for price in sorted(prices):
+            shortest = statistics.mean(sum(path) for path in self.labels(price))
+            if shortest <= most_layers:
+                return price
+        raise UserError(
+            f"the shortest paths that were found take {shortest:.2f} blocks on average, and --most_layers is "
+            f"{most_layers:g}; raise it, or grow paths at a higher --price"
+        )
 
     def report(self) -> list[dict]:
         """For each group the questions per set and the chain: edits, layers, mean reward."""

@@ -89,6 +89,9 @@ def test_a_result_says_how_to_reproduce_it(tmp_path):
     assert record["machine"].keys() == {"cpu_count", "threads", "gpus"}
     assert list(record) == ["command", "seed", "accuracy", "seconds", "machine", "versions", "commit"]
     assert (record["seed"], record["seconds"], record["accuracy"]) == ([0, 1], 1.23, 0.5)
+    assert not path.with_suffix(".md").exists()
+    provenance.write_result(path, {}, command=command, seed=0, seconds=0, table="| a |")
+    assert path.with_suffix(".md").read_text() == f"| a |\n\nCommand:\n\n    {command}\n"
     with pytest.raises(ValueError, match="already has commit, seed"):
         provenance.write_result(path, {"seed": 1, "commit": ""}, command="x", seed=0, seconds=0)
     with pytest.raises(UserError, match=r"result\.json is a file"):

@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 
+from drllm.errors import UserError
 from drllm.group_paths.likelihood_paths import Growth, LikelihoodPaths, groups_by_set, groups_by_states
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.questions.likelihood import LikelihoodPrompt
@@ -90,6 +91,17 @@ def test_each_kind_gets_its_own_path():
     assert {label for label, kind in zip(labels, rewards.kinds, strict=True) if kind == 1} == {(1, 1, 1, 1, 0, 2)}
     # a block application that costs more than a repeat gains
     assert set(paths.labels(price=0.04)) == {(1, 1, 0, 1, 1, 1), (1, 1, 1, 1, 0, 1)}
+
+
+def test_the_price_rises_until_paths_are_short_enough():
+    rewards = KnownRewards(40)
+    paths = LikelihoodPaths(rewards, rewards.groups(), Growth(pilot=10, keep=3, max_edits=3, price=0.001))
+    assert paths.price_within(5.5) == 0.001, "the paths of five and six blocks are short enough on average"
+    price = paths.price_within(5.4)
+    assert price == pytest.approx(0.03), "what the repeat of block 5 gains"
+    assert set(paths.labels(price)) == {(1, 1, 0, 1, 1, 1), (1, 1, 1, 1, 0, 1)}
+    with pytest.raises(UserError, match=r"take 5\.00 blocks on average, and --most_layers is 4"):
+        paths.price_within(4)
 
 
 def test_dropped_edits_are_not_measured_again():
