@@ -32,7 +32,13 @@ from train_models import retrofit, routed_classes
 FORMAT = 1
 WEIGHTS, CONFIG, CARD, LABELS = "routers.safetensors", "router_config.json", "README.md", "labels_manifest.json"
 ROUTED_PREFIX = "drllm_"
-ROUTER_FIELDS = {"num_windows": int, "router_width": int, "router_depth": int, "router_input": str}
+ROUTER_FIELDS = {
+    "num_windows": int,
+    "router_width": int,
+    "router_depth": int,
+    "router_input": str,
+    "router_domain": int,
+}
 DESCRIPTION_FIELDS: dict[str, tuple[type, ...]] = {
     "format": (int,),
     "base_model_name": (str, type(None)),
@@ -369,6 +375,7 @@ def _read_description(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path} has format {shorten(description.get('format'))}, this version reads format {FORMAT}")
     for name, types in DESCRIPTION_FIELDS.items():
         _check_field(path, name, description, types, fix)
+    description["routers"].setdefault("router_domain", 0)  # of routers that were extracted before it existed
     for name, kind in ROUTER_FIELDS.items():
         _check_field(path, name, description["routers"], (kind,), fix)
     return description

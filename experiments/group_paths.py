@@ -109,6 +109,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=float,
         help="share of the validation questions that keep their edits; where routers are less sure they execute",
     )
+    add(
+        "--domain",
+        type=float,
+        help="share of the validation questions that are like the training questions; for prompts that are less like "
+        "them than these, routers execute",
+    )
+    add("--domain_rank", type=int, default=256, help="principal components that tell which prompts are alike")
     add_growth_arguments(likelihood)
     add = parser.add_argument
     add("--batch_size", type=int, default=64, help="questions per forward pass")
@@ -137,7 +144,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         **dict.fromkeys(("groups", "batch_size"), (1, math.inf)),
         **dict.fromkeys(("most_skips", "most_layers"), (0, math.inf)),
         price=(-math.inf, math.inf),
-        keep_edits=(0, 1),
+        **dict.fromkeys(("keep_edits", "domain"), (0, 1)),
+        domain_rank=(1, math.inf),
         seed=(0, MAX_SEED),
         router_seed=(0, MAX_SEED),
     )
@@ -145,8 +153,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         expand_sets(arguments.unlike)
     sets = expand_sets(arguments.dataset)
     parts = Parts.of(sets, arguments.train_questions, arguments.validation_questions)
-    if arguments.keep_edits is not None and not any(parts.validation.values()):
-        raise UserError("--keep_edits is a share of the validation questions; give --validation_questions")
+    for name in ("keep_edits", "domain"):
+        if getattr(arguments, name) is not None and not any(parts.validation.values()):
+            raise UserError(f"--{name} is a share of the validation questions; give --validation_questions")
     if arguments.reward != "generation":
         require_choices(sets)
     if arguments.dtype != "auto":
@@ -160,7 +169,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def load_base(arguments: argparse.Namespace, state: PartialState) -> PreTrainedModel:
     """The base model with fresh routers, on this process's device; its config records the base."""
     dtype = dtype_on(state.device, arguments.dtype)
-    routed = load_routed(arguments.model, dtype, arguments.revision, {}).eval().to(state.device)
+    fields = {} if arguments.domain is None else {"router_domain": arguments.domain_rank}
+    routed = load_routed(arguments.model, dtype, arguments.revision, fields).eval().to(state.device)
     config = routed.config
     config.base_model_name, config.base_model_revision = arguments.model, arguments.revision
     config.base_model_fingerprint = fingerprint(routed)
@@ -207,7 +217,7 @@ def train_by_likelihood(arguments: argparse.Namespace, routed, tokenizer, measur
     price = arguments.price if arguments.most_layers is None else paths.price_within(arguments.most_layers)
     labels = paths.labels(price)
     describe(labels, state)
-    paths.train_routers(labels, arguments.router_seed, arguments.keep_edits)
+    paths.train_routers(labels, arguments.router_seed, arguments.keep_edits, arguments.domain)
     return Trained(labels, paths.report(), price)
 
 

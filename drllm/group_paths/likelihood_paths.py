@@ -25,7 +25,7 @@ from drllm.group_paths.grouping import groups_of, standardised_states
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.group_paths.margin_rewards import RewardRound
 from drllm.group_paths.paths import GroupPath, describe_edits
-from drllm.group_paths.router_training import PURE_ROUTER, imitate, knob_that_keeps
+from drllm.group_paths.router_training import PURE_ROUTER, fit_domains, imitate, knob_that_keeps
 from drllm.processes import from_main
 from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.training.router_modules import StackedRouters
@@ -210,7 +210,14 @@ class LikelihoodPaths:
             for number, chain in enumerate(self.chains)
         ]
 
-    def train_routers(self, labels: Sequence[Path], seed: int, keep: float | None = None, epochs: int = 25) -> None:
+    def train_routers(
+        self,
+        labels: Sequence[Path],
+        seed: int,
+        keep: float | None = None,
+        domain: float | None = None,
+        epochs: int = 25,
+    ) -> None:
         """Trains routers on `labels` from the initial weights of `seed`, and leaves them in the model.
 
         The main process trains; the others receive the routers.
@@ -218,6 +225,8 @@ class LikelihoodPaths:
         Args:
             keep: the share of validation questions that must follow the edits of their labels. The model's knob is then
                 set so that the routers abstain where they are less sure, and validation questions train no router.
+            domain: the share of validation questions that must lie inside the domains of the routers, which must have
+                domains. None: their domains hold every prompt.
         """
         model = self.rewards.routed.model
         model.init_routers(seed)
@@ -227,13 +236,15 @@ class LikelihoodPaths:
         def weights() -> tuple[dict[str, torch.Tensor], float]:
             along = RewardRound(list(labels), torch.empty(0), *read)
             parts = [(~self.validation).nonzero()[:, 0], self.validation.nonzero()[:, 0]]
-            imitate(routers, along, epochs, 1e-3, seed, members=None if keep is None else parts[0])
+            imitate(routers, along, epochs, 1e-3, seed, members=None if keep is None and domain is None else parts[0])
+            routers.copy_to(model.routers)
+            if domain is not None:
+                fit_domains(model.routers, along, *parts, domain)
             knob = PURE_ROUTER if keep is None else knob_that_keeps(routers, along, parts[1], keep)
-            return routers.state_dict(), knob
+            return {name: tensor.cpu() for name, tensor in model.routers.state_dict().items()}, knob
 
         state_dict, model.routing_control = from_main(self.rewards.state, weights)
-        routers.load_state_dict(state_dict)
-        routers.copy_to(model.routers)
+        model.routers.load_state_dict(state_dict)
 
     def _nominated(self) -> list[list[Path]]:
         """For each group the paths to choose among."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -13,10 +13,12 @@ from tqdm import tqdm
 from drllm.group_paths.margin_rewards import NUM_ACTIONS, RewardRound
 from drllm.training.router_modules import StackedRouters
 from train_models.paths import EXECUTE
+from train_models.routing import RouterBlock, mean_window
 
 BATCH_SIZE = 32  # questions per optimiser step
 PURE_ROUTER = -0.5  # of the knob
 KNOB_SLACK = 1e-4  # so that rounding does not turn the weakest decision that is to be kept
+LEAST_SPREAD = 1e-6  # of a dimension in which all prompts are alike
 REWARD_SCALE = 10  # rewards are small beside cross-entropies; this makes AdamW's epsilon harmless
 
 
@@ -70,6 +72,57 @@ def knob_that_keeps(routers: StackedRouters, along: RewardRound, members: torch.
     # An edit survives the share t of one-hot execute while its lead (1 - t) exceeds t.
     lead = float(weakest[min(len(weakest) - 1, int((1 - share) * len(weakest)))])
     return PURE_ROUTER + max(0.0, lead / (1 + max(0.0, lead)) - KNOB_SLACK)
+
+
+@torch.no_grad()
+def fit_domains(
+    routers: Sequence[RouterBlock], along: RewardRound, members: torch.Tensor, checked: torch.Tensor, share: float
+) -> None:
+    """Sets the domain of each router: prompts like those that deviate from execute at its block.
+
+    A router at whose block no path deviates executes it for every prompt.
+
+    Args:
+        routers: L routers with domains, in the dtype in which they will be used.
+        along: paths, and what the routers read along them.
+        members: int64, the questions of `along` whose prompts are the domain.
+        checked: int64, other questions; the radius is such that `share` of those that deviate are inside.
+        share: in [0, 1].
+    """
+    deviates = torch.tensor(along.paths) != EXECUTE
+    for block, router in enumerate(routers):
+        inside, held_out = (chosen[deviates[chosen, block]] for chosen in (members, checked))
+        if not len(inside):
+            router.radius.fill_(-1.0)
+            continue
+        means = mean_window(along.windows[inside, block], along.window_mask[inside])
+        router.centre.copy_(means.mean(0))
+        router.spread.copy_(means.std(0, correction=0).clamp(min=LEAST_SPREAD))
+        # In the values that were stored, so that a low precision moves no prompt across the radius.
+        deviations = (means - router.centre.float().cpu()) / router.spread.float().cpu()
+        router.directions.copy_(_principal_directions(deviations, router.domain_rank))
+        asked = held_out if len(held_out) else inside
+        distances = router.distance(along.windows[asked, block], along.window_mask[asked])
+        router.radius.fill_(float(distances.quantile(share)))
+
+
+def _principal_directions(deviations: torch.Tensor, rank: int) -> torch.Tensor:
+    """The matrix A [rank, d] of `RouterBlock.distance`.
+
+    Its rows are eigenvectors of the covariance, shortened so that |z|^2 - |A z|^2 weighs each component by the residual
+    variance over its own.
+
+    Args:
+        deviations: float32 [N, d].
+        rank: components; those beyond d - 1 are zero.
+    """
+    variances, vectors = torch.linalg.eigh(deviations.T @ deviations / len(deviations))  # in ascending order
+    kept = min(rank, len(variances) - 1)
+    residual = variances[: len(variances) - kept].mean().clamp(min=LEAST_SPREAD)
+    weights = (1 - residual / variances[-kept:].clamp(min=LEAST_SPREAD)).clamp(min=0).sqrt()
+    directions = torch.zeros(rank, len(variances))
+    directions[:kept] = weights[:, None] * vectors[:, -kept:].T
+    return directions
 
 
 def refine(

@@ -8,7 +8,9 @@ import pytest
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from drllm.checkpoints import join_routers, load_tokenizer
 from drllm.errors import UserError
 from drllm.group_paths.likelihood_paths import Growth, LikelihoodPaths, groups_by_set, groups_by_states
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
@@ -246,6 +248,25 @@ def test_a_checkpoint_carries_the_knob_at_which_its_routers_abstain(toy, tmp_pat
         knobs[name] = json.loads((tmp_path / name / "config.json").read_text())["routing_control"]
     assert knobs["all"] == -0.5
     assert -0.5 < knobs["sure"] < 0.5
+
+
+def test_a_checkpoint_carries_the_domains_of_its_routers(toy, tmp_path):
+    folder, data = toy
+    arguments = f"--reward likelihood --model {folder} --data_dir {data} --dataset arc --group_by collection"
+    arguments += " --train_questions 8 --validation_questions 4 --pilot 8 --keep 3 --most_skips 1 --batch_size 4"
+    arguments += f" --price 0.5 --domain 1 --domain_rank 2 --output_dir {tmp_path}/domain"
+    assert group_paths.main(arguments.split()) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "domain", trust_remote_code=True)
+    joined = join_routers(tmp_path / "domain" / "routers")
+    assert joined.config.router_domain == 2
+    assert all(torch.equal(joined.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    radii = [float(router.radius) for router in model.model.routers]
+    assert sum(radius >= 0 for radius in radii) == 1, "the label of the only group skips one block"
+    question = LikelihoodPrompt.of(load_questions("arc_easy", "train", data)[0], load_tokenizer(folder))
+    assert 0 in model.model(torch.tensor([question.input_ids])).paths[0].tolist()
+    for router in model.model.routers:
+        router.radius.fill_(0.0)
+    assert set(model.model(torch.tensor([question.input_ids])).paths[0].tolist()) == {1}
 
 
 def test_the_next_step_tries_edits_that_are_known_to_help_before_lucky_ones():

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from drllm.group_paths.margin_rewards import RewardRound
-from drllm.group_paths.router_training import imitate, knob_that_keeps, refine
+from drllm.group_paths.router_training import fit_domains, imitate, knob_that_keeps, refine
 from drllm.training.router_modules import StackedRouters
 from tests.search_toys import toy_windows
 from train_models import retrofit
-from train_models.routing import route
+from train_models.routing import RouterBlock, route
 
 
 def toy_routers(stock_checkpoint, seed: int = 0) -> StackedRouters:
@@ -84,3 +84,44 @@ def test_without_edits_the_knob_is_that_of_the_pure_router(stock_checkpoint):
     windows, mask = toy_windows(8)
     along = RewardRound([(1, 1)] * 8, torch.empty(0), windows, mask)
     assert knob_that_keeps(toy_routers(stock_checkpoint), along, torch.arange(8), 0.9) == -0.5
+
+
+def correlated_windows(count: int, seed: int, shift: float = 0.0) -> torch.Tensor:
+    """Windows [count, 2, 1, 8] whose first two dimensions vary together; `shift` moves them apart."""
+    windows = 0.1 * torch.randn(count, 2, 1, 8, generator=torch.Generator().manual_seed(seed))
+    common = torch.randn(count, 2, 1, generator=torch.Generator().manual_seed(seed + 1))
+    windows[..., 0] += common + shift
+    windows[..., 1] += common - shift
+    return windows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_domain_of_a_router_is_the_prompts_that_deviate_at_its_block(dtype):
+    windows, mask = correlated_windows(600, 0).to(dtype), torch.ones(600, 1, dtype=torch.bool)
+    along = RewardRound([(0, 1)] * 600, torch.empty(0), windows, mask)
+    routers = [RouterBlock(8, width=4, domain_rank=7).to(dtype) for _ in range(2)]
+    fit_domains(routers, along, torch.arange(300), torch.arange(300, 600), 0.9)
+    first, second = routers
+
+    def inside(windows: torch.Tensor) -> float:
+        return (first.distance(windows[:, 0], mask[: len(windows)]) <= first.radius.float()).float().mean().item()
+
+    assert inside(windows[300:]) == pytest.approx(0.9, abs=0.02)
+    assert inside(correlated_windows(200, 5)) == pytest.approx(0.9, abs=0.06)
+    # half a standard deviation away in each dimension, but in a direction in which the domain does not vary
+    assert inside(correlated_windows(200, 5, shift=0.5)) < 0.05
+    assert not (second.distance(windows[:, 1], mask) <= second.radius).any(), "no label deviates at the second block"
+    assert (second(windows[:, 1], mask).argmax(-1) == 1).all()
+
+
+def test_a_domain_of_full_rank_measures_the_mahalanobis_distance():
+    windows, mask = correlated_windows(400, 0), torch.ones(400, 1, dtype=torch.bool)
+    (router,) = routers = [RouterBlock(8, width=4, domain_rank=20)]
+    fit_domains(
+        routers, RewardRound([(0,)] * 400, torch.empty(0), windows, mask), torch.arange(400), torch.arange(0), 1
+    )
+    centred = windows[:, 0, 0] - windows[:, 0, 0].mean(0)
+    expected = torch.einsum("ni,ij,nj->n", centred, torch.linalg.inv(torch.cov(centred.T)), centred).sqrt()
+    ratio = router.distance(windows[:, 0], mask) / expected
+    torch.testing.assert_close(ratio, ratio[:1].expand(400), rtol=1e-3, atol=0)
+    assert (router.distance(windows[:, 0], mask) <= router.radius).all(), "every prompt that was asked about"
