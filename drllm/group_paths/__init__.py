@@ -20,6 +20,8 @@ Steps 2, 4 (once per skip) and 6 cost about L / 2 forward passes per training qu
 
 With `--reward likelihood` (`likelihood_paths`) the reward is the probability of the right option. The groups are the
 question sets, edits may also be repeats, and successive halving spends the questions on the edits that may still win.
+Routers may have a domain (`router_training.fit_domains`), outside of which the base model stays as it is: an edit that
+helps one kind of question mostly hurts others.
 
 `shared_search` changes less of the published method: its tree search, labels and training stay, and only the reward of
 the search is shared by the questions of a group.
