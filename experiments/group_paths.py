@@ -27,13 +27,13 @@ from transformers import PreTrainedModel
 from drllm.arguments import MAX_SEED, check_ranges
 from drllm.checkpoints import load_routed, load_tokenizer, save_checkpoint
 from drllm.errors import UserError, main_guard
-from drllm.files import beside, check_output_folder
+from drllm.files import beside, check_output_folder, read_json
 from drllm.group_paths.growth_arguments import add_growth_arguments, check_growth_arguments, growth_of
 from drllm.group_paths.likelihood_paths import LikelihoodPaths, groups_by_set, groups_by_states
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.group_paths.margin_rewards import Answered, MarginRewards, RoundStore
 from drllm.group_paths.parts import DEFAULT_TRAIN, DEFAULT_VALIDATION, Parts
-from drllm.group_paths.paths import PathsOfGroups
+from drllm.group_paths.paths import PathsOfGroups, describe_edits, path_of_edits
 from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
 from drllm.processes import process_state
 from drllm.provenance import commit, dtype_name, dtype_on, fingerprint, parse_dtype, versions
@@ -42,6 +42,9 @@ from drllm.questions.prompts import Prompt, wants_chat_template
 from drllm.questions.sets import Question, collections_of, expand_sets
 from drllm.rollouts.scores import ScoreStore
 from train_models.paths import Path as BlockPath
+from train_models.paths import is_allowed
+
+PATHS_EXAMPLE = '{"arc": ["skip 19, repeat 27"]}'
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=DEFAULT_VALIDATION,
         help="further questions per set; they choose the edits in use",
     )
+    add("--paths", type=Path, help=f"JSON of paths to choose among, such as {PATHS_EXAMPLE}; none is grown")
     add("--most_layers", type=float, help="raise the price that chooses until labels take as few blocks on average")
     add(
         "--keep_edits",
@@ -213,12 +217,39 @@ def train_by_likelihood(arguments: argparse.Namespace, routed, tokenizer, measur
     else:
         by_collection = arguments.group_by == "collection"
         groups = groups_by_set(prompts, collections_of(arguments.dataset) if by_collection else None)
-    paths = LikelihoodPaths(rewards, groups, growth, torch.tensor(validation))
+    given = given_paths(arguments.paths, routed.config.num_hidden_layers, prompts, groups) if arguments.paths else None
+    paths = LikelihoodPaths(rewards, groups, growth, torch.tensor(validation), given)
     price = arguments.price if arguments.most_layers is None else paths.price_within(arguments.most_layers)
     labels = paths.labels(price)
     describe(labels, state)
     paths.train_routers(labels, arguments.router_seed, arguments.keep_edits, arguments.domain)
     return Trained(labels, paths.report(), price)
+
+
+def given_paths(
+    file: Path, num_blocks: int, prompts: list[LikelihoodPrompt], groups: torch.Tensor
+) -> list[list[BlockPath]]:
+    """For each group the paths that the file of --paths has for the sets of its questions.
+
+    Raises:
+        UserError: the file is damaged, or names a set, a block or an action that does not exist, or a path that the
+            search would not allow.
+    """
+    paths: dict[str, list[BlockPath]] = {}
+    for names, edits_of_paths in read_json(file, f"write, for example, {PATHS_EXAMPLE}").items():
+        for name in expand_sets(names):
+            try:
+                own = [path_of_edits(edits, num_blocks) for edits in edits_of_paths]
+            except (ValueError, KeyError, IndexError, AttributeError, TypeError):
+                raise UserError(f"--paths {file}: {names} is not a list of edits, as in {PATHS_EXAMPLE}") from None
+            for path in own:
+                if not (sum(path) and is_allowed(path)):
+                    raise UserError(f"--paths {file}: {names} has {describe_edits(path)}; at most two skips in a row")
+            paths.setdefault(name, []).extend(own)
+    of_group: list[list[BlockPath]] = [[] for _ in range(int(groups.max()) + 1)]
+    for prompt, group in zip(prompts, groups.tolist(), strict=True):
+        of_group[group] += [path for path in paths.get(prompt.question.set, ()) if path not in of_group[group]]
+    return of_group
 
 
 def read_questions(

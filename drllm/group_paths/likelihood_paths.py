@@ -146,6 +146,8 @@ class LikelihoodPaths:
         growth: how paths are found.
         validation: bool [N], questions that choose among the paths of a chain; default: none, the training questions
             choose.
+        given: for each group the paths to choose among, beside the default path. No path is grown then, and all
+            questions choose, because none of them found the paths.
 
     Attributes:
         chains: for each group its paths of 0, 1, ... edits and the nominees, with the mean reward of the questions
@@ -158,12 +160,18 @@ class LikelihoodPaths:
         groups: torch.Tensor,
         growth: Growth,
         validation: torch.Tensor | None = None,
+        given: Sequence[Sequence[Path]] | None = None,
     ) -> None:
         self.rewards = rewards
         self.groups = groups
         self.growth = growth
         self.validation = torch.zeros(len(groups), dtype=torch.bool) if validation is None else validation
-        self.chains = self._chosen_by_validation(self._nominated())
+        if given is None:
+            self.chains = self._measured(self._nominated(), self.validation)
+        else:
+            default = default_path(rewards.routed.config.num_hidden_layers)
+            chains = [list(dict.fromkeys([default, *paths])) for paths in given]
+            self.chains = self._measured(chains, torch.ones(len(groups), dtype=torch.bool))
 
     def labels(self, price: float | None = None) -> list[Path]:
         """One path per question: its group's path that is worth most at `price` (default: that of the growth)."""
@@ -348,11 +356,11 @@ class LikelihoodPaths:
         others = (edit for edit in group.worth if edit[0] != best[0])
         group.edits = sorted(others, key=lambda edit: group.worth[edit].lower, reverse=True)[: growth.candidates]
 
-    def _chosen_by_validation(self, chains: list[list[Path]]) -> list[list[GroupPath]]:
-        """The chains with the mean reward of each group's validation questions, or else its training questions."""
+    def _measured(self, chains: list[list[Path]], choose: torch.Tensor) -> list[list[GroupPath]]:
+        """The chains with the mean reward of each group's questions in `choose`, or else of all its questions."""
         groups = self.groups.tolist()
         choosing = [
-            [i for i in range(len(groups)) if groups[i] == number and self.validation[i]]
+            [i for i in range(len(groups)) if groups[i] == number and choose[i]]
             or [i for i in range(len(groups)) if groups[i] == number]
             for number in range(len(chains))
         ]

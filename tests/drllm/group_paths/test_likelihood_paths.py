@@ -106,6 +106,16 @@ def test_the_price_rises_until_paths_are_short_enough():
         paths.price_within(4)
 
 
+def test_given_paths_are_chosen_among_and_none_is_grown():
+    rewards = KnownRewards(40)
+    given = [[(1, 1, 0, 1, 1, 1), (1, 1, 1, 0, 1, 1)], [(1, 1, 1, 1, 0, 2)]]
+    validation = torch.arange(40) >= 38
+    paths = LikelihoodPaths(rewards, rewards.groups(), Growth(price=0.001), validation, given)
+    assert {path for _, path in rewards.scored} == {(1,) * 6, *given[0], *given[1]}
+    assert len({index for index, _ in rewards.scored}) == 40, "training questions choose, too"
+    assert [max(chain, key=lambda member: member.reward).path for chain in paths.chains] == [given[0][0], given[1][0]]
+
+
 def test_dropped_edits_are_not_measured_again():
     rewards = KnownRewards(40)
     LikelihoodPaths(rewards, torch.zeros(40, dtype=torch.long), Growth(pilot=10, keep=4, max_edits=1, price=0.2))
@@ -248,6 +258,28 @@ def test_a_checkpoint_carries_the_knob_at_which_its_routers_abstain(toy, tmp_pat
         knobs[name] = json.loads((tmp_path / name / "config.json").read_text())["routing_control"]
     assert knobs["all"] == -0.5
     assert -0.5 < knobs["sure"] < 0.5
+
+
+def test_the_program_takes_paths_from_a_file(toy, tmp_path, capsys):
+    folder, data = toy
+    arguments = (
+        f"--reward likelihood --model {folder} --data_dir {data} --dataset arc --group_by collection --price 0.5"
+    )
+    arguments += f" --train_questions 8 --batch_size 4 --paths {tmp_path}/paths.json --output_dir {tmp_path}/given"
+    (tmp_path / "paths.json").write_text('{"arc": ["skip 3", "skip 1, skip 2"], "arc_easy": ["repeat 4"]}')
+    assert group_paths.main(arguments.split()) == 0
+    manifest = json.loads((tmp_path / "given" / "labels_manifest.json").read_text())
+    (group,) = manifest["groups"]
+    assert [member["edits"] for member in group["chain"]] == ["", "skip 3", "skip 1, skip 2", "repeat 4"]
+    for text, message in (
+        ('{"arc": ["leave 3"]}', "arc is not a list of edits"),
+        ('{"arc": ["skip 99"]}', "arc is not a list of edits"),
+        ('{"arc": ["skip 1, skip 2, skip 3"]}', "at most two skips in a row"),
+        ('{"squad": ["skip 1"]}', "unknown question set 'squad'"),
+    ):
+        (tmp_path / "paths.json").write_text(text)
+        assert group_paths.main(arguments.split()) != 0
+        assert message in capsys.readouterr().err
 
 
 def test_a_checkpoint_carries_the_domains_of_its_routers(toy, tmp_path):
