@@ -41,8 +41,8 @@ compiled() {
 
 # The paper's table on a real language model: prompt of 128 tokens, 1,000 new tokens, batch 1.
 llm() {
-    latency --model "$MODEL" --prompt_tokens 128 --new_tokens 1000 --batch_sizes 1 --skip 0,2,4 --threads 1,2 \
-        --measure path,router --output results/latency_llm.json
+    latency --model "$MODEL" --dtype bfloat16 --prompt_tokens 128 --new_tokens 1000 --batch_sizes 1 --skip 4 \
+        --rows shared --threads 1 --measure path,router,stock_again --output results/latency_llm.json
 }
 
 # The paper's table at its shapes.
