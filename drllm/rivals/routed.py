@@ -69,7 +69,10 @@ class KeptDecisions:
 
 
 def routing_cost(routed: PreTrainedModel, checkpoint: FilePath) -> Cost:
-    """Parameters of the routers (domains included), and the seconds of their training where train.py recorded them (search excluded)."""
+    """Parameters of the routers with their domains, and the seconds of their training without the search.
+
+    The seconds are known where train.py recorded them.
+    """
     record = checkpoint / TRAINING_RECORD
     seconds = read_json(record, "pass an undamaged checkpoint").get("seconds_training") if record.exists() else None
     return Cost(sum(tensor.numel() for tensor in routed.model.routers.state_dict().values()), seconds)
