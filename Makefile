@@ -112,8 +112,8 @@ CLAIM_SHORTER = $(foreach seed,$(SEEDS),--checkpoint "29 blocks=$(CLAIM)/both-$(
 CLAIM_METHODS = $(foreach seed,$(SEEDS),--checkpoint "group paths=$(CLAIM)/groups-$(seed)") \
   --checkpoint "fewer layers=$(CLAIM)/fewer-0"
 CLAIM_COMPARE = $(LLM_RUN) -m experiments.compare_likelihood $(CLAIM_BASE) --batch_size 8
-CLAIM_STATIC := --controls static --train_scores $(CLAIM)/measured $(CLAIM_TRAIN) --price 0.003 --pilot 80 --keep 12 \
-  --candidates 5 --most_edits 3
+CLAIM_STATIC := --controls "" \
+  --static_paths "skip 19; skip 18, skip 19, repeat 27; repeat 17, skip 19, skip 25"
 llm-claim: $(VENV)/.installed-llm $(if $(MODEL),,$(LLM)/model)
 	for seed in $(SEEDS); do \
 	  $(CLAIM_GROUPS) --price 0.003 --further_prices 0.006,0.008 --router_seed $$seed \

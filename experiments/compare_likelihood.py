@@ -10,7 +10,8 @@ Checkpoints of one name are its seeds. Every method is scored on the same questi
     NAME          the routers of the checkpoints
     NAME, by set  the path of the question's set, with --by_set: what routers would do that always tell the set
     random: NAME  the actions of these routers at their own rates per layer, drawn regardless of the question
-    static        one path for all, skips and repeats allowed, grown on the training questions of --train_scores
+    static        one path for all, skips and repeats allowed, grown on the training questions of --train_scores, and
+                  those of --static_paths
     influence     one path for all: the blocks with the least influence skipped (ShortGPT)
     early exit    one path for all: the last blocks skipped (LayerSkip's inference on a frozen base)
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
+import re
 import statistics
 import sys
 import time
@@ -47,7 +49,7 @@ from drllm.group_paths.growth_arguments import add_growth_arguments, check_growt
 from drllm.group_paths.likelihood_paths import LikelihoodPaths
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.group_paths.parts import DEFAULT_TRAIN, Parts
-from drllm.group_paths.paths import path_of_edits
+from drllm.group_paths.paths import describe_edits, path_of_edits
 from drllm.processes import process_state
 from drllm.provenance import command_line, dtype_name, fingerprint, parse_dtype, write_result
 from drllm.questions.likelihood import LikelihoodPrompt, require_choices
@@ -80,6 +82,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sets", default="arc,openbookqa,commonsense", help="question sets and groups, comma-separated")
     add("--test_questions", type=int, help="per set; default: all")
     add("--controls", default="static,influence,early exit", help="static paths to compare with, comma-separated")
+    add("--static_paths", default="", help='further ones, by their edits, e.g. "skip 19; skip 18, repeat 27"')
     add("--train_scores", type=Path, help="scores of experiments.group_paths, for the static paths; default: none")
     add("--train_questions", default=DEFAULT_TRAIN, help="as given to experiments.group_paths, like the next three")
     add("--train_seed", type=int, default=0, help="of the order of questions (default: 0)")
@@ -115,6 +118,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments.controls = [name for name in arguments.controls.split(",") if name]
     if unknown := set(arguments.controls) - set(CONTROLS):
         raise UserError(f"--controls: {sorted(unknown)[0]!r} is not a control; choose from {', '.join(CONTROLS)}")
+    arguments.static_paths = [edits.strip() for edits in arguments.static_paths.split(";") if edits.strip()]
+    for edits in arguments.static_paths:
+        if not re.fullmatch(r"(skip|repeat) \d+(, (skip|repeat) \d+)*", edits):
+            raise UserError(f'--static_paths: {edits!r} is not a list of edits, such as "skip 18, repeat 27"')
     check_output_file(arguments.output, "--output")
     check_output_folder(arguments.work_dir, "--work_dir")
     if arguments.train_scores is not None:
@@ -225,17 +232,21 @@ class Comparison:
     def controls(self) -> dict[str, list[BlockPath]]:
         """Static paths by name."""
         contexts = [_Context(prompt) for prompt in self.prompts]
-        most, paths = self.arguments.most_edits, {}
+        most = self.arguments.most_edits
+        try:
+            paths = {"static": [path_of_edits(edits, self.num_blocks) for edits in self.arguments.static_paths]}
+        except IndexError:
+            raise UserError(f"--static_paths: the model has only {self.num_blocks} blocks, from 0 on") from None
         for kind in self.arguments.controls:
             if kind == "static":
-                paths[kind] = self.static_paths()[1:] if self.arguments.train_scores else []
+                paths[kind] += self.static_paths()[1:] if self.arguments.train_scores else []
             else:
                 rival = EarlyExit() if kind == "early exit" else BlockInfluence(self.arguments.batch_size)
                 paths[kind] = rival.fit(self.routed, contexts, most)[1:]
         return {
-            f"{kind}: {sum(path)} blocks, {number} edits": [path]
+            f"{kind}: {describe_edits(path)}" if kind == "static" else f"{kind}: {sum(path)} blocks": [path]
             for kind, members in paths.items()
-            for number, path in enumerate(members, start=1)
+            for path in members
         }
 
     def per_set(self, outcome: Outcome) -> dict[str, dict[str, float]]:

@@ -54,7 +54,8 @@ def test_accuracy_and_layers_are_those_of_lm_eval_and_a_second_run_scores_nothin
     arguments = f"--model {base} --checkpoint paper={routed} --data_dir {data} --sets arc_easy --batch_size 4"
     arguments += f" --train_sets arc --train_scores {tmp_path}/groups-measured --train_questions 8 --most_edits 1"
     arguments += f" --work_dir {tmp_path}/work --output {tmp_path}/result.json"
-    assert compare_likelihood.main(arguments.split()) == 0
+    arguments = [*arguments.split(), "--static_paths", "skip 1; skip 1, repeat 4"]
+    assert compare_likelihood.main(arguments) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     (data / "toy_arc.yaml").write_text(LIKELIHOOD_TASK.format(file=data / "arc_easy_test.jsonl"))
     judged = evaluate(routed_lm(routed, batch_size=4), data, ["toy_arc"])
@@ -68,14 +69,16 @@ def test_accuracy_and_layers_are_those_of_lm_eval_and_a_second_run_scores_nothin
     )
     assert result["sets"]["base"]["arc_easy"]["layers"] == 6
     names = [row["method"].split(":")[0] for row in result["rows"]]
-    assert names == ["base", "paper", "random", "static", "influence", "early exit"]
+    assert names == ["base", "paper", "random", "static", "static", "static", "influence", "early exit"]
+    rows = {row["method"]: row for row in result["rows"]}
+    assert [rows[f"static: {edits}"]["layers"] for edits in ("skip 1", "skip 1, repeat 4")] == [5, 6]
     assert "| paper |" in (tmp_path / "result.md").read_text()
     assert (tmp_path / "result.png").stat().st_size > 1000
 
     monkeypatch.setattr(
         compare_likelihood.LikelihoodRewards, "score", lambda self, work, title: self._scores.update()
     )  # nothing is scored: all scores must be in the stores
-    assert compare_likelihood.main(arguments.split()) == 0
+    assert compare_likelihood.main(arguments) == 0
     assert json.loads((tmp_path / "result.json").read_text())["rows"] == result["rows"]
 
 
@@ -126,7 +129,10 @@ def test_bad_input_is_one_sentence(toy, tmp_path, capsys):
         ("--checkpoint nameless", "--checkpoint nameless: expected NAME=FOLDER"),
         (f"--checkpoint x={base}", "without routers"),
         ("--batch_size 0", "--batch_size is 0"),
+        ("--static_paths=skip1", "--static_paths: 'skip1' is not a list of edits"),
+        ("--static_paths=repeat\t77", "--static_paths: the model has only 6 blocks"),
         ("--controls static,luck", "'luck' is not a control; choose from static, influence, early exit"),
     ):
-        assert compare_likelihood.main([*common.split(), *extra.split()]) == 2
+        arguments = [part.replace("\t", " ") for part in (*common.split(), *extra.split(" "))]
+        assert compare_likelihood.main(arguments) == 2
         assert sentence in capsys.readouterr().err
