@@ -291,6 +291,7 @@ def test_a_checkpoint_carries_the_domains_of_its_routers(toy, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "domain", trust_remote_code=True)
     joined = join_routers(tmp_path / "domain" / "routers")
     assert joined.config.router_domain == 2
+    assert "outside of their domain (rank 2)" in (tmp_path / "domain" / "routers" / "README.md").read_text()
     assert all(torch.equal(joined.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     radii = [float(router.radius) for router in model.model.routers]
     assert sum(radius >= 0 for radius in radii) == 1, "the label of the only group skips one block"
