@@ -15,6 +15,8 @@ def methods_table(result: dict) -> str:
     header = ["method", "accuracy", "layers", "points against base", "points against static paths of as many layers"]
     has_known = result["rows"][0].get("recovered") is not None
     header += ["share of the known gain"] if has_known else []
+    has_probability = "probability" in result["rows"][0]
+    header += ["probability of the right option, points against base"] if has_probability else []
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for row in result["rows"]:
         several = row["seeds"] > 1
@@ -22,6 +24,7 @@ def methods_table(result: dict) -> str:
         layers = f"{row['layers']:.2f}" + (f" ± {row['layers_std']:.2f}" if several else "")
         cells = [row["method"], accuracy, layers, interval(row["against_base"]), interval(row.get("against_static"))]
         cells += [percent(row["recovered"])] if has_known else []
+        cells += [interval(row["probability"])] if has_probability else []
         lines.append("| " + " | ".join(cells) + " |")
     if oracle := result["oracle"]:
         lines.append(

@@ -2,14 +2,18 @@
 
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from drllm.evaluation.protocol import default_tasks
 from drllm.group_paths.paths import describe_edits, path_of_edits
 from drllm.miniature import ROOT
+from drllm.questions.sets import load_questions
+from drllm.rollouts.scores import ScoreStore
 from experiments import compare_likelihood, group_paths
 from tests import search_toys
 from tests.eval_toys import evaluate, make_routed, make_tasks, metrics, routed_lm
@@ -72,6 +76,22 @@ def test_accuracy_and_layers_are_those_of_lm_eval_and_a_second_run_scores_nothin
     assert names == ["base", "paper", "random", "static", "static", "static", "influence", "early exit"]
     rows = {row["method"]: row for row in result["rows"]}
     assert [rows[f"static: {edits}"]["layers"] for edits in ("skip 1", "skip 1, repeat 4")] == [5, 6]
+    assert rows["base"]["probability"]["points"] == 0
+    skipped = rows["static: skip 1"]["probability"]
+    assert skipped["low"] < skipped["points"] < skipped["high"]
+    store = ScoreStore(tmp_path / "work" / "test", json.loads((tmp_path / "work/test/scores.json").read_text()), None)
+    gold = {
+        question.id: question.labels.index(question.answer) for question in load_questions("arc_easy", "test", data)
+    }
+
+    def probability(path):
+        return [
+            torch.tensor(scores[path]).double().softmax(0)[gold[name]].item()
+            for name, scores in store.by_question().items()
+        ]
+
+    gains = zip(probability((1, 0, 1, 1, 1, 1)), probability((1,) * 6), strict=True)
+    assert skipped["points"] == pytest.approx(100 * statistics.mean(a - b for a, b in gains), abs=1e-3)
     assert "| paper |" in (tmp_path / "result.md").read_text()
     assert (tmp_path / "result.png").stat().st_size > 1000
 
