@@ -104,8 +104,9 @@ CLAIM_PARTS := $(CLAIM_TRAIN) --validation_questions arc_easy=600,arc_challenge=
 CLAIM_GROUPS = $(LLM_RUN) -m experiments.group_paths --reward likelihood $(CLAIM_BASE) --dataset $(LLM_SETS) \
   --group_by collection $(CLAIM_PARTS) --pilot 80 --keep 20 --candidates 6 --finalists 3 --caution 0.5 --most_skips 2 \
   --keep_edits 0.9 --batch_size 8 --measured_dir $(CLAIM)/measured
+CLAIM_MORE := --validation_questions arc_easy=900,arc_challenge=450,openbookqa=700,commonsense=1200
 CLAIM_GIVEN = $(LLM_RUN) -m experiments.group_paths --reward likelihood $(CLAIM_BASE) --dataset $(LLM_SETS) \
-  --group_by collection $(CLAIM_TRAIN) --validation_questions arc_easy=900,arc_challenge=450,openbookqa=700,commonsense=1200 \
+  --group_by collection $(CLAIM_TRAIN) $(CLAIM_MORE) \
   --paths results/smollm2/claim/paths.json --price 0 --most_layers 29 --domain 0.9 --batch_size 8 \
   --measured_dir $(CLAIM)/measured
 CLAIM_SHORTER = $(foreach seed,$(SEEDS),--checkpoint "29 blocks=$(CLAIM)/both-$(seed)")
@@ -132,7 +133,7 @@ llm-claim: $(VENV)/.installed-llm $(if $(MODEL),,$(LLM)/model)
 	$(LLM_RUN) -m experiments.predictable_effects --scores $(CLAIM)/measured $(CLAIM_BASE) --dataset $(LLM_SETS) \
 	  $(CLAIM_TRAIN) --output $(CLAIM)/results/predictable_effects.json
 	$(BIN)/python -m experiments.edit_effects --scores $(CLAIM)/measured $(LLM_DATA) --dataset $(LLM_SETS) \
-	  $(CLAIM_PARTS) --output $(CLAIM)/results/edit_effects.json
+	  $(CLAIM_TRAIN) $(CLAIM_MORE) --output $(CLAIM)/results/edit_effects.json
 
 # The positive control: a base with a known best path per kind of question; how much of its gain each method recovers.
 CONTROL := runs/positive_control
