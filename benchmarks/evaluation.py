@@ -70,7 +70,9 @@ def make_requests(data_dir: str, count: int, words: int) -> list[Instance]:
 @contextmanager
 def routed_checkpoint(name: str, dtype: str) -> Iterator[str]:
     """`name` itself if it is routed, else a temporary copy with freshly initialised routers."""
-    if checkpoint_info(name).is_routed:
+    info = checkpoint_info(name)
+    if info.is_routed:
+        info.routed_classes()  # imports them, so that `hf` needs no code of the checkpoint
         yield name
         return
     with tempfile.TemporaryDirectory() as folder:
