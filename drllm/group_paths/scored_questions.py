@@ -42,7 +42,9 @@ def scored_parts(arguments: argparse.Namespace) -> Parts:
     sets = expand_sets(arguments.dataset)
     if arguments.unlike:
         expand_sets(arguments.unlike)
+    validation = getattr(arguments, "validation_questions", DEFAULT_VALIDATION)
+    parts = Parts.of(sets, arguments.train_questions, validation)
     check_output_file(arguments.output, "--output")
     if not (arguments.scores / "scores.json").is_file():
         raise UserError(f"--scores {arguments.scores}: no scores.json; name a folder of experiments.group_paths")
-    return Parts.of(sets, arguments.train_questions, getattr(arguments, "validation_questions", DEFAULT_VALIDATION))
+    return parts
