@@ -8,13 +8,14 @@ import pytest
 
 from drllm.miniature import ROOT
 from tests import search_toys
-from tests.eval_toys import make_routed
+from tests.eval_toys import make_routed, make_tasks
 
 
 @pytest.mark.slow
 def test_a_routed_checkpoint_is_measured(tmp_path, stock_model):
     routed = make_routed(search_toys.make_model(tmp_path / "model", stock_model), tmp_path / "routed")
     data = search_toys.make_data(tmp_path / "data", 16, seed=5)
+    make_tasks(data, 12)
     command = [sys.executable, "benchmarks/evaluation.py", "--model", str(routed), "--data_dir", str(data)]
     command += ["--questions", "3", "--words", "2", "--batch_sizes", "1", "--pairs", "1"]
     output = tmp_path / "result.json"
