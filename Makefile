@@ -100,15 +100,14 @@ CLAIM := runs/claim
 CLAIM_UNLIKE := $(LLM_SETS),piqa,truthfulqa_mc1
 CLAIM_BASE = --model $(LLM_MODEL) --dtype bfloat16 $(LLM_DATA)
 CLAIM_TRAIN := --train_questions arc_easy=1200,arc_challenge=600,openbookqa=600,commonsense=1200 --unlike $(CLAIM_UNLIKE)
-CLAIM_PARTS := $(CLAIM_TRAIN) --validation_questions arc_easy=600,arc_challenge=320,openbookqa=400,commonsense=700
-CLAIM_GROUPS = $(LLM_RUN) -m experiments.group_paths --reward likelihood $(CLAIM_BASE) --dataset $(LLM_SETS) \
-  --group_by collection $(CLAIM_PARTS) --pilot 80 --keep 20 --candidates 6 --finalists 3 --caution 0.5 --most_skips 2 \
-  --keep_edits 0.9 --batch_size 8 --measured_dir $(CLAIM)/measured
+CLAIM_FEW := --validation_questions arc_easy=600,arc_challenge=320,openbookqa=400,commonsense=700
 CLAIM_MORE := --validation_questions arc_easy=900,arc_challenge=450,openbookqa=700,commonsense=1200
-CLAIM_GIVEN = $(LLM_RUN) -m experiments.group_paths --reward likelihood $(CLAIM_BASE) --dataset $(LLM_SETS) \
-  --group_by collection $(CLAIM_TRAIN) $(CLAIM_MORE) \
-  --paths results/smollm2/claim/paths.json --price 0 --most_layers 29 --domain 0.9 --batch_size 8 \
-  --measured_dir $(CLAIM)/measured
+CLAIM_PATHS = $(LLM_RUN) -m experiments.group_paths --reward likelihood $(CLAIM_BASE) --dataset $(LLM_SETS) \
+  --group_by collection $(CLAIM_TRAIN) --batch_size 8 --measured_dir $(CLAIM)/measured
+CLAIM_GROUPS = $(CLAIM_PATHS) $(CLAIM_FEW) --pilot 80 --keep 20 --candidates 6 --finalists 3 --caution 0.5 \
+  --most_skips 2 --keep_edits 0.9
+CLAIM_GIVEN = $(CLAIM_PATHS) $(CLAIM_MORE) --paths results/smollm2/claim/paths.json --price 0 --most_layers 29 \
+  --domain 0.9
 CLAIM_SHORTER = $(foreach seed,$(SEEDS),--checkpoint "29 blocks=$(CLAIM)/both-$(seed)")
 CLAIM_METHODS = $(foreach seed,$(SEEDS),--checkpoint "group paths=$(CLAIM)/groups-$(seed)") \
   --checkpoint "fewer layers=$(CLAIM)/fewer-0"

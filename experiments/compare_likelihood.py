@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
-import re
 import statistics
 import sys
 import time
@@ -50,7 +49,7 @@ from drllm.group_paths.growth_arguments import add_growth_arguments, check_growt
 from drllm.group_paths.likelihood_paths import LikelihoodPaths
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.group_paths.parts import DEFAULT_TRAIN, Parts
-from drllm.group_paths.paths import describe_edits, path_of_edits
+from drllm.group_paths.paths import describe_edits, parse_edits, path_of_edits
 from drllm.processes import process_state
 from drllm.provenance import command_line, dtype_name, fingerprint, parse_dtype, write_result
 from drllm.questions.likelihood import LikelihoodPrompt, require_choices
@@ -120,9 +119,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if unknown := set(arguments.controls) - set(CONTROLS):
         raise UserError(f"--controls: {sorted(unknown)[0]!r} is not a control; choose from {', '.join(CONTROLS)}")
     arguments.static_paths = [edits.strip() for edits in arguments.static_paths.split(";") if edits.strip()]
-    for edits in arguments.static_paths:
-        if not re.fullmatch(r"(skip|repeat) \d+(, (skip|repeat) \d+)*", edits):
-            raise UserError(f'--static_paths: {edits!r} is not a list of edits, such as "skip 18, repeat 27"')
+    try:
+        for edits in arguments.static_paths:
+            parse_edits(edits)
+    except ValueError as error:
+        raise UserError(f"--static_paths: {error}") from None
     check_output_file(arguments.output, "--output")
     check_output_folder(arguments.work_dir, "--work_dir")
     if arguments.train_scores is not None:
@@ -249,8 +250,8 @@ class Comparison:
         most = self.arguments.most_edits
         try:
             paths = {"static": [path_of_edits(edits, self.num_blocks) for edits in self.arguments.static_paths]}
-        except IndexError:
-            raise UserError(f"--static_paths: the model has only {self.num_blocks} blocks, from 0 on") from None
+        except ValueError as error:
+            raise UserError(f"--static_paths: {error}") from None
         for kind in self.arguments.controls:
             if kind == "static":
                 paths[kind] += self.static_paths()[1:] if self.arguments.train_scores else []

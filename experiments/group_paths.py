@@ -240,7 +240,7 @@ def given_paths(
         for name in expand_sets(names):
             try:
                 own = [path_of_edits(edits, num_blocks) for edits in edits_of_paths]
-            except (ValueError, KeyError, IndexError, AttributeError, TypeError):
+            except (ValueError, TypeError):
                 raise UserError(f"--paths {file}: {names} is not a list of edits, as in {PATHS_EXAMPLE}") from None
             for path in own:
                 if not (sum(path) and is_allowed(path)):

@@ -274,6 +274,7 @@ def test_the_program_takes_paths_from_a_file(toy, tmp_path, capsys):
     for text, message in (
         ('{"arc": ["leave 3"]}', "arc is not a list of edits"),
         ('{"arc": ["skip 99"]}', "arc is not a list of edits"),
+        ('{"arc": ["skip -1"]}', "arc is not a list of edits"),
         ('{"arc": ["skip 1, skip 2, skip 3"]}', "at most two skips in a row"),
         ('{"squad": ["skip 1"]}', "unknown question set 'squad'"),
     ):
