@@ -59,8 +59,10 @@ ABLATIONS: dict[str, dict[str, list[tuple[str, dict]]]] = {
         "windows": [(str(windows), {"num_windows": windows}) for windows in (1, 4, 8, 16)],
     },
     "figure7": {
+        # Few labels: the default beta has the paper's class weights, 0.999 is the paper's beta.
         "loss": [(loss, {"loss": loss}) for loss in ("focal", "weighted_ce", "ce")]
-        + [("weighted_ce, inverse frequency", {"loss": "weighted_ce", "beta": 1.0})],
+        + [(f"{loss}, beta 0.999", {"loss": loss, "beta": "0.999"}) for loss in ("focal", "weighted_ce")]
+        + [("weighted_ce, inverse frequency", {"loss": "weighted_ce", "beta": "1"})],
     },
     "figure8": {"windows": [(str(windows), {"num_windows": windows}) for windows in (1, 2, 4, 8, 16, 32)]},
     "table6": {
@@ -70,7 +72,7 @@ ABLATIONS: dict[str, dict[str, list[tuple[str, dict]]]] = {
     "bias_init": {"bias init": [(bias, {"bias_init": bias}) for bias in ("zero", "frequency")]},
     "paths": {"paths": [("best", {"paths": "best"}), ("all", {"paths": "all"})]},
     "class_weights": {
-        "beta": [(str(beta), {"beta": beta}) for beta in (0.0, 0.9, 0.99, 0.999)],
+        "beta": [(beta, {"beta": beta}) for beta in ("0", "0.9", "0.99", "0.999", "auto")],
         "gamma": [(str(gamma), {"gamma": gamma}) for gamma in (0.0, 1.0, 2.0, 5.0)],
     },
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 from dataclasses import dataclass, field, fields
@@ -11,9 +12,17 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from drllm.errors import UserError
 from drllm.files import check_output_folder
 from drllm.provenance import parse_dtype
+from drllm.training.losses import scaled_beta
 
 MAX_WINDOWS = 32
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 1
+    except ValueError:
+        return False
 
 
 def _argument(default: Any, text: str, **options: Any) -> Any:
@@ -58,7 +67,11 @@ class RouterTrainingConfig:
     paths: Literal["best", "all"] = _argument("best", "train on the best path of each question, or on all good ones")
     loss: Literal["focal", "weighted_ce", "ce"] = _argument("focal", "training loss")
     gamma: float = _argument(2.0, "focusing exponent of the focal loss")
-    beta: float = _argument(0.999, "of the effective number of samples, in the class weights, 0 to 1")
+    beta: str = _argument(
+        "auto",
+        "effective number of samples of the class weights: a number from 0 to 1, or auto, which gives few labels the "
+        "class weights that 0.999 gives the paper's 126,812 decisions",
+    )
     router_width: int = _argument(128, "hidden width of a router")
     router_depth: int = _argument(2, "linear layers of a router")
     bias_init: Literal["zero", "frequency"] = _argument("zero", "initial output bias of the routers")
@@ -82,12 +95,21 @@ class RouterTrainingConfig:
     )
     eval_fraction: float = _argument(0.1, "share of the questions held out for evaluation; 0 trains on all of them")
     keep: Literal["best", "last"] = _argument(
-        "best", "routers to keep: those of the epoch with the best held-out macro-F1, or those of the last epoch"
+        "last", "routers to keep: those of the last epoch, or those of the epoch with the best held-out macro-F1"
     )
     seed: int = _argument(0, "of the routers' weights, the held-out split and the order of the data")
     logging_steps: int = _argument(1, "optimizer steps per log entry")
     report_to: Literal["none", "wandb", "tensorboard"] = _argument("none", "where the Trainer logs")
     overwrite: bool = _argument(False, "train again even if {run_name} exists")
+
+    def __post_init__(self) -> None:
+        # One spelling per number, so that equal runs have equal records.
+        with contextlib.suppress(ValueError):
+            object.__setattr__(self, "beta", str(float(self.beta)))
+
+    def beta_at(self, decisions: float) -> float:
+        """Beta of the class weights for so many decisions (labels times blocks) in the training split."""
+        return scaled_beta(decisions) if self.beta == "auto" else float(self.beta)
 
     @property
     def checkpoint(self) -> Path:
@@ -173,8 +195,8 @@ class RouterTrainingConfig:
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must lie in {low}..{high}")
-        if not 0 <= self.beta <= 1:
-            raise UserError(f"--beta is {self.beta}; it must lie in [0, 1]")
+        if self.beta != "auto" and not _is_share(self.beta):
+            raise UserError(f"--beta is {self.beta}; it must be auto or lie in [0, 1]")
         if not 0 <= self.eval_fraction < 1:
             raise UserError(f"--eval_fraction is {self.eval_fraction}; it must lie in [0, 1)")
         if not self.run_name.strip():

@@ -18,6 +18,7 @@ from drllm.errors import UserError
 from drllm.files import disk_errors
 from drllm.questions.padding import pad_ids
 from drllm.training.config import RouterTrainingConfig
+from drllm.training.data import split_by_question
 from drllm.training.features import Example
 from drllm.training.losses import NUM_CLASSES, class_counts, effective_number_weights, routing_loss
 from drllm.training.metrics import confusion_matrix, metrics_of_counts, routing_metrics
@@ -32,19 +33,23 @@ class Split:
 
     Attributes:
         counts: [3] labels per class of the training examples.
+        beta: effective number of samples of the class weights.
         alpha: [3] class weights.
     """
 
     train: list[int]
     held_out: list[int]
     counts: torch.Tensor
+    beta: float
     alpha: torch.Tensor
 
     @classmethod
-    def of(cls, examples: Sequence[Example], train: list[int], held_out: list[int], beta: float) -> Split:
-        """With class counts and weights (`effective_number_weights`)."""
+    def of(cls, examples: Sequence[Example], config: RouterTrainingConfig) -> Split:
+        """The split of `config`, with class counts and weights (`effective_number_weights`)."""
+        train, held_out = split_by_question(examples, config.eval_fraction, config.seed)
         counts = class_counts(torch.tensor([examples[i].path for i in train]))
-        return cls(train, held_out, counts, effective_number_weights(counts, beta))
+        beta = config.beta_at(float(counts.sum()))
+        return cls(train, held_out, counts, beta, effective_number_weights(counts, beta))
 
     @property
     def evaluated(self) -> list[int]:

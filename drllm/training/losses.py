@@ -21,6 +21,9 @@ import torch.nn.functional as F
 NUM_CLASSES = 3  # skip, execute, repeat: the values of a path are the class indices
 LOSSES = ("focal", "weighted_ce", "ce")
 
+PAPER_BETA = 0.999  # Section 3
+PAPER_COUNTS = (4399, 120956, 1457)  # skip, execute, repeat among the paper's training labels (Appendix C)
+
 
 def class_counts(labels: torch.Tensor) -> torch.Tensor:
     """Count how often each class occurs in `labels` (any shape, values 0/1/2): float64 [3]."""
@@ -57,6 +60,20 @@ def effective_number_weights(counts: torch.Tensor, beta: float = 0.999) -> torch
     weights = torch.ones_like(counts)
     weights[present] = inverse / inverse.mean()
     return weights.float()
+
+
+def paper_alpha() -> list[float]:
+    """The paper's class weights of skip, execute and repeat: about 0.916, 0.905 and 1.179."""
+    return effective_number_weights(torch.tensor(PAPER_COUNTS), PAPER_BETA).tolist()
+
+
+def scaled_beta(decisions: float) -> float:
+    """The beta that gives `decisions` training decisions the class weights that the paper has at its own number.
+
+    The weights depend on n_c (1 - beta), so beta = 1 - 0.001 max(1, 126812 / decisions); at fewer than 127 decisions 0,
+    which means equal weights. At the paper's number and above it is the published 0.999.
+    """
+    return max(0.0, 1 - (1 - PAPER_BETA) * max(1.0, sum(PAPER_COUNTS) / decisions))
 
 
 def routing_loss(

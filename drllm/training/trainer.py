@@ -31,9 +31,10 @@ from drllm.processes import process_state
 from drllm.provenance import commit, dtype_name, fingerprint, parse_dtype, versions
 from drllm.questions.prompts import wants_chat_template
 from drllm.training.config import RouterTrainingConfig
-from drllm.training.data import TrainingLabels, default_folder, load_labels, make_examples, split_by_question
+from drllm.training.data import TrainingLabels, default_folder, load_labels, make_examples
 from drllm.training.features import Example, FeatureStore, compute_features, duration
 from drllm.training.fitting import FitResult, FitSettings, PromptCollator, Split, evaluate_logits, fit
+from drllm.training.losses import paper_alpha
 from drllm.training.resuming import RECORD, finished_run, locked, prepare_folder, run_identity
 from drllm.training.router_modules import FullModelRouters, StackedRouters, init_final_biases
 
@@ -115,7 +116,7 @@ def _train(
     start = time.perf_counter()
     say = settings.say
     routed = _load_base(config, labels, base)
-    split = Split.of(examples, *split_by_question(examples, config.eval_fraction, config.seed), config.beta)
+    split = Split.of(examples, config)
     _say_data(say, examples, split, config)
     _init_routers(routed, config, split)
     pad_token_id = base.tokenizer.pad_token_id or 0
@@ -285,6 +286,10 @@ def _say_data(say, examples: Sequence[Example], split: Split, config: RouterTrai
         f"labels: {len(examples)} paths of {questions} questions, {len(split.train)} to train on, "
         f"{len(split.held_out)} held out; skip {shares[0]:.1%}, execute {shares[1]:.1%}, repeat {shares[2]:.1%}"
     )
+    say(
+        f"class weights: skip {split.alpha[0]:.3f}, execute {split.alpha[1]:.3f}, repeat {split.alpha[2]:.3f} at beta "
+        f"{split.beta:.6g} ({config.beta}); the paper's: {', '.join(f'{weight:.3f}' for weight in paper_alpha())}"
+    )
     if not split.held_out:
         best = " and the best epoch" if config.keep == "best" else ""
         say(f"warning: no question is held out, so metrics{best} are those of the training questions")
@@ -301,7 +306,9 @@ def _record(
         "held_out_examples": len(split.held_out),
         "questions_per_set": dict(Counter(question.split("/")[0] for question in questions)),
         "class_counts": split.counts.long().tolist(),
+        "beta": split.beta,
         "alpha": split.alpha.tolist(),
+        "paper_alpha": paper_alpha(),
         "best_step": result.best_step,
         "kept_step": result.kept_step,
         "steps": result.steps,

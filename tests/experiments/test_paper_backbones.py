@@ -96,7 +96,7 @@ PAPER = {
         "weight_decay": 0.01,  # 5
         "gradient_accumulation": 16,  # 5: the effective batch
         "gamma": 2.0,  # 3.2
-        "beta": 0.999,  # 3.2
+        "beta": "auto",  # 3.2: 0.999 at the paper's number of labels
         "loss": "focal",  # 3.2
         "num_windows": 8,  # 3.1
         "router_width": 128,  # 5

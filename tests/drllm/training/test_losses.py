@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from drllm.training.losses import class_counts, effective_number_weights, routing_loss
+from drllm.training.losses import (
+    PAPER_COUNTS,
+    class_counts,
+    effective_number_weights,
+    paper_alpha,
+    routing_loss,
+    scaled_beta,
+)
 
 
 def test_alpha_of_the_papers_counts():
@@ -97,3 +104,21 @@ def test_refusals():
 
 def test_class_counts():
     assert class_counts(torch.tensor([[0, 1, 1], [1, 1, 1]], dtype=torch.int8)).tolist() == [1, 5, 0]
+
+
+@pytest.mark.parametrize("share", [1, 0.1, 0.03])
+def test_scaled_beta_keeps_the_papers_weights_with_fewer_labels(share):
+    counts = share * torch.tensor(PAPER_COUNTS, dtype=torch.float64)
+    alpha = effective_number_weights(counts, scaled_beta(float(counts.sum())))
+    assert alpha.tolist() == pytest.approx(paper_alpha(), abs=0.01)
+    if share < 1:  # where the published beta does not
+        assert effective_number_weights(counts, 0.999)[2] > 1.5
+
+
+@pytest.mark.parametrize(("decisions", "beta"), [(126_812, 0.999), (10**9, 0.999), (3780, 0.96645), (100, 0.0), (1, 0)])
+def test_scaled_beta(decisions, beta):
+    assert scaled_beta(decisions) == pytest.approx(beta, abs=1e-5)
+
+
+def test_scaled_beta_is_the_published_one_to_three_digits_at_4000_labels():
+    assert round(scaled_beta(4000 * 28), 3) == 0.999

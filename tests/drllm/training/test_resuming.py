@@ -67,8 +67,8 @@ def test_damaged_settings_of_an_unfinished_run(content, config):
 
 
 def test_the_last_epoch_may_be_kept(config):
-    best = train_routers(config(num_epochs=6, learning_rate=0.05, run_name="best"))
-    last = train_routers(config(num_epochs=6, learning_rate=0.05, run_name="last", keep="last"))
+    best = train_routers(config(num_epochs=6, learning_rate=0.05, run_name="best", keep="best"))
+    last = train_routers(config(num_epochs=6, learning_rate=0.05, run_name="last"))
     assert last["kept_step"] == last["steps"] == last["history"][-1]["step"]
     assert best["kept_step"] == best["best_step"] == last["best_step"]
     assert best["best_step"] < best["steps"], "the toy no longer tells the two apart"

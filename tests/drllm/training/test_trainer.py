@@ -91,6 +91,10 @@ def test_checkpoint_holds_all_it_should(run, tiny_base, tiny_labels):
     assert {*names, "routers_loss"} <= record["metrics"].keys()
     assert "labels: 24 paths of 24 questions, 18 to train on, 6 held out" in out
     assert sum(record["class_counts"]) == 18 * 5
+    assert (
+        "class weights: skip 1.000, execute 1.000, repeat 1.000 at beta 0 (auto); the paper's: 0.916, 0.905, 1.179"
+        in out
+    )
 
 
 def test_metrics_are_those_of_the_checkpoint(run, tiny_labels):
@@ -105,7 +109,12 @@ def test_metrics_are_those_of_the_checkpoint(run, tiny_labels):
         forced = path_to_layer_indices(examples[i].path)
         logits.append(model(prompt, layer_indices=forced, output_router_logits=True).router_logits)
     labels = torch.tensor([examples[i].path for i in held_out])
-    alpha = effective_number_weights(torch.tensor(record["class_counts"]))
+    counts = torch.tensor(record["class_counts"])
+    assert record["beta"] == 0  # 90 decisions are fewer than 127
+    assert record["config"]["beta"] == "auto"
+    alpha = effective_number_weights(counts, record["beta"])
+    assert record["alpha"] == pytest.approx(alpha.tolist())
+    assert record["paper_alpha"] == pytest.approx([0.916, 0.905, 1.179], abs=5e-4)
     expected = routing_metrics(torch.cat(logits).argmax(-1), labels)
     expected["routers_loss"] = routing_loss(torch.cat(logits), labels, "focal", alpha).mean().item()
     assert record["metrics"] == pytest.approx(expected, rel=1e-4)
@@ -132,7 +141,7 @@ class _Spoil(TrainerCallback):
 
 
 def test_the_best_epoch_is_kept(run):
-    record, _, out = run(num_epochs=6, learning_rate=3e-3, callbacks=[_Spoil()])
+    record, _, out = run(num_epochs=6, learning_rate=3e-3, keep="best", callbacks=[_Spoil()])
     evaluated = [entry for entry in record["history"] if "eval_macro_f1" in entry]
     best = max(evaluated, key=lambda entry: entry["eval_macro_f1"])
     assert len(evaluated) == out.count("held-out routers_loss") == 6
@@ -188,7 +197,7 @@ def plain(tiny_labels, tmp_path_factory) -> Path:
     "fields",
     [
         {"loss": "ce"},
-        {"loss": "weighted_ce", "beta": 1.0},
+        {"loss": "weighted_ce", "beta": "1"},
         {"gamma": 0.5},
         {"router_width": 16, "router_depth": 3},
         {"router_depth": 1},
@@ -458,7 +467,7 @@ def test_a_prompt_longer_than_the_context(run, tiny_base, labels_maker, tmp_path
     [
         ({"num_windows": 33}, "--num_windows is 33; it must lie in 1..32"),
         ({"num_windows": 0}, "--num_windows is 0"),
-        ({"beta": 1.5}, "--beta is 1.5"),
+        ({"beta": "1.5"}, "--beta is 1.5"),
         ({"gamma": -1.0}, "--gamma is -1.0; it must not be negative"),
         ({"learning_rate": 0.0}, "--learning_rate is 0.0; it must be greater than 0"),
         ({"learning_rate": float("nan")}, "--learning_rate is nan"),
@@ -489,7 +498,8 @@ def test_published_defaults():
         "with_commonsense": False,
         "loss": "focal",
         "gamma": 2.0,
-        "beta": 0.999,
+        "beta": "auto",  # 0.999 at the paper's number of labels: test_losses.py
+        "keep": "last",
         "router_width": 128,
         "router_depth": 2,
         "bias_init": "zero",
