@@ -10,6 +10,7 @@
     bias_init        output bias from zero, or from the class frequencies
     paths            one best path per question, or all good ones
     class_weights    beta of the class weights, and gamma of the focal loss
+    draws            the paper's class weights and last epoch against its beta and the best epoch, over draws of labels
 
 Each setting is trained from several seeds (initial weights, held-out split, order of the data) and tested by the
 routers' own decisions on test questions. Where these come from is written in the labels' manifest: the folder of the
@@ -35,7 +36,7 @@ import torch
 from drllm.arguments import MAX_SEED, check_ranges, parse_list
 from drllm.checkpoints import join_routers, load_tokenizer
 from drllm.errors import UserError, main_guard
-from drllm.evaluation.ablation_report import ROUTER_METRICS, ablation_table, summarise
+from drllm.evaluation.ablation_report import ROUTER_METRICS, ablation_table, draws_table, summarise
 from drllm.evaluation.experiment_figures import CURVES, draw_experiment
 from drllm.evaluation.outcomes import EvaluationQuestions, answer_along, load_test_questions
 from drllm.files import check_output_file, check_output_folder, read_json, write_json
@@ -74,6 +75,13 @@ ABLATIONS: dict[str, dict[str, list[tuple[str, dict]]]] = {
     "class_weights": {
         "beta": [(beta, {"beta": beta}) for beta in ("0", "0.9", "0.99", "0.999", "auto")],
         "gamma": [(str(gamma), {"gamma": gamma}) for gamma in (0.0, 1.0, 2.0, 5.0)],
+    },
+    "draws": {
+        "training": [
+            (f"beta {beta}, {keep} epoch", {"beta": beta, "keep": keep})
+            for beta in ("0.999", "auto")
+            for keep in ("best", "last")
+        ],
     },
 }
 
@@ -181,37 +189,39 @@ def training_history(record: dict[str, Any]) -> list[dict[str, float]]:
     ]
 
 
-def settings_of(name: str, base_config: RouterTrainingConfig, seeds: Sequence[int]):
-    """(panel, setting, configuration) of each training run of an ablation."""
+def settings_of(name: str, draws: Sequence[RouterTrainingConfig], seeds: Sequence[int]):
+    """(panel, setting, draw of labels, configuration) of each training run of an ablation."""
     for panel, settings in ABLATIONS[name].items():
         for label, changes in settings:
-            for seed in seeds:
-                run_name = "-".join([*(f"{key}={value}" for key, value in _changed(changes)), f"seed={seed}"])
-                yield panel, label, dataclasses.replace(base_config, run_name=run_name, seed=seed, **changes)
+            for draw, config in enumerate(draws):
+                for seed in seeds:
+                    run_name = "-".join([*(f"{key}={value}" for key, value in _changed(changes)), f"seed={seed}"])
+                    yield panel, label, draw, dataclasses.replace(config, run_name=run_name, seed=seed, **changes)
 
 
 def run_ablation(
     name: str,
-    base_config: RouterTrainingConfig,
+    draws: Sequence[RouterTrainingConfig],
     seeds: Sequence[int],
     source: QuestionSource,
     manifest: dict[str, Any],
     limit: int | None = None,
 ) -> dict:
-    """Trains and tests every setting of an ablation from every seed.
+    """Trains and tests every setting of an ablation on every draw of labels from every seed.
 
     Args:
-        manifest: of the labels.
+        draws: one configuration per draw of labels, with the fields that no setting changes.
+        manifest: manifest of the labels of the first draw.
         limit: most test questions per set.
 
     Returns:
         The content of the ablation's JSON, without provenance.
     """
-    tokenizer = load_tokenizer(base_config.model_id or manifest["model"], manifest.get("revision"))
+    tokenizer = load_tokenizer(manifest["model"], manifest.get("revision"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runs, engine, test = [], None, None
-    for panel, label, config in settings_of(name, base_config, seeds):
-        print(f"--- {name}, {panel}: {label}, seed {config.seed}", flush=True)
+    for panel, label, draw, config in settings_of(name, draws, seeds):
+        print(f"--- {name}, {panel}: {label}, labels of {' '.join(config.data)}, seed {config.seed}", flush=True)
         record = train_routers(config)
         routed = join_routers(config.checkpoint / "routers", record["base_model"]["name"]).to(device)
         if engine is None:
@@ -225,7 +235,8 @@ def run_ablation(
         )
         metrics = {metric: record["metrics"][metric] for metric in ROUTER_METRICS}
         history = training_history(record)
-        runs.append({"panel": panel, "setting": label, "seed": config.seed, **metrics, **result, "history": history})
+        run = {"panel": panel, "setting": label, "draw": draw, "seed": config.seed, "alpha": record["alpha"]}
+        runs.append(run | metrics | result | {"history": history})
     return {
         "ablation": name,
         "runs": runs,
@@ -233,7 +244,8 @@ def run_ablation(
         "test_sets": list(source.sets),
         "test_data": "the Hub" if source.data_dir is None else str(source.data_dir),
         "test_questions": len(test.prompts),
-        "config": dataclasses.asdict(base_config) | {"run_name": None, "seed": None},
+        "config": dataclasses.asdict(draws[0]) | {"run_name": None, "seed": None},
+        "draws": [list(config.data) for config in draws],
         "labels": {
             key: manifest.get(key) for key in ("model", "model_fingerprint", "num_layers", "dtype", "seed", "labels")
         },
@@ -252,6 +264,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("name", choices=tuple(ABLATIONS))
     add("--data", nargs="+", default=["data"], help="folders of labels (default: data)")
+    add("--draws", nargs="+", help="folders of labels of equal size, in place of --data: routers are trained on each")
     add("--data_dir", type=Path, help="folder of the test questions (default: the one that the labels were made from)")
     add("--test_sets", help="sets to test on, e.g. arc,dart (default: those of the labels)")
     add("--limit", type=int, help="most test questions per set (default: all)")
@@ -280,17 +293,20 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     quiet_libraries()
     start = time.perf_counter()
-    labels = [read_labels(folder) for folder in arguments.data]
+    draws = [[folder] for folder in arguments.draws] if arguments.draws else [arguments.data]
+    labels = [read_labels(folder) for folders in draws for folder in folders]
     source = source_of(labels, expand_sets(arguments.test_sets) if arguments.test_sets else None, arguments.data_dir)
-    base_config = RouterTrainingConfig(
-        data=tuple(arguments.data),
-        output_dir=str(arguments.work_dir / "checkpoints"),
-        features_dir=str(arguments.work_dir / "features"),
-        num_epochs=arguments.num_epochs,
-        warmup_steps=arguments.warmup_steps,
-    )
-    manifest = labels[0].manifest
-    result = run_ablation(arguments.name, base_config, arguments.seeds, source, manifest, arguments.limit)
+    configs = [
+        RouterTrainingConfig(
+            data=folders,
+            output_dir=str(arguments.work_dir / "checkpoints" / (f"draw={draw}" if arguments.draws else "")),
+            features_dir=str(arguments.work_dir / "features"),
+            num_epochs=arguments.num_epochs,
+            warmup_steps=arguments.warmup_steps,
+        )
+        for draw, folders in enumerate(draws)
+    ]
+    result = run_ablation(arguments.name, configs, arguments.seeds, source, labels[0].manifest, arguments.limit)
     output = arguments.output / arguments.name
     write_result(
         output.with_suffix(".json"),
@@ -298,6 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         command=command_line(PROGRAM, argv),
         seed=arguments.seeds,
         seconds=time.perf_counter() - start,
+        table=draws_table(result) if arguments.draws else None,
     )
     drawn = draw_experiment(result, output.with_suffix(".png"))
     print(f"\n{ablation_table(result)}\nwrote {output}.json, {', '.join(map(str, drawn))}")

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
 from drllm.checkpoints import join_routers, load_tokenizer
 from drllm.errors import UserError
-from drllm.evaluation.ablation_report import summarise
+from drllm.evaluation.ablation_report import draws_table, summarise
 from drllm.evaluation.outcomes import EvaluationQuestions, Outcome, load_test_questions
 from drllm.labels import LabelSet
 from drllm.questions.response_format import ResponseFormat
@@ -105,6 +106,37 @@ def test_an_ablation_from_labels_to_figure(command, tmp_path, capsys):
     assert result["runs"][3]["layers"] == pytest.approx(sum(map(sum, paths)) / 8)
     for prompt, path in zip(test.prompts, paths, strict=True):
         assert routed_paths(routed, [prompt]) == [path]
+
+
+def test_draws_of_labels_are_trained_apart(command, tiny_labels, tmp_path):
+    other = tmp_path / "other_labels"
+    shutil.copytree(tiny_labels, other)
+    assert command("draws", "--seeds", "0,1", "--draws", str(tiny_labels), str(other)) == 0
+    result = json.loads((tmp_path / "results" / "draws.json").read_text())
+    assert result["draws"] == [[str(tiny_labels)], [str(other)]]
+    assert len(result["runs"]) == 4 * 2 * 2
+    assert {run["draw"] for run in result["runs"]} == {0, 1}
+    table = (tmp_path / "results" / "draws.md").read_text()
+    assert "| beta auto, last epoch " in table
+    assert "2 draws of labels, the mean over 2 training seeds of each" in table
+
+
+def test_table_of_draws_by_hand():
+    runs = [
+        {
+            "setting": "a",
+            "draw": draw,
+            "seed": seed,
+            "accuracy_arc": accuracy,
+            "base_accuracy_arc": 0.5,
+            "layers_arc": 8.0,
+        }
+        | {"base_layers": 10.0}
+        for draw, seed, accuracy in [(0, 0, 0.40), (0, 1, 0.42), (1, 0, 0.49), (1, 1, 0.51)]
+    ]
+    table = draws_table({"runs": runs, "draws": [["x"], ["y"]], "test_questions": 100})
+    assert "-9.0 / +0.0 (-4.5 ± 6.4)" in table
+    assert "8.0 / 8.0 (8.0 ± 0.0)" in table
 
 
 def test_a_static_model_answers_as_its_base(tiny_base, questions):
