@@ -125,6 +125,10 @@ class RolloutEngine:
                 waiting = waiting[len(batch) :]
         return rollouts
 
+    def score(self, requests: Sequence[Request]) -> list[tuple[float, ...]]:
+        """Per request whether the response is right: (1.0,) or (0.0,)."""
+        return [(float(rollout.is_right),) for rollout in self.respond(requests)]
+
     def forget(self, question: Question) -> None:
         """Gives back the memory that `question` holds; call it when its search is over."""
         self._default_states.pop(question.id, None)

@@ -1,4 +1,4 @@
-"""Option scores of many questions along many paths, kept on disk as they are measured.
+"""Scores of many questions along many paths, kept on disk as they are measured.
 
 A store is a folder of JSON Lines files, one per process; a line holds the scores of one question along one path. A
 stopped run loses at most the batch in hand, nothing is scored twice, and several processes share the work.
@@ -15,11 +15,12 @@ from tqdm import tqdm
 from drllm.errors import UserError
 from drllm.files import disk_errors, read_json, write_json
 from drllm.questions.likelihood import LikelihoodPrompt
-from drllm.rollouts.engine import Request
+from drllm.questions.prompts import Prompt
+from drllm.rollouts.engine import Request, RolloutEngine
 from drllm.rollouts.likelihood import LikelihoodEngine
 from train_models.paths import Path
 
-Scores = tuple[float, ...]
+Scores = tuple[float, ...]  # what an engine's `score` leaves for one question and path
 
 
 def path_text(path: Path) -> str:
@@ -63,7 +64,7 @@ class ScoreStore:
         return len(self._scores)
 
     def get(self, question_id: str, path: Path) -> Scores | None:
-        """Scores in nats, one per option; None where they are not known."""
+        """What the engine left (log-likelihoods in nats, or whether the response is right); None where it is unknown."""
         return self._scores.get((question_id, path_text(path)))
 
     def by_question(self) -> dict[str, dict[Path, Scores]]:
@@ -102,8 +103,8 @@ class ScoreStore:
 
 
 def score_all(
-    engine: LikelihoodEngine,
-    work: Sequence[tuple[LikelihoodPrompt, Sequence[Path]]],
+    engine: RolloutEngine | LikelihoodEngine,
+    work: Sequence[tuple[Prompt | LikelihoodPrompt, Sequence[Path]]],
     store: ScoreStore,
     title: str | None,
     rank: int = 0,
@@ -118,7 +119,7 @@ def score_all(
     size = engine.batch_size
     chunks = [work[start : start + size] for start in range(0, len(work), size)][rank::num_processes]
 
-    def missing(prompt: LikelihoodPrompt, paths: Sequence[Path]) -> list[Path]:
+    def missing(prompt: Prompt | LikelihoodPrompt, paths: Sequence[Path]) -> list[Path]:
         return [path for path in dict.fromkeys(paths) if store.get(prompt.question.id, path) is None]
 
     total = sum(len(missing(prompt, paths)) for chunk in chunks for prompt, paths in chunk)

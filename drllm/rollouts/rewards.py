@@ -1,0 +1,142 @@
+"""What counts as a right answer: a graded response, as published, or the log-likelihoods of a question's options.
+
+A reward turns questions into prompts, runs them with its engine, and judges the row of numbers that the engine leaves
+per question and path. Nothing else asks which reward it is.
+
+    generation       greedy response, graded (the paper's)
+    likelihood       the right option of a multiple-choice question is the most probable one (lm-eval's acc)
+    likelihood_norm  the same with log-likelihoods per character (lm-eval's acc_norm)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from drllm.errors import UserError
+from drllm.questions.likelihood import LikelihoodPrompt
+from drllm.questions.prompts import Prompt, wants_chat_template
+from drllm.questions.response_format import ResponseFormat
+from drllm.questions.sets import SETS, Question
+from drllm.rollouts.engine import RolloutEngine
+from drllm.rollouts.likelihood import LikelihoodEngine
+from drllm.rollouts.scores import Scores
+
+
+class OwnForward(Protocol):
+    """A model with a forward pass of its own, which no path describes."""
+
+    def score(self, prompts: Sequence[LikelihoodPrompt], batch_size: int) -> list[tuple[Scores, float]]:
+        """Per prompt (summed log-probabilities of the options in nats, block applications per token)."""
+
+    def answer(self, prompts: Sequence[Prompt], tokenizer, batch_size: int) -> list[tuple[bool, float]]:
+        """Per prompt (whether the greedy answer is right, block applications per token)."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The response is generated greedily and graded."""
+
+    name = "generation"
+    has_options = False
+    generates = True
+
+    def check_sets(self, sets: Sequence[str]) -> None:
+        """Accepts every set."""
+
+    def uses_chat_template(self, setting: str, model: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether prompts get the chat template, see `wants_chat_template`."""
+        return wants_chat_template(setting, model, tokenizer)
+
+    def prompt_of(
+        self, question: Question, tokenizer, chat: bool = False, response_format: ResponseFormat | None = None
+    ) -> Prompt:
+        """The question as the model receives it."""
+        return Prompt.of(question, tokenizer, chat, response_format)
+
+    def engine(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> RolloutEngine:
+        """Answers prompts along paths."""
+        return RolloutEngine(model, tokenizer, batch_size)
+
+    def key(self, chat: bool, response_format: ResponseFormat) -> dict[str, Any]:
+        """What scores depend on besides the model, as JSON."""
+        return {"reward": self.name, "chat_template": chat, "response_format": response_format.as_dict()}
+
+    def is_right(self, prompt: Prompt, scores: Scores) -> bool:
+        """Whether the response was right."""
+        return scores[0] == 1
+
+    def value(self, prompt: Prompt, scores: Scores) -> float:
+        """1 for a right response, 0 for a wrong one."""
+        return scores[0]
+
+    def judge(self, model: OwnForward, prompts: Sequence[Prompt], tokenizer, batch_size: int) -> list[Scores]:
+        """The scores of prompts under a forward pass of its own, then block applications per token."""
+        return [(float(is_right), layers) for is_right, layers in model.answer(prompts, tokenizer, batch_size)]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The right option must be the most probable one; no chat template, as in lm-eval's tasks.
+
+    normalised: log-likelihoods are divided by the characters of their options (`acc_norm`).
+    """
+
+    normalised: bool = False
+    has_options = True
+    generates = False
+
+    @property
+    def name(self) -> str:
+        """As the command line spells it."""
+        return "likelihood_norm" if self.normalised else "likelihood"
+
+    def check_sets(self, sets: Sequence[str]) -> None:
+        """Raises UserError when a set is not multiple choice."""
+        if others := [name for name in sets if SETS[name].kind != "choice"]:
+            raise UserError(f"{others[0]} is not multiple choice, so --reward {self.name} cannot judge it")
+
+    def uses_chat_template(self, setting: str, model: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Never; UserError where it is wanted all the same."""
+        if setting == "on":
+            raise UserError(f"--reward {self.name} uses lm-eval's prompts, which have no chat template; omit it")
+        return False
+
+    def prompt_of(
+        self, question: Question, tokenizer, chat: bool = False, response_format: ResponseFormat | None = None
+    ) -> LikelihoodPrompt:
+        """The question as the model scores it."""
+        return LikelihoodPrompt.of(question, tokenizer)
+
+    def engine(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> LikelihoodEngine:
+        """Scores options along paths."""
+        return LikelihoodEngine(model, tokenizer, batch_size, self.normalised)
+
+    def key(self, chat: bool, response_format: ResponseFormat) -> dict[str, Any]:
+        """Nothing: log-likelihoods depend on the model alone."""
+        return {}
+
+    def is_right(self, prompt: LikelihoodPrompt, scores: Scores) -> bool:
+        """Whether the right option alone has the highest score."""
+        return prompt.is_right(scores, self.normalised)
+
+    def value(self, prompt: LikelihoodPrompt, scores: Scores) -> float:
+        """The probability of the right option among the options."""
+        return prompt.probability(scores, self.normalised)
+
+    def judge(self, model: OwnForward, prompts: Sequence[LikelihoodPrompt], tokenizer, batch_size: int) -> list[Scores]:
+        """See `Generation.judge`."""
+        return [(*scores, layers) for scores, layers in model.score(prompts, batch_size)]
+
+
+Reward = Generation | Likelihood
+_REWARDS: dict[str, Reward] = {reward.name: reward for reward in (Generation(), Likelihood(), Likelihood(True))}
+REWARDS = tuple(_REWARDS)
+
+
+def reward_named(name: str) -> Reward:
+    """The reward of that name, one of `REWARDS`."""
+    return _REWARDS[name]
