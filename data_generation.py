@@ -28,14 +28,13 @@ from drllm.files import check_output_folder
 from drllm.loading import check_finite, loading
 from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
 from drllm.processes import process_state
-from drllm.questions.likelihood import REWARDS, LikelihoodPrompt
 from drllm.questions.overlap import load_training_questions
 from drllm.questions.per_set import numbers_per_set
-from drllm.questions.prompts import Prompt, split_by_context, wants_chat_template
+from drllm.questions.prompts import split_by_context
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import GROUPS, SETS, Question, expand_sets
-from drllm.rollouts.engine import RolloutEngine
-from drllm.rollouts.likelihood import LikelihoodEngine
+from drllm.rollouts.rewards import HELP as REWARD_HELP
+from drllm.rollouts.rewards import PUBLISHED, REWARDS, reward_named
 from drllm.search.pool import SearchPool
 from drllm.search.report import shortfall_lines, table2_text
 from drllm.search.run import search_labels
@@ -88,9 +87,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--reward",
         choices=REWARDS,
-        default="generation",
-        help="generation: the response is graded, as published; likelihood: the right option of a multiple-choice "
-        "question must be the most probable one, as in lm-eval's acc (_norm: acc_norm)",
+        default=PUBLISHED,
+        help=REWARD_HELP,
     )
     add("--inject_boxed", action="store_true", help=r"end math prompts with \boxed{ (Appendix A, for base models)")
     add(
@@ -127,30 +125,13 @@ def check_arguments(args: argparse.Namespace) -> SearchSettings:
         provenance.parse_dtype(args.dtype)
     if args.unlike:
         expand_sets(args.unlike)
-    if args.reward != "generation":
-        check_likelihood(args)
-    if args.inject_boxed and args.chat_template == "on":
-        raise UserError(
-            "--inject_boxed is for base models, whose prompts have no chat template; use --chat_template off"
-        )
+    reward = reward_named(args.reward)
+    reward.check_format(args.chat_template, args.inject_boxed, args.strict_letters)
+    reward.check_sets(expand_sets(args.dataset))
     try:
         return SearchSettings(args.num_simulations, args.budget, args.c, args.length_penalty, args.p_rand, args.policy)
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def check_likelihood(args: argparse.Namespace) -> None:
-    """Refuses arguments that a log-likelihood reward cannot follow."""
-    for name in ("inject_boxed", "strict_letters"):
-        if getattr(args, name):
-            raise UserError(f"--{name} shapes responses, but --reward {args.reward} generates none; omit it")
-    if args.chat_template == "on":
-        raise UserError(f"--reward {args.reward} uses lm-eval's prompts, which have no chat template; omit it")
-    for set_name in expand_sets(args.dataset):
-        if SETS[set_name].kind != "choice":
-            raise UserError(
-                f"--reward {args.reward} is for multiple choice, but --dataset has {set_name}; name other sets"
-            )
 
 
 def load(name: str, revision: str | None, dtype: torch.dtype, device: torch.device):
@@ -203,16 +184,13 @@ def main(arguments: list[str] | None = None) -> None:
     with state.main_process_first():  # so that a download happens once per machine
         questions = load_training_questions(sets, data_dir, expand_sets(args.unlike) if args.unlike else ())
     model, tokenizer = load(name, args.revision, dtype, state.device)
-    chat = args.reward == "generation" and wants_chat_template(args.chat_template, name, tokenizer)
+    reward = reward_named(args.reward)
+    chat = reward.uses_chat_template(args.chat_template, name, tokenizer)
     if args.inject_boxed and chat:
         raise UserError(f"--inject_boxed is for base models, but {name} gets a chat template; use --chat_template off")
     limits = {set_name: response_format.limit(set_name, chat) for set_name in sets}
-    if args.reward == "generation":
-        prompt_of = functools.partial(Prompt.of, tokenizer=tokenizer, chat=chat, response_format=response_format)
-        engine = RolloutEngine(model, tokenizer, args.batch_size)
-    else:
-        prompt_of = functools.partial(LikelihoodPrompt.of, tokenizer=tokenizer)
-        engine = LikelihoodEngine(model, tokenizer, args.batch_size, args.reward == "likelihood_norm")
+    prompt_of = functools.partial(reward.prompt_of, tokenizer=tokenizer, chat=chat, response_format=response_format)
+    engine = reward.engine(model, tokenizer, args.batch_size, for_search=True)
     orders = order_questions(questions, args, prompt_of, model.config, state.is_main_process)
 
     manifest = make_manifest(

@@ -412,7 +412,7 @@ def test_a_log_likelihood_reward_is_recorded_and_gives_the_same_labels_at_any_ba
 @pytest.mark.parametrize(
     ("extra", "sentence"),
     [
-        (["--dataset", "arc,dart-1"], "is for multiple choice, but --dataset has dart-1"),
+        (["--dataset", "arc,dart-1"], "dart-1 is not multiple choice, so --reward likelihood cannot judge it"),
         (["--inject_boxed"], "--inject_boxed shapes responses, but --reward likelihood generates none"),
         (["--strict_letters"], "--strict_letters shapes responses"),
         (["--chat_template", "on"], "uses lm-eval's prompts, which have no chat template"),

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drllm.errors import UserError
+from drllm.files import shorten
 from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.prompts import Prompt, wants_chat_template
 from drllm.questions.response_format import ResponseFormat
@@ -41,11 +42,19 @@ class Generation:
     """The response is generated greedily and graded."""
 
     name = "generation"
+    metric = "acc,none"
     has_options = False
     generates = True
 
     def check_sets(self, sets: Sequence[str]) -> None:
         """Accepts every set."""
+
+    def check_format(self, chat_template: str, inject_boxed: bool, strict_letters: bool) -> None:
+        """Raises UserError when the arguments of prompts and responses contradict each other."""
+        if inject_boxed and chat_template == "on":
+            raise UserError(
+                "--inject_boxed is for base models, whose prompts have no chat template; use --chat_template off"
+            )
 
     def uses_chat_template(self, setting: str, model: str, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether prompts get the chat template, see `wants_chat_template`."""
@@ -57,9 +66,16 @@ class Generation:
         """The question as the model receives it."""
         return Prompt.of(question, tokenizer, chat, response_format)
 
-    def engine(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> RolloutEngine:
-        """Answers prompts along paths."""
-        return RolloutEngine(model, tokenizer, batch_size)
+    def engine(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, for_search: bool = False
+    ) -> RolloutEngine:
+        """Answers prompts along paths.
+
+        Args:
+            for_search: many paths of one question follow each other, so the states of its default path are kept until
+                `forget`.
+        """
+        return RolloutEngine(model, tokenizer, batch_size, reuse_default_states=for_search)
 
     def key(self, chat: bool, response_format: ResponseFormat) -> dict[str, Any]:
         """What scores depend on besides the model, as JSON."""
@@ -90,6 +106,11 @@ class Likelihood:
     generates = False
 
     @property
+    def metric(self) -> str:
+        """The metric of lm-eval's tasks that judges the same."""
+        return "acc_norm,none" if self.normalised else "acc,none"
+
+    @property
     def name(self) -> str:
         """As the command line spells it."""
         return "likelihood_norm" if self.normalised else "likelihood"
@@ -99,10 +120,17 @@ class Likelihood:
         if others := [name for name in sets if SETS[name].kind != "choice"]:
             raise UserError(f"{others[0]} is not multiple choice, so --reward {self.name} cannot judge it")
 
+    def check_format(self, chat_template: str, inject_boxed: bool, strict_letters: bool) -> None:
+        """Raises UserError when an argument shapes prompts or responses, which are those of lm-eval."""
+        for name, given in (("inject_boxed", inject_boxed), ("strict_letters", strict_letters)):
+            if given:
+                raise UserError(f"--{name} shapes responses, but --reward {self.name} generates none; omit it")
+        if chat_template == "on":
+            raise UserError(f"--reward {self.name} uses lm-eval's prompts, which have no chat template; omit it")
+
     def uses_chat_template(self, setting: str, model: str, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Never; UserError where it is wanted all the same."""
-        if setting == "on":
-            raise UserError(f"--reward {self.name} uses lm-eval's prompts, which have no chat template; omit it")
+        self.check_format(setting, inject_boxed=False, strict_letters=False)
         return False
 
     def prompt_of(
@@ -111,8 +139,10 @@ class Likelihood:
         """The question as the model scores it."""
         return LikelihoodPrompt.of(question, tokenizer)
 
-    def engine(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> LikelihoodEngine:
-        """Scores options along paths."""
+    def engine(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, for_search: bool = False
+    ) -> LikelihoodEngine:
+        """Scores options along paths; keeps the states that fit into its memory in any case."""
         return LikelihoodEngine(model, tokenizer, batch_size, self.normalised)
 
     def key(self, chat: bool, response_format: ResponseFormat) -> dict[str, Any]:
@@ -133,10 +163,21 @@ class Likelihood:
 
 
 Reward = Generation | Likelihood
+PUBLISHED = Generation.name  # the reward of labels whose manifest names none
 _REWARDS: dict[str, Reward] = {reward.name: reward for reward in (Generation(), Likelihood(), Likelihood(True))}
 REWARDS = tuple(_REWARDS)
+HELP = (
+    "what counts as a right answer; generation: the response is graded, as published; likelihood: the right option of "
+    "a multiple-choice question is the most probable one, as in lm-eval's acc (_norm: acc_norm)"
+)
 
 
 def reward_named(name: str) -> Reward:
-    """The reward of that name, one of `REWARDS`."""
+    """The reward of that name.
+
+    Raises:
+        UserError: it is not one of `REWARDS`.
+    """
+    if name not in _REWARDS:
+        raise UserError(f"'reward' is {shorten(name)}, not one of {', '.join(REWARDS)}")
     return _REWARDS[name]

@@ -5,6 +5,7 @@ import torch
 
 from drllm.checkpoints import load_routed, load_tokenizer
 from drllm.errors import UserError
+from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.sets import load_questions
 from drllm.rollouts.engine import Request
 from drllm.rollouts.rewards import REWARDS, reward_named
@@ -42,3 +43,14 @@ def test_a_likelihood_needs_options_and_has_no_chat_template(toy):
     with pytest.raises(UserError, match="no chat template"):
         reward.uses_chat_template("on", "model", toy[1])
     assert not reward.uses_chat_template("auto", "model-instruct", toy[1])
+    with pytest.raises(UserError, match="--strict_letters shapes responses, but --reward likelihood generates none"):
+        reward.check_format("auto", inject_boxed=False, strict_letters=True)
+    with pytest.raises(UserError, match="'reward' is .luck., not one of generation, likelihood, likelihood_norm"):
+        reward_named("luck")
+
+
+def test_lengths_count_in_the_normalised_reward_alone():
+    prompt = LikelihoodPrompt(None, "", (), (), (), lengths=(1, 9), gold=1)
+    rewards = [reward_named("likelihood"), reward_named("likelihood_norm")]
+    assert [reward.is_right(prompt, (-2.0, -9.0)) for reward in rewards] == [False, True]
+    assert [reward.metric for reward in rewards] == ["acc,none", "acc_norm,none"]
