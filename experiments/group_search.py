@@ -41,9 +41,10 @@ from drllm.processes import from_main, process_state
 from drllm.provenance import commit, dtype_name, dtype_on, fingerprint, parse_dtype, versions
 from drllm.questions.likelihood import REWARDS, LikelihoodPrompt, require_choices
 from drllm.questions.overlap import load_training_questions
+from drllm.questions.per_set import numbers_per_set
 from drllm.questions.prompts import Prompt, split_by_context, wants_chat_template
 from drllm.questions.response_format import ResponseFormat
-from drllm.questions.sets import expand_sets
+from drllm.questions.sets import collections_of, expand_sets
 from drllm.rollouts.engine import Request, RolloutEngine
 from drllm.rollouts.likelihood import LikelihoodEngine
 from drllm.rollouts.routed_paths import router_windows
@@ -54,6 +55,7 @@ from drllm.search.tree import DEFAULT_POLICY, POLICIES, SearchSettings
 from train_models.paths import Path as BlockPath
 from train_models.paths import default_path
 
+DEFAULT_LIMIT = 300
 WAIT_FOR_OTHERS = datetime.timedelta(days=30)
 
 
@@ -75,7 +77,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data_dir", type=Path, help="local question files; without it, those of the bundled model, or the Hub")
     add("--dataset", default="arc,dart", help="question sets and groups, comma-separated")
     add("--unlike", default="", help="sets: no question that nearly repeats one of their test questions")
-    add("--limit", type=int, default=300, help="questions per set; all of them get a label")
+    add("--limit", default="300", help="questions per set, all of which get a label: a number, or e.g. arc_easy=1200")
+    add(
+        "--group_by",
+        choices=("states", "collection"),
+        default="states",
+        help="states: --groups of prompts that look alike to the routers; collection: a group per name in --dataset",
+    )
     add(
         "--reward",
         choices=REWARDS,
@@ -100,7 +108,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     check_ranges(
         arguments,
-        **dict.fromkeys(("limit", "groups", "search_questions", "num_simulations", "batch_size"), (1, math.inf)),
+        **dict.fromkeys(("groups", "search_questions", "num_simulations", "batch_size"), (1, math.inf)),
         **dict.fromkeys(("budget", "finalists"), (1, math.inf)),
         **dict.fromkeys(("price", "caution"), (-math.inf, math.inf)),
         c=(0, math.inf),
@@ -111,6 +119,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--lambda is {arguments.length_penalty}; it must be at least 0")
     for sets in filter(None, (arguments.dataset, arguments.unlike)):
         expand_sets(sets)
+    limits_of(arguments)
     if arguments.reward != "generation":
         require_choices(expand_sets(arguments.dataset))
     if arguments.dtype != "auto":
@@ -122,6 +131,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.data_dir is None and arguments.model == str(MINIATURE_MODEL):
         arguments.data_dir = MINIATURE_DATA
     return arguments
+
+
+def limits_of(arguments: argparse.Namespace) -> dict[str, int]:
+    """Questions of each set; UserError for another form of --limit, or a number below 1."""
+    sets = expand_sets(arguments.dataset)
+    return dict.fromkeys(sets, DEFAULT_LIMIT) | numbers_per_set("--limit", arguments.limit, sets, str(DEFAULT_LIMIT))
 
 
 def settings_of(arguments: argparse.Namespace) -> SharedSettings:
@@ -216,8 +231,8 @@ def read_prompts(arguments: argparse.Namespace, tokenizer, chat: bool, context: 
         unlike = expand_sets(arguments.unlike) if arguments.unlike else ()
         sets = load_training_questions(expand_sets(arguments.dataset), arguments.data_dir, unlike)
     prompts = []
-    for of_set in sets.values():
-        chosen = seeded_order(of_set, arguments.seed)[: arguments.limit]
+    for name, of_set in sets.items():
+        chosen = seeded_order(of_set, arguments.seed)[: limits_of(arguments)[name]]
         prompts += map(prompt_of, split_by_context(chosen, prompt_of, context)[0])
     if not prompts:
         raise UserError(f"no question fits into the model's context of {context} tokens")
@@ -226,7 +241,18 @@ def read_prompts(arguments: argparse.Namespace, tokenizer, chat: bool, context: 
 
 def make_manifest(arguments: argparse.Namespace, routed: PreTrainedModel, prompts: Sequence, chat: bool) -> dict:
     """The manifest of the run, as data_generation.py writes it; what affects the labels is compared on resuming."""
-    names = ("limit", "unlike", "groups", "search_questions", "num_simulations", "budget", "c", "p_rand", "policy")
+    names = (
+        "limit",
+        "unlike",
+        "group_by",
+        "groups",
+        "search_questions",
+        "num_simulations",
+        "budget",
+        "c",
+        "p_rand",
+        "policy",
+    )
     sets = expand_sets(arguments.dataset)
     response_format = ResponseFormat().as_dict() | {
         "max_new_tokens": {name: ResponseFormat().limit(name, chat) for name in sets}
@@ -254,10 +280,16 @@ def make_manifest(arguments: argparse.Namespace, routed: PreTrainedModel, prompt
 
 
 def find_groups(arguments: argparse.Namespace, routed: PreTrainedModel, prompts: Sequence) -> dict[int, list[int]]:
-    """Number of a group -> its questions, which look alike to the routers on the default path."""
+    """Number of a group -> its questions: those of a collection, or prompts that look alike on the default path."""
+    groups: dict[int, list[int]] = {}
+    if arguments.group_by == "collection":
+        collections = collections_of(arguments.dataset)
+        names = list(dict.fromkeys(collections.values()))
+        for index, prompt in enumerate(prompts):
+            groups.setdefault(names.index(collections[prompt.question.set]), []).append(index)
+        return groups
     default = [default_path(routed.config.num_hidden_layers)] * len(prompts)
     windows, mask = router_windows(routed, [prompt.input_ids for prompt in prompts], default, arguments.batch_size)
-    groups: dict[int, list[int]] = {}
     for index, number in enumerate(
         groups_of(standardised_states(windows, mask), arguments.groups, arguments.seed).tolist()
     ):
@@ -326,7 +358,9 @@ def main(argv: list[str] | None = None) -> None:
     else:
         normalised = arguments.reward == "likelihood_norm"
         engine = LikelihoodEngine(routed, tokenizer, arguments.batch_size, normalised)
-    key = {name: manifest[name] for name in ("model_fingerprint", "dtype", "chat_template", "reward")}
+    key = {name: manifest[name] for name in ("model_fingerprint", "dtype")}
+    if arguments.reward == "generation":  # log-likelihoods depend on the model alone
+        key |= {"chat_template": chat, "reward": arguments.reward}
     measured = Measured(engine, prompts, ScoreStore(arguments.measured_dir, key, state.process_index))
     try:
         groups = from_main(state, lambda: find_groups(arguments, routed, prompts))

@@ -106,3 +106,11 @@ def test_two_processes_make_the_same_labels(tmp_path):
         subprocess.run([*launcher, *program, tmp_path / name], cwd=ROOT, env=environment, check=True)
     assert rows_of(tmp_path / "alone") == rows_of(tmp_path / "two")
     assert len(list((tmp_path / "two-measured").glob("0000[01].jsonl"))) == 2
+
+
+def test_collections_are_groups_and_sets_have_numbers_of_their_own(tmp_path):
+    command = f"--data_dir {MINIATURE_DATA} --dataset arc,dart-5 --limit arc_easy=4,arc_challenge=3,dart-5=5"
+    command += f" --group_by collection --num_simulations 2 --output_dir {tmp_path / 'labels'}"
+    assert main(command.split()) == 0
+    groups = read_labels(tmp_path / "labels").manifest["groups"]
+    assert [group["questions"] for group in groups] == [{"arc_easy": 4, "arc_challenge": 3}, {"dart-5": 5}]
