@@ -140,7 +140,7 @@ positive-control: $(VENV)/.installed
 	$(BIN)/python miniature/make.py questions --train 1900 --test 1900 --output_dir $(CONTROL)/questions
 	$(BIN)/python data_generation.py --model miniature/positive_control/model --data_dir $(CONTROL)/questions --samples 150 \
 	  --limit 300 --output_dir $(CONTROL)/labels
-	$(BIN)/python -m experiments.group_search --model miniature/positive_control/model --data_dir $(CONTROL)/questions \
+	$(BIN)/python -m extensions.groups.search --model miniature/positive_control/model --data_dir $(CONTROL)/questions \
 	  --limit 300 --output_dir $(CONTROL)/group_labels
 	$(BIN)/python -m experiments.compare_methods --model miniature/positive_control/model --labels $(CONTROL)/labels \
 	  --group_labels $(CONTROL)/group_labels --data_dir $(CONTROL)/questions \

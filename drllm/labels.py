@@ -6,7 +6,7 @@ A label folder holds
     labels.jsonl             one label per line
     progress/00000.jsonl     what the search has finished (`drllm.search.progress`); not read here
 
-`read_labels` reads such a folder; experiments.group_search writes one without progress/, whose labels are those of
+`read_labels` reads such a folder; extensions.groups.search writes one without progress/, whose labels are those of
 groups of questions. `read_plain_labels` reads files of other programs, whose rows only have the fields `question`,
 `optimal_layer_config` and `answer`.
 """

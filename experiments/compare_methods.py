@@ -7,7 +7,7 @@ Every method answers the same test questions, graded and counted alike:
     base            every block once
     paper           routers trained as published on the labels of --labels, one run per seed
     published, reward shared by groups
-                    the same training on the labels of --group_labels (experiments.group_search), one run per seed
+                    the same training on the labels of --group_labels (extensions.groups.search), one run per seed
     group paths     routers trained on paths that serve groups of similar questions (drllm/group_paths), one run per
                     seed; the price of a block is chosen on validation questions: of the prices that save at least
                     --save of the blocks there, the one with the highest accuracy over --price_seeds
@@ -93,7 +93,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data_dir", type=Path, default=MINIATURE_DATA, help="question files; default: the miniature's")
     add("--sets", default="arc,dart", help="question sets and groups, comma-separated")
     add("--labels", help="folder of labels for the method 'paper', which is left out without it")
-    add("--group_labels", help="folder of labels of experiments.group_search, for the method 'group_search'")
+    add("--group_labels", help="folder of labels of extensions.groups.search, for the method 'group_search'")
     add("--methods", help=", ".join(METHODS) + ", comma-separated; default: all that are possible")
     add("--seeds", type=int, default=5, help="training runs per method")
     add("--train_questions", type=int, default=800, help="per set, for group paths and static paths")
@@ -120,7 +120,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--methods: {sorted(unknown)[0]!r} is not a method; choose from {', '.join(METHODS)}")
     for method, folder in LABELS_OF.items():
         if method in arguments.methods and not getattr(arguments, folder):
-            program = {"paper": "data_generation.py", "group_search": "experiments.group_search"}[method]
+            program = {"paper": "data_generation.py", "group_search": "extensions.groups.search"}[method]
             raise UserError(f"--methods {method} needs the labels it trains on: --{folder}, a folder of {program}")
     some, any_number = (1, math.inf), (0, math.inf)
     check_ranges(

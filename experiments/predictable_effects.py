@@ -24,7 +24,6 @@ import torch
 from drllm.arguments import check_ranges
 from drllm.checkpoints import load_routed, load_tokenizer
 from drllm.errors import UserError, main_guard
-from drllm.group_paths.grouping import smoothed
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.group_paths.paths import describe_edits
 from drllm.group_paths.scored_questions import add_scores_arguments, scored_parts
@@ -33,6 +32,7 @@ from drllm.provenance import command_line, dtype_name, fingerprint, parse_dtype,
 from drllm.questions.likelihood import LikelihoodPrompt, require_choices
 from drllm.questions.sets import collections_of, expand_sets
 from drllm.rollouts.scores import ScoreStore
+from extensions.groups.grouping import smoothed
 from train_models.paths import Path as BlockPath
 from train_models.paths import default_path
 

@@ -90,7 +90,7 @@ def programs(tmp_path_factory, stock_model, tiny_labels) -> dict[str, Program]:
     evaluation = f"-m drllm.evaluation.comparison {checkpoint} --data_dir {questions} --device cpu --batch_size 1"
     generation = f"{groups} --dataset arc_easy,dart-1 --most_skips 2 --price 0.01 --batch_size 2"
     likelihood = f"{groups} --dataset arc_easy --reward likelihood --price 0.01 --batch_size 2 --pilot 8"
-    search = f"-m experiments.group_search --model {base} --data_dir {questions} --dataset arc_easy,dart-1 --limit 30"
+    search = f"-m extensions.groups.search --model {base} --data_dir {questions} --dataset arc_easy,dart-1 --limit 30"
     weights = "model.safetensors"
     return {
         "training": Program(

@@ -6,7 +6,7 @@ is not only right or wrong:
 
 1. Reward with a margin (`margin_rewards`): how far the gold answer is ahead of its best rival.
 2. Effects: for each block of each training question, what skipping the block does to the reward.
-3. Groups (`grouping`): effects are smoothed over questions with similar hidden states, each question's own left out,
+3. Groups (`extensions.groups.grouping`): effects are smoothed over questions with similar hidden states, each own left out,
    and questions with similar smoothed effects form a group.
 4. One path per group (`paths.grow`): starting from the default path, a group skips the block whose loss costs the mean
    reward of its questions least, with all effects measured again after each skip. The price of a block, in reward,
@@ -23,6 +23,6 @@ question sets, edits may also be repeats, and successive halving spends the ques
 Routers may have a domain (`router_training.fit_domains`), outside of which the base model stays as it is: an edit that
 helps one kind of question mostly hurts others.
 
-`shared_search` changes less of the published method: its tree search, labels and training stay, and only the reward of
-the search is shared by the questions of a group.
+`extensions.groups` changes less of the published method: its tree search, labels and training stay, and only the reward
+of the search is shared by the questions of a group.
 """

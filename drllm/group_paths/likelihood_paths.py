@@ -21,7 +21,6 @@ from itertools import permutations
 import torch
 
 from drllm.errors import UserError
-from drllm.group_paths.grouping import groups_of, standardised_states
 from drllm.group_paths.likelihood_rewards import LikelihoodRewards
 from drllm.group_paths.margin_rewards import RewardRound
 from drllm.group_paths.paths import GroupPath, describe_edits
@@ -29,6 +28,7 @@ from drllm.group_paths.router_training import PURE_ROUTER, fit_domains, imitate,
 from drllm.processes import from_main
 from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.training.router_modules import StackedRouters
+from extensions.groups.grouping import groups_of, standardised_states
 from train_models.paths import EXECUTE, REPEAT, SKIP, Path, default_path, is_allowed
 
 Edit = tuple[int, int]  # (block, action)

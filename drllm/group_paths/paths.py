@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from drllm.group_paths.grouping import groups_of, smoothed
 from drllm.group_paths.margin_rewards import MarginRewards, RewardRound
 from drllm.group_paths.router_training import imitate, refine
 from drllm.processes import Made, from_main
 from drllm.rollouts.routed_paths import routed_paths
 from drllm.training.router_modules import StackedRouters
+from extensions.groups.grouping import groups_of, smoothed
 from train_models.paths import EXECUTE, REPEAT, SKIP, Path, default_path, is_allowed
 
 

@@ -64,7 +64,7 @@ class ScoreStore:
         return len(self._scores)
 
     def get(self, question_id: str, path: Path) -> Scores | None:
-        """What the engine left (log-likelihoods in nats, or whether the response is right); None where it is unknown."""
+        """What the engine left (log-likelihoods in nats, or whether a response is right); None where it is unknown."""
         return self._scores.get((question_id, path_text(path)))
 
     def by_question(self) -> dict[str, dict[Path, Scores]]:

@@ -20,7 +20,6 @@ from experiments import (
     compare_methods,
     edit_effects,
     group_paths,
-    group_search,
     inspect_prompt,
     paper_backbones,
     paper_figures,
@@ -29,6 +28,7 @@ from experiments import (
     rivals,
     sweep,
 )
+from extensions.groups import search as group_search
 from miniature import make
 
 PROGRAMS: dict[str, Callable[[list[str]], int]] = {

@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from drllm.miniature import MINIATURE_DATA, ROOT
-from experiments import compare_methods, group_search
+from experiments import compare_methods
 from experiments.compare_methods import main, parse_arguments
+from extensions.groups import search as group_search
 from tests.training_toys import make_labels
 
 SETTINGS = {

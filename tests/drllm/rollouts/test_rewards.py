@@ -45,7 +45,7 @@ def test_a_likelihood_needs_options_and_has_no_chat_template(toy):
     assert not reward.uses_chat_template("auto", "model-instruct", toy[1])
     with pytest.raises(UserError, match="--strict_letters shapes responses, but --reward likelihood generates none"):
         reward.check_format("auto", inject_boxed=False, strict_letters=True)
-    with pytest.raises(UserError, match="'reward' is .luck., not one of generation, likelihood, likelihood_norm"):
+    with pytest.raises(UserError, match=r"'reward' is .luck., not one of generation, likelihood, likelihood_norm"):
         reward_named("luck")
 
 

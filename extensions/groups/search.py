@@ -1,11 +1,11 @@
 """Makes labels by the published search with a reward that groups of similar questions share.
 
-    python -m experiments.group_search --data_dir miniature/data --output_dir data/groups
+    python -m extensions.groups.search --data_dir miniature/data --output_dir data/groups
     python train.py --data data/groups
-    accelerate launch --num_processes 8 -m experiments.group_search --model meta-llama/Llama-3.2-3B-Instruct \
+    accelerate launch --num_processes 8 -m extensions.groups.search --model meta-llama/Llama-3.2-3B-Instruct \
         --dataset arc,dart --output_dir data/3b-groups
 
-A variant of data_generation.py (drllm/group_paths/shared_search.py). Questions that look alike to the routers on the
+A variant of data_generation.py (extensions/groups/shared_search.py). Questions that look alike to the routers on the
 default path form a group. Each group has one tree search, whose reward is the mean over questions of the group, and one
 label. It can be stopped at any moment: run the same command to resume, with any number of processes and any batch size.
 Every answer is kept in --measured_dir, also for other prices and numbers of simulations.
@@ -32,9 +32,7 @@ from drllm.checkpoints import load_routed, load_tokenizer
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.outcomes import answer_along
 from drllm.files import beside, check_output_folder, write_json, write_whole
-from drllm.group_paths.grouping import groups_of, standardised_states
 from drllm.group_paths.paths import describe_edits
-from drllm.group_paths.shared_search import GroupLabel, SharedSettings, search_groups
 from drllm.labels import FORMAT, GROUP, LABELS, MANIFEST
 from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
 from drllm.processes import from_main, process_state
@@ -52,6 +50,8 @@ from drllm.rollouts.scores import ScoreStore, path_text, score_all
 from drllm.search.progress import begin
 from drllm.search.selection import digest_of, seeded_order
 from drllm.search.tree import DEFAULT_POLICY, POLICIES, SearchSettings
+from extensions.groups.grouping import groups_of, standardised_states
+from extensions.groups.shared_search import GroupLabel, SharedSettings, search_groups
 from train_models.paths import Path as BlockPath
 from train_models.paths import default_path
 
@@ -66,7 +66,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         UserError: an argument out of range, or an output that cannot be written.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.group_search",
+        prog="python -m extensions.groups.search",
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -260,7 +260,7 @@ def make_manifest(arguments: argparse.Namespace, routed: PreTrainedModel, prompt
     of_set = {name: [p.question for p in prompts if p.question.set == name] for name in sets}
     return {
         "format": FORMAT,
-        "program": "experiments.group_search",
+        "program": "extensions.groups.search",
         "revision": arguments.revision,
         "seed": arguments.seed,
         "model": arguments.model,

@@ -12,8 +12,8 @@ from drllm.errors import UserError
 from drllm.labels import read_labels
 from drllm.miniature import MINIATURE_DATA, ROOT
 from drllm.rollouts.scores import ScoreStore
-from experiments import group_search
-from experiments.group_search import main
+from extensions.groups import search as group_search
+from extensions.groups.search import main
 
 SMALL = f"--data_dir {MINIATURE_DATA} --dataset arc_easy,dart-5 --limit 12 --groups 3 --num_simulations 6".split()
 
@@ -60,7 +60,7 @@ def test_a_stopped_run_asks_nothing_twice_and_ends_with_the_same_labels(tmp_path
     kept = tmp_path / "stopped-measured" / "00000.jsonl"
     before = kept.read_bytes()
     kept.write_bytes(before + b'["cut off')
-    with pytest.raises(UserError, match=r"unfinished run; run the same experiments\.group_search command again"):
+    with pytest.raises(UserError, match=r"unfinished run; run the same extensions\.groups\.search command again"):
         read_labels(tmp_path / "stopped")
     assert main(command) == 0
     assert (tmp_path / "stopped" / "labels.jsonl").read_bytes() == (tmp_path / "whole" / "labels.jsonl").read_bytes()
@@ -99,7 +99,7 @@ def test_bad_arguments_end_before_the_model_is_loaded(tmp_path, capsys, monkeypa
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_labels(tmp_path):
-    program = ["-m", "experiments.group_search", *SMALL, "--num_simulations", "20", "--output_dir"]
+    program = ["-m", "extensions.groups.search", *SMALL, "--num_simulations", "20", "--output_dir"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29633"]
     for name, launcher in (("alone", [sys.executable]), ("two", torchrun)):
         environment = os.environ | {"OMP_NUM_THREADS": "1"}

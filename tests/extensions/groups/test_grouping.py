@@ -2,7 +2,7 @@
 
 import torch
 
-from drllm.group_paths.grouping import groups_of, smoothed
+from extensions.groups.grouping import groups_of, smoothed
 from tests.search_toys import toy_windows
 
 

@@ -5,8 +5,8 @@ from functools import cache
 
 import pytest
 
-from drllm.group_paths.shared_search import SharedSettings, choose, search_groups
 from drllm.search.tree import PathSearch, SearchSettings
+from extensions.groups.shared_search import SharedSettings, choose, search_groups
 from train_models.paths import default_path
 
 NUM_BLOCKS = 6

@@ -1,3 +1,0 @@
-from drllm.renamed import refuse
-
-refuse(__spec__.name)

@@ -1,0 +1,1 @@
+"""What goes beyond the paper: a search whose reward similar questions share, and other methods beside the routers."""
