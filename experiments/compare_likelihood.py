@@ -53,7 +53,8 @@ from drllm.group_paths.paths import describe_edits, parse_edits, path_of_edits
 from drllm.processes import process_state
 from drllm.provenance import command_line, dtype_name, fingerprint, parse_dtype, write_result
 from drllm.questions.likelihood import LikelihoodPrompt, require_choices
-from drllm.questions.sets import expand_sets, load_questions
+from drllm.questions.per_set import numbers_per_set
+from drllm.questions.sets import Question, expand_sets, load_questions
 from drllm.rivals import BlockInfluence, EarlyExit, random_paths
 from drllm.rivals.routed import KeptDecisions
 from drllm.rollouts.scores import ScoreStore
@@ -81,6 +82,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data_dir", type=Path, help="local question files in the Hub's schema; without it, the Hub")
     add("--sets", default="arc,openbookqa,commonsense", help="question sets and groups, comma-separated")
     add("--test_questions", type=int, help="per set; default: all")
+    add("--questions", type=Path, help="JSON, set -> ids of training questions to test on; default: the test splits")
+    add("--weights", help="weights of the sets, e.g. arc_easy=2376,openbookqa=500: differences for that mix, too")
     add("--controls", default="static,influence,early exit", help="static paths to compare with, comma-separated")
     add("--static_paths", default="", help='further ones, by their edits, e.g. "skip 19; skip 18, repeat 27"')
     add("--train_scores", type=Path, help="scores of experiments.group_paths, for the static paths; default: none")
@@ -115,6 +118,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for sets in (arguments.sets, arguments.train_sets or arguments.sets):
         require_choices(expand_sets(sets))
     Parts.of(expand_sets(arguments.train_sets or arguments.sets), arguments.train_questions)
+    numbers_per_set("--weights", arguments.weights or "none", expand_sets(arguments.sets), "none")
     arguments.controls = [name for name in arguments.controls.split(",") if name]
     if unknown := set(arguments.controls) - set(CONTROLS):
         raise UserError(f"--controls: {sorted(unknown)[0]!r} is not a control; choose from {', '.join(CONTROLS)}")
@@ -146,7 +150,7 @@ class Comparison:
         questions = [
             question
             for name in self.sets
-            for question in load_questions(name, "test", arguments.data_dir)[: arguments.test_questions]
+            for question in test_questions(name, arguments.data_dir, arguments.questions)[: arguments.test_questions]
         ]
         self.prompts = [LikelihoodPrompt.of(question, self.tokenizer) for question in questions]
         store = ScoreStore(arguments.work_dir / "test", self.key, state.process_index)
@@ -264,6 +268,24 @@ class Comparison:
             for path in members
         }
 
+    def differences(self, outcome: Outcome, reference: Outcome) -> dict[str, dict[str, float]]:
+        """Paired differences per set, over all questions ("all"), and for the mix of --weights ("mix"), in points."""
+        table = {}
+        for name in self.sets:
+            members = [i for i, prompt in enumerate(self.prompts) if prompt.question.set == name]
+            pair = [Outcome([one.right[i] for i in members], [0.0] * len(members)) for one in (outcome, reference)]
+            table[name] = paired_difference(*pair)
+        weights = numbers_per_set("--weights", self.arguments.weights or "none", self.sets, "none")
+        result = table | {"all": paired_difference(outcome, reference)}
+        if weights:
+            shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+            points = sum(share * table[name]["points"] for name, share in shares.items())
+            half = math.hypot(
+                *(share * (table[name]["high"] - table[name]["points"]) for name, share in shares.items())
+            )
+            result["mix"] = {"points": points, "low": points - half, "high": points + half}
+        return result
+
     def per_set(self, outcome: Outcome) -> dict[str, dict[str, float]]:
         """Accuracy and layers of each set, and of all sets, which weigh alike."""
         table = {}
@@ -279,6 +301,24 @@ class Comparison:
                 column: statistics.mean(table[name][column] for name in self.sets) for column in ("accuracy", "layers")
             }
         }
+
+
+def test_questions(name: str, data_dir: Path | None, listed: Path | None) -> list[Question]:
+    """The test questions of a set: its test split, or the training questions that the file `listed` names.
+
+    Raises:
+        UserError: see `load_questions`; and if the file is damaged or names a question that does not exist.
+    """
+    if listed is None:
+        return load_questions(name, "test", data_dir)
+    hint = "write set -> ids, as experiments.fresh_questions does"
+    wanted = read_json(listed, hint).get(name)
+    if not isinstance(wanted, list) or not wanted or not all(isinstance(one, str) for one in wanted):
+        raise UserError(f"--questions {listed}: no list of ids of {name}; {hint}, or leave it out of --sets")
+    chosen = [question for question in load_questions(name, "train", data_dir) if question.id in set(wanted)]
+    if missing := set(wanted) - {question.id for question in chosen}:
+        raise UserError(f"--questions {listed}: {name} has no question {sorted(missing)[0]!r}")
+    return chosen
 
 
 class _Context:
@@ -301,7 +341,8 @@ def compare(arguments: argparse.Namespace, state: PartialState) -> dict:
             followed[f"{name}, by set"] = [paths]  # the same for all seeds
     if arguments.by_set is not None and not followed:
         raise UserError("--by_set: no checkpoint has group paths; pass one of experiments.group_paths")
-    for name in list(methods) if arguments.random_seeds else ():
+    routed_names = list(methods)
+    for name in routed_names if arguments.random_seeds else ():
         routed = methods[name][: arguments.random_seeds]
         methods[f"random: rates of {name}"] = [random_paths(paths, seed) for seed, paths in enumerate(routed)]
     controls = comparison.controls()
@@ -326,6 +367,12 @@ def compare(arguments: argparse.Namespace, state: PartialState) -> dict:
             for name, found in outcomes.items()
         ],
         "sets": {name: comparison.per_set(Outcome.average(found)) for name, found in outcomes.items()},
+        "differences": {
+            f"{name} - {other}": comparison.differences(Outcome.average(found), Outcome.average(outcomes[other]))
+            for name, found in outcomes.items()
+            for other in outcomes
+            if other == "base" != name or (name in routed_names and (other not in routed_names or other < name))
+        },
         "paths": {name: list(path) for name, (path,) in controls.items()},
         "oracle": None,
     }
@@ -344,6 +391,16 @@ def sets_table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def differences_table(result: dict) -> str:
+    """Paired differences in accuracy by set as Markdown, with 95% intervals."""
+    names = list(next(iter(result["differences"].values()), {}))
+    lines = ["| points | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for pair, by_set in result["differences"].items():
+        cells = ["{points:+.2f} [{low:+.2f}, {high:+.2f}]".format(**by_set[name]) for name in names]
+        lines.append(f"| {pair} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 @main_guard
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
@@ -358,7 +415,7 @@ def main(argv: list[str] | None = None) -> None:
             command=command_line(PROGRAM, argv),
             seed=arguments.train_seed,
             seconds=time.perf_counter() - start,
-            table=f"{sets_table(result)}\n\n{methods_table(result)}",
+            table=f"{sets_table(result)}\n\n{methods_table(result)}\n\n{differences_table(result)}",
         )
         draw_methods(result, arguments.output.with_suffix(".png"))
     state.wait_for_everyone()

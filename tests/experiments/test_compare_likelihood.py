@@ -128,6 +128,49 @@ def test_group_paths_by_set_need_no_routers(toy, tmp_path, capsys):
     assert "--by_set: no checkpoint has group paths; pass one of experiments.group_paths" in capsys.readouterr().err
 
 
+def test_listed_training_questions_and_the_differences_of_a_mix(toy, tmp_path, capsys):
+    base, routed, data = toy
+    shutil.copytree(routed, tmp_path / "again")
+    training = {name: [one.id for one in load_questions(name, "train", data)] for name in ("arc_easy", "arc_challenge")}
+    listed = {"arc_easy": training["arc_easy"][::2], "arc_challenge": training["arc_challenge"][:5]}
+    (tmp_path / "listed.json").write_text(json.dumps(listed))
+    arguments = f"--model {base} --checkpoint paper={routed} --checkpoint again={tmp_path}/again --data_dir {data}"
+    arguments += f" --sets arc --batch_size 4 --random_seeds 0 --controls= --questions {tmp_path}/listed.json"
+    arguments += f" --work_dir {tmp_path}/work --output {tmp_path}/result.json --weights arc_easy=3,arc_challenge=1"
+    arguments = [*arguments.split(), "--static_paths", "skip 1"]
+    assert compare_likelihood.main(arguments) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    store = ScoreStore(tmp_path / "work" / "test", json.loads((tmp_path / "work/test/scores.json").read_text()), None)
+    assert store.by_question().keys() == {*listed["arc_easy"], *listed["arc_challenge"]}
+    pairs = result["differences"]
+    against_base = {"paper - base", "again - base", "static: skip 1 - base"}
+    assert pairs.keys() == against_base | {"paper - again", "paper - static: skip 1", "again - static: skip 1"}
+    assert pairs["paper - again"]["mix"] == {"points": 0, "low": 0, "high": 0}
+    skipped = pairs["static: skip 1 - base"]
+    assert skipped["all"] == next(row["against_base"] for row in result["rows"] if row["method"] == "static: skip 1")
+    easy, hard, mix = (skipped[name] for name in ("arc_easy", "arc_challenge", "mix"))
+    assert mix["points"] == pytest.approx(0.75 * easy["points"] + 0.25 * hard["points"])
+    half = [0.75 * (easy["high"] - easy["points"]), 0.25 * (hard["high"] - hard["points"])]
+    assert mix["high"] - mix["points"] == pytest.approx((half[0] ** 2 + half[1] ** 2) ** 0.5)
+    gold = {one.id: one.labels.index(one.answer) for name in listed for one in load_questions(name, "train", data)}
+
+    def right(name, path):
+        scores = store.by_question()[name][path]
+        return scores.index(max(scores)) == gold[name]
+
+    gains = [right(name, (1, 0, 1, 1, 1, 1)) - right(name, (1,) * 6) for name in listed["arc_easy"]]
+    assert easy["points"] == pytest.approx(100 * statistics.mean(gains))
+    assert "| static: skip 1 - base |" in (tmp_path / "result.md").read_text()
+    for damaged, sentence in (
+        ({"arc_easy": ["nobody"], "arc_challenge": listed["arc_challenge"]}, "arc_easy has no question 'nobody'"),
+        ({"arc_easy": listed["arc_easy"]}, "no list of ids of arc_challenge"),
+        ({"arc_easy": [], "arc_challenge": [7]}, "no list of ids of arc_easy"),
+    ):
+        (tmp_path / "listed.json").write_text(json.dumps(damaged))
+        assert compare_likelihood.main(arguments) == 2
+        assert sentence in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_processes_report_the_same_as_one(toy, tmp_path):
     base, routed, data = toy
