@@ -5,13 +5,26 @@ whose path makes that visit, so a skipped block costs no memory. The decided pat
 follows them, and no router decides twice.
 """
 
+import inspect
 from collections.abc import Sequence
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import CacheLayerMixin
+from transformers.masking_utils import create_causal_mask
 
 from .paths import EXECUTE, REPEAT, Path
+
+# What transformers calls the cache in the arguments of blocks, masks and models, and in their outputs: since 5.24
+# "cache", before "past_key_values".
+CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+def one_cache(past_key_values, cache):
+    """The cache that was passed under one of its two names, or None; ValueError for a different one under each."""
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("past_key_values and cache are two names of one argument; pass one of them")
+    return past_key_values if cache is None else cache
 
 
 class RowSchedule:

@@ -5,7 +5,6 @@ only the loop over its blocks; `CausalLMOverPaths` does the same for the model w
 attention, rotary embeddings and masks stay those of transformers.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,22 +12,18 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_masks_for_generate,
-    create_sliding_window_causal_mask,
-)
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .cache import PathCache, RowSchedule
-from .paths import default_path, layer_indices_to_path, path_to_layer_indices
+from .cache import CACHE_NAME, PathCache, RowSchedule, one_cache
+from .generating import GeneratesAlongPaths, LayerIndices, has_a_path_per_row
+from .paths import default_path, layer_indices_to_path
+from .self_check import ChecksItself
 
 MASK_FACTORIES = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
 }
-
-LayerIndices = Sequence[int] | Sequence[Sequence[int]] | torch.Tensor
 
 
 @dataclass
@@ -43,11 +38,6 @@ class PathCausalLMOutput(CausalLMOutputWithPast):
     """The stock output and `paths`, int8 [batch, L]: how often each block ran in each row."""
 
     paths: torch.Tensor | None = None
-
-
-def has_a_path_per_row(layer_indices: LayerIndices) -> bool:
-    """Whether `layer_indices` lists one path per row rather than one for the whole batch."""
-    return len(layer_indices) > 0 and hasattr(layer_indices[0], "__len__") and getattr(layer_indices[0], "ndim", 1) > 0
 
 
 def _selected(states: list[torch.Tensor], selection: bool | list[int]) -> tuple[torch.Tensor | None, ...] | None:
@@ -112,7 +102,7 @@ class _RowViews:
         return value.index_select(0, rows)
 
 
-class FollowsPaths:
+class FollowsPaths(ChecksItself):
     """Mixin for a stock base model (LlamaModel, Qwen2Model, ...): the forward pass follows one path per row.
 
     Each application of a block has its own keys and values (`PathCache`). Block l runs once over the rows with
@@ -133,6 +123,7 @@ class FollowsPaths:
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        cache: PathCache | None = None,
         **kwargs,
     ) -> PathModelOutput | tuple:
         """The stock forward pass along paths.
@@ -141,8 +132,8 @@ class FollowsPaths:
             input_ids, attention_mask, position_ids, inputs_embeds, use_cache, output_hidden_states, return_dict: as in
                 the stock model; input_ids [batch, T]. A list of output_hidden_states selects states, the others are
                 None.
-            past_key_values: a `PathCache`, or an empty `DynamicCache`, which becomes one. Once it holds tokens, its
-                paths are followed.
+            past_key_values, cache: two names of one argument, the second since transformers 5.24: a `PathCache`, or an
+                empty `DynamicCache`, which becomes one. Once it holds tokens, its paths are followed.
             layer_indices: a non-decreasing list of block indices for the whole batch ([0, 1, 1, 3]), or one such list
                 per row. None: the cache's paths, else what `decide` says.
 
@@ -157,11 +148,12 @@ class FollowsPaths:
                 "output_attentions is not offered: a repeated block attends twice and a skipped one not at all; "
                 "use the stock model to look at attention"
             )
+        cache = one_cache(past_key_values, cache)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         check_attention(self.config._attn_implementation, inputs_embeds.device)
         if torch.compiler.is_exporting():
-            if past_key_values is not None or use_cache:
+            if cache is not None or use_cache:
                 raise ValueError(
                     "torch.export of a forward pass with a cache is not supported, because its paths are not tensors; "
                     "pass use_cache=False"
@@ -172,7 +164,7 @@ class FollowsPaths:
             output_hidden_states = self.config.output_hidden_states
         if self.gradient_checkpointing and self.training:
             use_cache = False
-        cache = PathCache.of(past_key_values, self.config) if use_cache or past_key_values is not None else None
+        cache = PathCache.of(cache, self.config) if use_cache or cache is not None else None
         batch_size, num_tokens = inputs_embeds.shape[:2]
         schedule, decider = self._schedule(layer_indices, cache, inputs_embeds, attention_mask, position_ids, kwargs)
         if position_ids is None:
@@ -197,8 +189,8 @@ class FollowsPaths:
                 rows = schedule.row_indices(row_set)
                 output = run(
                     hidden_states if rows is None else hidden_states.index_select(0, rows.to(hidden_states.device)),
-                    past_key_values=cache.slot(block, visit) if cache is not None else None,
                     use_cache=use_cache,
+                    **{CACHE_NAME: cache.slot(block, visit) if cache is not None else None},
                     **views.of(row_set, rows, kinds[block]),
                     **kwargs,
                 )
@@ -216,9 +208,9 @@ class FollowsPaths:
         output = self._output(
             decider,
             last_hidden_state=hidden_states,
-            past_key_values=cache if use_cache else None,
             hidden_states=_selected(all_hidden_states, output_hidden_states),
             paths=schedule.paths_tensor(),
+            **{CACHE_NAME: cache if use_cache else None},
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -300,14 +292,14 @@ class FollowsPaths:
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=cache,
                 position_ids=position_ids,
+                **{CACHE_NAME: cache},
             )
             for kind in kinds
         }
 
 
-class CausalLMOverPaths:
+class CausalLMOverPaths(ChecksItself, GeneratesAlongPaths):
     """Mixin for a stock model with a language-model head whose base model is a `FollowsPaths`.
 
     Subclasses set `base_model_type`, the class of `self.model`.
@@ -315,6 +307,11 @@ class CausalLMOverPaths:
 
     base_model_type: type
     output_type = PathCausalLMOutput
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "base_model_type"):
+            cls.base_model_type.causal_lm_type = cls
 
     def __init__(self, config):
         # Not the stock class's __init__, which would build the stock base model first.
@@ -336,6 +333,7 @@ class CausalLMOverPaths:
         logits_to_keep: int | torch.Tensor = 0,
         layer_indices: LayerIndices | None = None,
         return_dict: bool | None = None,
+        cache: PathCache | None = None,
         **kwargs,
     ):
         """The stock forward pass along paths; see `FollowsPaths.forward` for `layer_indices` and the cache."""
@@ -343,10 +341,10 @@ class CausalLMOverPaths:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             layer_indices=layer_indices,
+            **{CACHE_NAME: one_cache(past_key_values, cache)},
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -367,79 +365,3 @@ class CausalLMOverPaths:
     def block_applications(self) -> torch.Tensor:
         """See `FollowsPaths.block_applications`."""
         return self.model.block_applications
-
-    def compile_blocks(self, **compile_arguments) -> None:
-        """Compiles each block for decoding with `torch.compile(**compile_arguments)`.
-
-        One compilation serves all blocks, visits and paths. There is one for each number of rows that run a block
-        together; after eight of them (torch's limit) other numbers run uncompiled. The loop over the blocks stays in
-        Python, as its path differs from prompt to prompt; where many prompts follow few paths, compiling the whole step
-        gains more: `generate(cache_implementation="static", compile_config=CompileConfig())`.
-
-        Pass a static cache (`PathCache(max_cache_len=...)`, or cache_implementation="static" to `generate`), so that
-        shapes stay the same. Forward passes over several tokens are not compiled: every length of a prompt would
-        be compiled again, and the slots of the cache, which the first pass allocates, get fixed addresses only outside
-        of compiled code.
-        """
-        for block in self.model.layers:
-            block.compile(**compile_arguments)
-
-    def get_compiled_call(self, compile_config):
-        """The compiled decoding step of `generate`. The cache's counts are kept outside of it, because a graph break
-        would be refused by `CompileConfig(fullgraph=True)`."""
-        compiled_call = super().get_compiled_call(compile_config)
-
-        def call(input_ids=None, past_key_values=None, **kwargs):
-            self.model._is_noted_by_caller = True
-            try:
-                output = compiled_call(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
-            finally:
-                self.model._is_noted_by_caller = False
-            self.model._note_pass(past_key_values.schedule, past_key_values, input_ids.shape[1])
-            return output
-
-        return call
-
-    def _get_candidate_generator(self, generation_config, *args, **kwargs):
-        if generation_config.assistant_early_exit is not None:
-            raise ValueError(
-                "assistant_early_exit is not supported: the path says which blocks run; use prompt_lookup_num_tokens "
-                "or an assistant_model"
-            )
-        return super()._get_candidate_generator(generation_config, *args, **kwargs)
-
-    def init_continuous_batching(self, *_args, **_kwargs):
-        """Refused, and with it `generate_batch`: packed prompts have no row of their own."""
-        raise ValueError(
-            "continuous batching packs many prompts into one row of the batch, but each row has one path; "
-            "call generate with a padded batch"
-        )
-
-    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
-        """Whether `generate` compiles the whole decoding step. Each set of paths needs a compilation of its own,
-        and torch stops after eight: so only where `compile_config` is given, for paths that many prompts follow."""
-        is_requested = generation_config.compile_config is not None
-        return is_requested and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
-
-    def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, past_key_values=None, **kwargs):
-        """With a static cache `generate` prepares the masks of the blocks outside of its compiled forward pass. Not at
-        prefill, where that would hide the padding from the routers: there, the mask [batch, tokens] as it is."""
-        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
-        if is_prefill or self.config._attn_implementation == "flex_attention":  # whose masks `generate` cannot handle
-            return attention_mask
-        return create_masks_for_generate(attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
-
-    def _expand_inputs_for_generation(self, expand_size: int = 1, layer_indices=None, **kwargs):
-        # The stock method repeats tensors for beams and return sequences; a list of paths needs the same.
-        if layer_indices is not None and has_a_path_per_row(layer_indices):
-            layer_indices = [row for row in layer_indices for _ in range(expand_size)]
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
-        if layer_indices is not None:
-            model_kwargs["layer_indices"] = layer_indices
-        return input_ids, model_kwargs
-
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
-        # Without a cache nothing else remembers what was decided at prefill.
-        if outputs.get("past_key_values") is None and model_kwargs.get("layer_indices") is None:
-            model_kwargs["layer_indices"] = [path_to_layer_indices(path) for path in outputs.paths.tolist()]
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)

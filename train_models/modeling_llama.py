@@ -11,9 +11,11 @@ from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, LlamaMo
 
 from .cache import PathCache  # noqa: F401
 from .following import FollowsPaths  # noqa: F401
+from .generating import GeneratesAlongPaths  # noqa: F401
 from .paths import Path  # noqa: F401
 from .routed import RoutedCausalLM, RoutedConfigFields, RoutedModel
 from .routing import RouterBlock  # noqa: F401
+from .self_check import ChecksItself  # noqa: F401
 
 
 class RoutedLlamaConfig(RoutedConfigFields, LlamaConfig):

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .cache import RowSchedule
 from .following import CausalLMOverPaths, FollowsPaths, PathCausalLMOutput, PathModelOutput
+from .generating import GeneratesAlongDecisions
 from .paths import EXECUTE
 from .routing import PromptWindows, RouterBlock, check_control, prompt_windows, route
 
@@ -55,6 +56,7 @@ class RoutedConfigFields:
     # What `Trainer` omits from predictions, which leaves the logits.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",
+        "cache",  # the name of the cache since transformers 5.24
         "paths",
         "router_logits",
         "router_inputs",
@@ -318,7 +320,7 @@ class RoutedModel(FollowsPaths):
         return RoutedModelOutput(**fields, **(decider.outputs() if decider is not None else {}))
 
 
-class RoutedCausalLM(CausalLMOverPaths):
+class RoutedCausalLM(GeneratesAlongDecisions, CausalLMOverPaths):
     """Mixin for a stock model with a language-model head over a `RoutedModel`; `forward` takes its arguments."""
 
     output_type = RoutedCausalLMOutput
@@ -366,61 +368,3 @@ class RoutedCausalLM(CausalLMOverPaths):
                 "paths of the search with train.py, or with model(..., layer_indices=paths, output_router_logits=True) "
                 "and a loss on router_logits"
             )
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        attention_mask=None,
-        inputs_embeds=None,
-        prompt_mask=None,
-        prompt_length=None,
-        is_first_iteration=False,
-        **kwargs,
-    ):
-        """The stock inputs, and at prefill what the routers may read."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if is_first_iteration:
-            if prompt_mask is None and (width := getattr(self, "_assisted_prompt_width", None)) is not None:
-                # The first pass of assisted decoding holds the prompt and the assistant's candidates.
-                real = inputs.get("attention_mask")
-                prompt_mask = torch.ones_like(input_ids) if real is None else real.clone()
-                prompt_mask[:, width:] = 0
-            if prompt_mask is None and inputs.get("attention_mask") is None:
-                # One prompt per row: `forward` need not look for packed ones, which would wait for the device.
-                prompt = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-                prompt_mask = torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
-            inputs |= {"prompt_mask": prompt_mask, "prompt_length": prompt_length}
-        return inputs
-
-    def _assisted_decoding(self, input_ids, *args, **kwargs):
-        self._assisted_prompt_width = input_ids.shape[1]
-        try:
-            return super()._assisted_decoding(input_ids, *args, **kwargs)
-        finally:
-            self._assisted_prompt_width = None
-
-    def _expand_inputs_for_generation(self, expand_size: int = 1, prompt_length=None, **kwargs):
-        # The stock method repeats tensors for beams and return sequences; a list of lengths needs the same.
-        if prompt_length is not None:
-            kwargs["prompt_length"] = torch.as_tensor(prompt_length)
-        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        cache = model_kwargs.get("past_key_values")
-        is_path_known = (
-            self.model.is_static_routing
-            or model_kwargs.get("layer_indices") is not None
-            or (cache is not None and cache.get_seq_length() > 0)
-        )
-        if generation_config.prefill_chunk_size is not None and not is_path_known:
-            raise ValueError(
-                "prefill_chunk_size is set, but a router reads the whole prompt before its block runs on any of it; "
-                "omit prefill_chunk_size, or pass the path to follow as layer_indices"
-            )
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

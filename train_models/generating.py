@@ -1,0 +1,163 @@
+"""What `generate` of transformers asks of a model, for models that follow paths.
+
+`GeneratesAlongPaths` serves given paths; `GeneratesAlongDecisions` adds what the routers need to know of the prompt.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers.masking_utils import create_masks_for_generate
+
+from .cache import CACHE_NAME
+from .paths import path_to_layer_indices
+
+LayerIndices = Sequence[int] | Sequence[Sequence[int]] | torch.Tensor
+
+
+def has_a_path_per_row(layer_indices: LayerIndices) -> bool:
+    """Whether `layer_indices` lists one path per row rather than one for the whole batch."""
+    return len(layer_indices) > 0 and hasattr(layer_indices[0], "__len__") and getattr(layer_indices[0], "ndim", 1) > 0
+
+
+class GeneratesAlongPaths:
+    """Mixin for a model with a language-model head whose base model, `self.model`, is a `FollowsPaths`."""
+
+    def compile_blocks(self, **compile_arguments) -> None:
+        """Compiles each block for decoding with `torch.compile(**compile_arguments)`.
+
+        One compilation serves all blocks, visits and paths. There is one for each number of rows that run a block
+        together; after eight of them (torch's limit) other numbers run uncompiled. The loop over the blocks stays in
+        Python, as its path differs from prompt to prompt; where many prompts follow few paths, compiling the whole step
+        gains more: `generate(cache_implementation="static", compile_config=CompileConfig())`.
+
+        Pass a static cache (`PathCache(max_cache_len=...)`, or cache_implementation="static" to `generate`), so that
+        shapes stay the same. Forward passes over several tokens are not compiled: every length of a prompt would
+        be compiled again, and the slots of the cache, which the first pass allocates, get fixed addresses only outside
+        of compiled code.
+        """
+        for block in self.model.layers:
+            block.compile(**compile_arguments)
+
+    def get_compiled_call(self, compile_config):
+        """The compiled decoding step of `generate`. The cache's counts are kept outside of it, because a graph break
+        would be refused by `CompileConfig(fullgraph=True)`."""
+        compiled_call = super().get_compiled_call(compile_config)
+
+        def call(input_ids=None, **kwargs):
+            self.model._is_noted_by_caller = True
+            try:
+                output = compiled_call(input_ids=input_ids, **kwargs)
+            finally:
+                self.model._is_noted_by_caller = False
+            cache = kwargs[CACHE_NAME]
+            self.model._note_pass(cache.schedule, cache, input_ids.shape[1])
+            return output
+
+        return call
+
+    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "assistant_early_exit is not supported: the path says which blocks run; use prompt_lookup_num_tokens "
+                "or an assistant_model"
+            )
+        return super()._get_candidate_generator(generation_config, *args, **kwargs)
+
+    def init_continuous_batching(self, *_args, **_kwargs):
+        """Refused, and with it `generate_batch`: packed prompts have no row of their own."""
+        raise ValueError(
+            "continuous batching packs many prompts into one row of the batch, but each row has one path; "
+            "call generate with a padded batch"
+        )
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        """Whether `generate` compiles the whole decoding step. Each set of paths needs a compilation of its own,
+        and torch stops after eight: so only where `compile_config` is given, for paths that many prompts follow."""
+        is_requested = generation_config.compile_config is not None
+        return is_requested and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+
+    def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **kwargs):
+        """With a static cache `generate` prepares the masks of the blocks outside of its compiled forward pass. Not at
+        prefill, where that would hide the padding from the routers: there, the mask [batch, tokens] as it is."""
+        cache = kwargs.get(CACHE_NAME)
+        is_prefill = cache is None or cache.get_seq_length() == 0
+        if is_prefill or self.config._attn_implementation == "flex_attention":  # whose masks `generate` cannot handle
+            return attention_mask
+        return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, layer_indices=None, **kwargs):
+        # The stock method repeats tensors for beams and return sequences; a list of paths needs the same.
+        if layer_indices is not None and has_a_path_per_row(layer_indices):
+            layer_indices = [row for row in layer_indices for _ in range(expand_size)]
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        if layer_indices is not None:
+            model_kwargs["layer_indices"] = layer_indices
+        return input_ids, model_kwargs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+        # Without a cache nothing else remembers what was decided at prefill.
+        if outputs.get(CACHE_NAME) is None and model_kwargs.get("layer_indices") is None:
+            model_kwargs["layer_indices"] = [path_to_layer_indices(path) for path in outputs.paths.tolist()]
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+
+
+class GeneratesAlongDecisions:
+    """Mixin to go before `GeneratesAlongPaths`, where routers decide at prefill."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        attention_mask=None,
+        inputs_embeds=None,
+        prompt_mask=None,
+        prompt_length=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        """The stock inputs, and at prefill what the routers may read."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if is_first_iteration:
+            if prompt_mask is None and (width := getattr(self, "_assisted_prompt_width", None)) is not None:
+                # The first pass of assisted decoding holds the prompt and the assistant's candidates.
+                real = inputs.get("attention_mask")
+                prompt_mask = torch.ones_like(input_ids) if real is None else real.clone()
+                prompt_mask[:, width:] = 0
+            if prompt_mask is None and inputs.get("attention_mask") is None:
+                # One prompt per row: `forward` need not look for packed ones, which would wait for the device.
+                prompt = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+                prompt_mask = torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
+            inputs |= {"prompt_mask": prompt_mask, "prompt_length": prompt_length}
+        return inputs
+
+    def _assisted_decoding(self, input_ids, *args, **kwargs):
+        self._assisted_prompt_width = input_ids.shape[1]
+        try:
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
+        finally:
+            self._assisted_prompt_width = None
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, prompt_length=None, **kwargs):
+        # The stock method repeats tensors for beams and return sequences; a list of lengths needs the same.
+        if prompt_length is not None:
+            kwargs["prompt_length"] = torch.as_tensor(prompt_length)
+        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        cache = model_kwargs.get(CACHE_NAME)
+        is_path_known = (
+            self.model.is_static_routing
+            or model_kwargs.get("layer_indices") is not None
+            or (cache is not None and cache.get_seq_length() > 0)
+        )
+        if generation_config.prefill_chunk_size is not None and not is_path_known:
+            raise ValueError(
+                "prefill_chunk_size is set, but a router reads the whole prompt before its block runs on any of it; "
+                "omit prefill_chunk_size, or pass the path to follow as layer_indices"
+            )
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
