@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_models import load_path_model
-from drllm.group_paths.margin_rewards import Answered
 from drllm.questions.prompts import Prompt
 from drllm.questions.sets import Question, load_questions
+from extensions.baselines.interface import Answered
 
 LETTERS = ["A", "B", "C", "D"]
 BOXES = [f"\\boxed{{{value}}}" for value in range(6)]

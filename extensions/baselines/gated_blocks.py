@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from drllm.files import is_whole, write_tensors
-from drllm.group_paths.margin_rewards import Answered
+from extensions.baselines.interface import Answered
 
 SAVE_SECONDS = 60  # between two states of an unfinished training
 FEWEST_STEPS = 150  # a shorter training does not raise the price faster

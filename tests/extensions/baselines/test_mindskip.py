@@ -5,12 +5,14 @@ from collections import Counter
 import pytest
 import torch
 
-from drllm.group_paths.margin_rewards import Answered
 from drllm.provenance import fingerprint
 from drllm.questions.prompts import Prompt
 from drllm.questions.sets import Question
-from drllm.rivals import GateTraining, MindSkip, fit_once, gated_blocks
-from drllm.rivals.mindskip import SequenceGates
+from extensions.baselines import gated_blocks
+from extensions.baselines.gated_blocks import GateTraining
+from extensions.baselines.interface import Answered, fit_once
+from extensions.baselines.mindskip import MindSkip, SequenceGates
+from tests.baseline_toys import toy_bench
 from tests.search_toys import answered_questions
 from train_models.paths import path_to_layer_indices
 
@@ -47,7 +49,7 @@ def untrained(routed, seed: int = 0) -> SequenceGates:
 def test_blocks_that_return_their_input_are_skipped_for_every_prompt(routed_with_idle_blocks):
     questions = questions_along(routed_with_idle_blocks, 16, 0, DEFAULT)
     training = GateTraining(epochs=40, batch_size=8, learning_rate=3e-3)
-    fitted = MindSkip(training).fit(routed_with_idle_blocks, questions, 2, 0, None)
+    fitted = MindSkip(training).fit(toy_bench(routed_with_idle_blocks, questions), 2, 0, None)
     paths = fitted.paths([question.prompt for question in questions])
     assert Counter(paths).most_common(1)[0][0] == (1, 1, 0, 1, 0, 1)
     assert fitted.cost.parameters == 6 * (32 + 1)
@@ -56,7 +58,7 @@ def test_blocks_that_return_their_input_are_skipped_for_every_prompt(routed_with
 def test_each_kind_of_prompt_gets_the_path_that_its_answers_were_made_along(routed):
     training = GateTraining(epochs=12, batch_size=8, learning_rate=3e-3)
     before = fingerprint(routed)
-    fitted = MindSkip(training).fit(routed, questions_along(routed, 96, 0, PATHS), 1, 0, None)
+    fitted = MindSkip(training).fit(toy_bench(routed, questions_along(routed, 96, 0, PATHS)), 1, 0, None)
     unseen = questions_along(routed, 20, 1, PATHS)
     paths = fitted.paths([question.prompt for question in unseen])
     for kind in PATHS:
@@ -69,7 +71,7 @@ def test_each_kind_of_prompt_gets_the_path_that_its_answers_were_made_along(rout
 def test_the_capacity_reaches_its_target(routed, skips):
     """Router-Tuning reports that the share of executed blocks reaches the target, for any target."""
     questions = questions_along(routed, 24, 0, DEFAULT)
-    fitted = MindSkip(GateTraining(epochs=20, batch_size=8)).fit(routed, questions, skips, 0, None)
+    fitted = MindSkip(GateTraining(epochs=20, batch_size=8)).fit(toy_bench(routed, questions), skips, 0, None)
     paths = fitted.paths([question.prompt for question in questions])
     assert sum(map(sum, paths)) / len(paths) == pytest.approx(6 - skips, abs=0.3)
 
@@ -94,7 +96,9 @@ def test_gates_give_the_hidden_states_of_the_path_that_they_decide_on(routed):
         hidden = gates.run(routed, rows, lengths)
     paths = gates.decisions().tolist()
     assert len({tuple(path) for path in paths}) > 1
-    from_prompts = MindSkip().restore(routed, gates.state_dict(), None).paths([q.prompt for q in questions], 2)
+    from_prompts = (
+        MindSkip().restore(toy_bench(routed, []), gates.state_dict(), None).paths([q.prompt for q in questions], 2)
+    )
     assert [list(path) for path in from_prompts] == paths
     for row, path, states in zip(rows, paths, hidden, strict=True):
         with torch.no_grad():
@@ -107,7 +111,7 @@ def test_gates_give_the_hidden_states_of_the_path_that_they_decide_on(routed):
 def test_a_stopped_training_is_resumed(routed, tmp_path, monkeypatch):
     questions = answered_questions(8)
     rival = MindSkip(GateTraining(epochs=6, batch_size=2))
-    expected = rival.fit(routed, questions, 1, 0, None).tensors()
+    expected = rival.fit(toy_bench(routed, questions), 1, 0, None).tensors()
 
     class Stop(Exception):
         pass
@@ -124,16 +128,16 @@ def test_a_stopped_training_is_resumed(routed, tmp_path, monkeypatch):
     monkeypatch.setattr(gated_blocks, "SAVE_SECONDS", 0)
     monkeypatch.setattr(gated_blocks, "language_model_loss", stopping)
     with pytest.raises(Stop):
-        fit_once(rival, routed, questions, 1, 0, tmp_path)
+        fit_once(rival, toy_bench(routed, questions, tmp_path), 1, 0)
     steps.clear()
     steps += [1] * 100
-    fitted = fit_once(rival, routed, questions, 1, 0, tmp_path)
+    fitted = fit_once(rival, toy_bench(routed, questions, tmp_path), 1, 0)
     assert len(steps) == 100 + 24 - 14, "the first 14 steps are not repeated"
     for name, tensor in fitted.tensors().items():
         torch.testing.assert_close(tensor, expected[name])
     # A third call trains nothing, and knows what the training took.
-    again = fit_once(rival, routed, questions, 1, 0, tmp_path)
+    again = fit_once(rival, toy_bench(routed, questions, tmp_path), 1, 0)
     assert len(steps) == 110
     assert again.cost == fitted.cost
-    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+    assert [path.suffix for path in (tmp_path / "fitted").iterdir()] == [".safetensors"]
     torch.testing.assert_close(again.tensors(), fitted.tensors())

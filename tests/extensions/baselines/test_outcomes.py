@@ -2,11 +2,15 @@
 
 import pytest
 
-from drllm.evaluation.outcomes import Outcome, method_row, mixture, paired_difference, share_recovered
+from extensions.baselines.outcomes import Outcome, method_row, mixture, paired_difference, share_recovered
+
+
+def outcome(right, layers):
+    return Outcome(right, layers, right)
 
 
 def test_a_mixture_has_the_layers_it_is_asked_for():
-    one, other = Outcome([1.0, 0.0], [8.0, 8.0]), Outcome([1.0, 1.0], [10.0, 10.0])
+    one, other = outcome([1.0, 0.0], [8.0, 8.0]), outcome([1.0, 1.0], [10.0, 10.0])
     between = mixture([other, one], 8.5)
     assert between.mean_layers == pytest.approx(8.5)
     assert between.right == pytest.approx([1.0, 0.25])
@@ -15,17 +19,17 @@ def test_a_mixture_has_the_layers_it_is_asked_for():
 
 
 def test_differences_are_paired_by_question():
-    one, other = Outcome([1.0, 1.0, 0.0, 1.0], [9.0] * 4), Outcome([1.0, 0.0, 0.0, 1.0], [10.0] * 4)
-    difference = paired_difference(one, other)
+    one, other = outcome([1.0, 1.0, 0.0, 1.0], [9.0] * 4), outcome([1.0, 0.0, 0.0, 1.0], [10.0] * 4)
+    difference = paired_difference(one.right, other.right)
     assert difference["points"] == pytest.approx(25)
     # The differences 0, 1, 0, 0 have a standard deviation of 1/2, their mean of 4 one of 1/4.
     assert difference["high"] - difference["low"] == pytest.approx(2 * 1.96 * 25)
-    assert paired_difference(one, one) == {"points": 0, "low": 0, "high": 0}
+    assert paired_difference(one.right, one.right) == {"points": 0, "low": 0, "high": 0}
 
 
 def test_rows_average_over_seeds():
-    base = Outcome([1.0, 0.0], [10.0, 10.0])
-    row = method_row("group paths", [Outcome([1.0, 1.0], [8.0, 9.0]), Outcome([1.0, 0.0], [9.0, 10.0])], base, [base])
+    base = outcome([1.0, 0.0], [10.0, 10.0])
+    row = method_row("group paths", [outcome([1.0, 1.0], [8.0, 9.0]), outcome([1.0, 0.0], [9.0, 10.0])], base, [base])
     assert (row["accuracy"], row["layers"]) == (0.75, 9.0)
     assert row["accuracy_std"] == pytest.approx(0.5**0.5 / 2)
     assert row["against_base"]["points"] == pytest.approx(25)
@@ -33,8 +37,8 @@ def test_rows_average_over_seeds():
 
 
 def test_the_share_of_a_known_gain_is_paired_by_question():
-    base, known = Outcome([0.0, 1.0] * 50, [10.0] * 100), Outcome([1.0, 1.0] * 50, [8.0] * 100)
-    half = Outcome([1.0, 1.0, 0.0, 1.0] * 25, [9.0] * 100)
+    base, known = outcome([0.0, 1.0] * 50, [10.0] * 100), outcome([1.0, 1.0] * 50, [8.0] * 100)
+    half = outcome([1.0, 1.0, 0.0, 1.0] * 25, [9.0] * 100)
     shares = share_recovered(half, base, known)
     assert shares["share"] == 0.5
     assert 0.3 < shares["low"] < 0.4 < 0.6 < shares["high"] < 0.7

@@ -21,14 +21,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from drllm.evaluation.outcomes import Outcome
-from drllm.group_paths.margin_rewards import Answered
 from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.prompts import Prompt
-from drllm.rivals.gated_blocks import GatedBlocks, GateTraining, train_gates
-from drllm.rivals.interface import Bench, Cost
 from drllm.rollouts.engine import Request, RolloutEngine
 from drllm.rollouts.likelihood import PackedBatch, PackedRow
+from extensions.baselines.bench import Bench
+from extensions.baselines.gated_blocks import GatedBlocks, GateTraining, train_gates
+from extensions.baselines.interface import Cost
+from extensions.baselines.outcomes import Outcome
 from train_models.paths import default_path
 
 REDUCTION = 16  # of the widths of router and adapter, as in the paper
@@ -115,22 +115,20 @@ class FlexiDepth:
 
     name = "FlexiDepth"
 
-    def fit(
-        self, routed: PreTrainedModel, questions: Sequence[Answered], skips: int, seed: int, progress: FilePath | None
-    ) -> FittedFlexiDepth:
-        """See `Rival.fit`."""
+    def fit(self, bench: Bench, skips: int, seed: int, progress: FilePath | None) -> FittedFlexiDepth:
+        """See `Baseline.fit`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            gates = self._gates(routed)
-        target = routed.config.num_hidden_layers - skips
-        seconds = train_gates(gates, routed, questions, target, self.training, seed, progress)
-        return FittedFlexiDepth(routed, gates, Cost(sum(p.numel() for p in gates.parameters()), seconds))
+            gates = self._gates(bench.routed)
+        target = bench.num_blocks - skips
+        seconds = train_gates(gates, bench.routed, bench.training, target, self.training, seed, progress)
+        return FittedFlexiDepth(bench.routed, gates, Cost(sum(p.numel() for p in gates.parameters()), seconds))
 
-    def restore(self, routed: PreTrainedModel, tensors: Mapping[str, torch.Tensor], cost: Cost) -> FittedFlexiDepth:
-        """See `Rival.restore`."""
-        gates = self._gates(routed)
+    def restore(self, bench: Bench, tensors: Mapping[str, torch.Tensor], cost: Cost) -> FittedFlexiDepth:
+        """See `Baseline.restore`."""
+        gates = self._gates(bench.routed)
         gates.load_state_dict(tensors)
-        return FittedFlexiDepth(routed, gates, cost)
+        return FittedFlexiDepth(bench.routed, gates, cost)
 
     def _gates(self, routed: PreTrainedModel) -> TokenGates:
         first = 0 if self.every_block else routed.config.num_hidden_layers // 2
@@ -149,7 +147,7 @@ class FittedFlexiDepth:
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[LikelihoodPrompt], batch_size: int) -> list[tuple[tuple[float, ...], float]]:
-        """See `TokenLevelRival.score`; the tokens that are counted are those of the context and of all options."""
+        """See `TokenLevelBaseline.score`; the tokens that are counted are those of the context and of all options."""
         results: list = [None] * len(prompts)
         packed = [PackedRow.of(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda index: len(packed[index].tokens))
@@ -174,7 +172,7 @@ class FittedFlexiDepth:
 
     @torch.inference_mode()
     def answer(self, prompts: Sequence[Prompt], tokenizer, batch_size: int) -> list[tuple[bool, float]]:
-        """See `TokenLevelRival.answer`; the tokens that are counted are those of the prompt and the response.
+        """See `TokenLevelBaseline.answer`; the tokens that are counted are those of the prompt and the response.
 
         Decoding keeps the keys and values of every block for every token. The response is tokenised again to count.
         """
@@ -200,9 +198,9 @@ class FittedFlexiDepth:
         return ((self.gates.executed() * real).sum(1) / real.sum(1)).tolist()
 
     def outcome(self, bench: Bench) -> Outcome:
-        """See `FittedRival.outcome`."""
+        """See `FittedBaseline.outcome`."""
         return bench.with_own_forward(self)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """See `FittedRival.tensors`."""
+        """See `FittedBaseline.tensors`."""
         return self.gates.state_dict()

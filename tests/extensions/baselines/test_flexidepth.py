@@ -6,16 +6,17 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from drllm.group_paths.margin_rewards import Answered
 from drllm.provenance import fingerprint
 from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.prompts import Prompt
 from drllm.questions.sets import Question
-from drllm.rivals import FlexiDepth, GateTraining
-from drllm.rivals.flexidepth import TokenGates
 from drllm.rollouts.engine import Request, RolloutEngine
 from drllm.rollouts.likelihood import LikelihoodEngine
+from extensions.baselines.flexidepth import FlexiDepth, TokenGates
+from extensions.baselines.gated_blocks import GateTraining
+from extensions.baselines.interface import Answered
 from tests import search_toys
+from tests.baseline_toys import toy_bench
 from train_models import retrofit
 
 
@@ -34,7 +35,7 @@ def gates_of(routed, logit: float | None = None, every_block: bool = False) -> T
 
 
 def fitted(routed, gates):
-    return FlexiDepth(every_block=gates.first == 0).restore(routed, gates.state_dict(), None)
+    return FlexiDepth(every_block=gates.first == 0).restore(toy_bench(routed, []), gates.state_dict(), None)
 
 
 def likelihood_prompts(count: int) -> list[LikelihoodPrompt]:
@@ -115,7 +116,7 @@ def test_a_block_that_returns_its_input_is_the_one_to_be_skipped(routed_with_idl
         questions.append(Answered(Prompt(question, "", tuple(tokens[:5]), 5), tuple(tokens[5:])))
     before = fingerprint(routed)
     training = GateTraining(epochs=60, batch_size=8, learning_rate=3e-3, gain=10.0)
-    rival = FlexiDepth(training).fit(routed, questions, 1, 0, None)
+    rival = FlexiDepth(training).fit(toy_bench(routed, questions), 1, 0, None)
     assert fingerprint(routed) == before
     with torch.no_grad(), rival.gates.attached(routed):
         rows = [[*question.prompt.input_ids, *question.answer_ids] for question in questions]
@@ -181,7 +182,7 @@ def test_fewer_blocks_run_on_repeated_text(base_that_repeats_and_computes):
         question = Question("dart-1", f"q{number}", "", (), (), "0")
         questions.append(Answered(Prompt(question, "", tuple(tokens[:6]), 5), tuple(tokens[6:])))
     training = GateTraining(epochs=20, batch_size=16, learning_rate=3e-3, gain=5.0)
-    rival = FlexiDepth(training, every_block=True).fit(routed, questions, 2, 0, None)
+    rival = FlexiDepth(training, every_block=True).fit(toy_bench(routed, questions), 2, 0, None)
     rows = unseen.tolist()
     with torch.no_grad(), rival.gates.attached(routed):
         rival.gates.run(routed, rows, [len(row) for row in rows])

@@ -1,32 +1,13 @@
-"""ShortGPT and LayerSkip by name, and the ceiling: a search that knows the answers."""
+"""The ceiling, a search that knows the answers, and random paths by their rates."""
 
-from drllm.provenance import fingerprint
+from collections import Counter
+
 from drllm.questions.prompts import Prompt
 from drllm.questions.sets import Question
-from drllm.rivals import CoLa, fit_once, layer_skip, random_paths, short_gpt
-from drllm.rivals.routed import random_skips
 from drllm.rollouts.engine import Rollout
 from drllm.rollouts.scores import ScoreStore
-from tests.search_toys import answered_questions
-
-
-def test_shortgpt_skips_blocks_that_return_their_input_and_is_fitted_once(routed_with_idle_blocks, tmp_path):
-    questions = answered_questions(5)
-    fitted = fit_once(short_gpt(), routed_with_idle_blocks, questions, 2, 0, tmp_path)
-    assert fitted.path == (1, 1, 0, 1, 0, 1)
-    assert (fitted.cost.parameters, fitted.cost.changes_base) == (0, False)
-    # From the folder: another base would be needed for another answer.
-    again = fit_once(short_gpt(), routed_with_idle_blocks, questions, 2, 0, tmp_path)
-    assert (again.path, again.cost) == (fitted.path, fitted.cost)
-    assert len(list(tmp_path.iterdir())) == 1
-    fit_once(short_gpt(), routed_with_idle_blocks, questions, 1, 0, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2, "another budget is another fit"
-
-
-def test_layerskip_skips_the_last_blocks(routed, tmp_path):
-    before = fingerprint(routed)
-    assert fit_once(layer_skip(), routed, [], 2, 0, tmp_path).path == (1, 1, 1, 1, 0, 0)
-    assert fingerprint(routed) == before
+from extensions.baselines.ceiling import NAME, ceiling
+from extensions.baselines.routed import random_paths, random_skips
 
 
 def test_random_skips_save_the_budget_in_every_path():
@@ -58,10 +39,19 @@ class OneBlockSpoilsIt:
 def test_the_ceiling_finds_the_path_that_the_answer_needs_and_is_resumed(tmp_path):
     prompts = [Prompt(Question("dart-1", name, "", (), (), "0"), "", (4, 5), 5) for name in ("1", "4", "hopeless")]
     engine = OneBlockSpoilsIt()
-    outcome = CoLa().outcome(engine, prompts, ScoreStore(tmp_path, {}))
+    outcome = ceiling(engine, prompts, ScoreStore(tmp_path, {}))
     assert outcome.right == [1.0, 1.0, 0.0]
     assert outcome.layers[2] == 6, "no right path: the default path"
     evaluated = engine.evaluated
-    assert CoLa().outcome(engine, prompts, ScoreStore(tmp_path, {})) == outcome
+    assert ceiling(engine, prompts, ScoreStore(tmp_path, {})) == outcome
     assert engine.evaluated == evaluated, "a second run searches nothing"
-    assert "uses the test answer" in CoLa.name
+    assert "uses the test answer" in NAME
+
+
+def test_random_paths_keep_the_rates_of_each_block():
+    paths = [(1, 0, 2), (1, 1, 1), (1, 0, 1), (1, 2, 1), (1, 1, 2)]
+    shuffled = random_paths(paths, seed=0)
+    for drawn, decided in zip(zip(*shuffled, strict=True), zip(*paths, strict=True), strict=True):
+        assert Counter(drawn) == Counter(decided)
+    assert random_paths(paths, seed=0) == shuffled
+    assert any(random_paths(paths, seed) != shuffled for seed in range(1, 5))

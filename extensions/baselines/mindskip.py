@@ -21,10 +21,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from drllm.evaluation.outcomes import Outcome
-from drllm.group_paths.margin_rewards import Answered
-from drllm.rivals.gated_blocks import GatedBlocks, GateTraining, train_gates
-from drllm.rivals.interface import AnyPrompt, Bench, Cost
+from extensions.baselines.bench import Bench
+from extensions.baselines.gated_blocks import GatedBlocks, GateTraining, train_gates
+from extensions.baselines.interface import AnyPrompt, Cost
+from extensions.baselines.outcomes import Outcome
 from train_models.paths import Path
 
 INITIAL_LOGIT = 1.0  # every block runs at first
@@ -78,20 +78,18 @@ class MindSkip:
 
     name = "MindSkip"
 
-    def fit(
-        self, routed: PreTrainedModel, questions: Sequence[Answered], skips: int, seed: int, progress: FilePath | None
-    ) -> FittedMindSkip:
-        """See `Rival.fit`."""
-        gates = self._gates(routed)
-        target = routed.config.num_hidden_layers - skips
-        seconds = train_gates(gates, routed, questions, target, self.training, seed, progress)
-        return FittedMindSkip(routed, gates, Cost(_count(gates), seconds))
+    def fit(self, bench: Bench, skips: int, seed: int, progress: FilePath | None) -> FittedMindSkip:
+        """See `Baseline.fit`."""
+        gates = self._gates(bench.routed)
+        target = bench.num_blocks - skips
+        seconds = train_gates(gates, bench.routed, bench.training, target, self.training, seed, progress)
+        return FittedMindSkip(bench.routed, gates, Cost(_count(gates), seconds))
 
-    def restore(self, routed: PreTrainedModel, tensors: Mapping[str, torch.Tensor], cost: Cost) -> FittedMindSkip:
-        """See `Rival.restore`."""
-        gates = self._gates(routed)
+    def restore(self, bench: Bench, tensors: Mapping[str, torch.Tensor], cost: Cost) -> FittedMindSkip:
+        """See `Baseline.restore`."""
+        gates = self._gates(bench.routed)
         gates.load_state_dict(tensors)
-        return FittedMindSkip(routed, gates, cost)
+        return FittedMindSkip(bench.routed, gates, cost)
 
     def _gates(self, routed: PreTrainedModel) -> SequenceGates:
         return SequenceGates(routed.config.num_hidden_layers, routed.config.hidden_size).to(routed.device)
@@ -122,11 +120,11 @@ class FittedMindSkip:
         return paths
 
     def outcome(self, bench: Bench) -> Outcome:
-        """See `FittedRival.outcome`."""
-        return bench.along(self.name, self.paths(bench.prompts, bench.batch_size))
+        """See `FittedBaseline.outcome`."""
+        return bench.along(self.paths(bench.prompts, bench.batch_size), self.name)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """See `FittedRival.tensors`."""
+        """See `FittedBaseline.tensors`."""
         return self.gates.state_dict()
 
 

@@ -1,0 +1,146 @@
+"""One interface for methods that save blocks on a frozen base model.
+
+A `Baseline` is fitted on training questions with the budget "save so many blocks on average". The `FittedBaseline`
+answers the test questions of a `Bench`, which counts the block applications:
+
+    fitted = fit_once(MindSkip(), bench, skips=4, seed=0)
+    outcome = fitted.outcome(bench)       # right or wrong and block applications, per question
+    fitted.cost                           # trainable parameters, training seconds
+
+No baseline here changes base weights; those that would are in docs/rivals.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from drllm.files import is_whole, write_tensors
+from drllm.questions.likelihood import LikelihoodPrompt
+from drllm.questions.prompts import Prompt
+from drllm.questions.sets import SETS
+from extensions.baselines.outcomes import Outcome
+
+if TYPE_CHECKING:
+    from extensions.baselines.bench import Bench
+
+AnyPrompt = Prompt | LikelihoodPrompt
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt and the tokens of its gold answer, in the form that the prompt asks for."""
+
+    prompt: AnyPrompt
+    answer_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, prompt: AnyPrompt, tokenizer) -> Answered:
+        """`prompt` with its gold answer: the right option; a boxed value for math; otherwise the answer, then EOS."""
+        if isinstance(prompt, LikelihoodPrompt):
+            return cls(prompt, prompt.rows[prompt.gold][-prompt.scored[prompt.gold] :])
+        question = prompt.question
+        is_math = SETS[question.set].kind == "math"
+        text = f" \\boxed{{{question.answer}}}" if is_math else f" {question.answer}"
+        answer_ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        return cls(prompt, tuple(answer_ids))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method adds to the base model.
+
+    Attributes:
+        parameters: trainable parameters added to the base.
+        seconds: wall-clock time of the fit, on the machine that the result names; None where it is not known.
+    """
+
+    parameters: int = 0
+    seconds: float | None = 0.0
+
+
+class TokenLevelBaseline(Protocol):
+    """A fitted baseline with a forward pass of its own: it decides per token, so no path describes it."""
+
+    name: str
+
+    def score(self, prompts: Sequence[LikelihoodPrompt], batch_size: int) -> list[tuple[tuple[float, ...], float]]:
+        """Per prompt (summed log-probabilities of the options in nats, block applications per token)."""
+
+    def answer(self, prompts: Sequence[Prompt], tokenizer, batch_size: int) -> list[tuple[bool, float]]:
+        """Per prompt (whether the greedy answer is right, block applications per token)."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What tells one fitted baseline from another."""
+
+
+class FittedBaseline(Protocol):
+    """A baseline after `Baseline.fit`."""
+
+    name: str
+    cost: Cost
+
+    def outcome(self, bench: Bench) -> Outcome:
+        """Answers to the test questions of `bench`, and block applications."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What `Baseline.restore` needs."""
+
+
+class Baseline(Protocol):
+    """A method that saves blocks on a frozen base; a dataclass, whose fields are its settings."""
+
+    name: str
+
+    def fit(self, bench: Bench, skips: int, seed: int, progress: FilePath | None) -> FittedBaseline:
+        """Fits on the training questions of `bench`.
+
+        Args:
+            bench: holds a routed model, of which only the frozen base is used, and the training questions.
+            skips: how many of the L blocks to save on average.
+            seed: seed for initial weights and the order of questions.
+            progress: file for the state of an unfinished training, from which it is resumed; None keeps nothing.
+        """
+
+    def restore(self, bench: Bench, tensors: Mapping[str, torch.Tensor], cost: Cost) -> FittedBaseline:
+        """The baseline that `FittedBaseline.tensors` describes."""
+
+
+def fit_once(baseline: Baseline, bench: Bench, skips: int, seed: int) -> FittedBaseline:
+    """`baseline.fit`, or what an earlier call with the same settings, base model and questions left on disk.
+
+    Raises:
+        UserError: the folder of `bench` cannot be written.
+    """
+    inputs = bench.key | {
+        "baseline": repr(baseline),
+        "skips": skips,
+        "seed": seed,
+        "questions": [question.prompt.question.id for question in bench.training],
+    }
+    digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
+    folder = bench.folder / "fitted"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{baseline.name.replace(' ', '-')}-{seed}-{digest}.safetensors"
+    if is_whole(path):
+        with safe_open(path, framework="pt") as file:
+            cost = Cost(**json.loads(file.metadata()["cost"]))
+        return baseline.restore(bench, load_file(path), cost)
+    progress = path.with_suffix(".progress")
+    start = time.perf_counter()
+    fitted = baseline.fit(bench, skips, seed, progress)
+    # A training that was resumed counts its earlier seconds itself.
+    seconds = max(fitted.cost.seconds or 0, time.perf_counter() - start)
+    fitted.cost = replace(fitted.cost, seconds=seconds)
+    write_tensors(path, fitted.tensors(), {"cost": json.dumps(vars(fitted.cost))})
+    progress.unlink(missing_ok=True)
+    return fitted

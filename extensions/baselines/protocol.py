@@ -1,0 +1,117 @@
+"""How a comparison asks and judges: as the labels of the checkpoints were made, or as the command line says."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from drllm.checkpoints import checkpoint_info, load_tokenizer
+from drllm.errors import UserError
+from drllm.evaluation.protocol import read_manifests
+from drllm.files import read_json
+from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
+from drllm.provenance import dtype_on, parse_dtype
+from drllm.questions.overlap import load_training_questions
+from drllm.questions.prompts import wants_chat_template
+from drllm.questions.response_format import ResponseFormat
+from drllm.questions.sets import Question, expand_sets, load_questions
+from drllm.rollouts.rewards import Reward, reward_named
+from drllm.search.selection import seeded_order
+
+DEFAULT_SETS = "arc,dart"
+QUESTIONS_EXAMPLE = '{"arc_easy": ["id", ...]}'
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The base model, its dtype, the reward, the form of prompts and responses, and where questions come from."""
+
+    model: str
+    revision: str | None
+    dtype: torch.dtype
+    reward: Reward
+    chat_template: bool
+    response_format: ResponseFormat
+    data_dir: Path | None
+    sets: tuple[str, ...]
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, state: PartialState) -> Protocol:
+        """The protocol of the checkpoints' labels; arguments that are given win.
+
+        Raises:
+            UserError: a folder is not a routed checkpoint, checkpoints of different protocols, or sets that the reward
+                cannot judge.
+        """
+        folders = [checkpoint.partition("=")[2] for checkpoint in arguments.checkpoint]
+        for folder in folders:
+            checkpoint_info(folder).require_routers()
+        labels = [(folder, manifest) for folder in folders for manifest in read_manifests(Path(folder))]
+        first: dict[str, Any] = labels[0][1] if labels else {}
+        for folder, manifest in labels[1:]:
+            for name in ("dtype", "reward", "chat_template"):
+                if manifest.get(name) != first.get(name):
+                    raise UserError(
+                        f"the labels of {folder} have {name} {manifest.get(name)!r}, those of {labels[0][0]} "
+                        f"{first.get(name)!r}; compare checkpoints of one kind of labels"
+                    )
+        model = arguments.model or first.get("model") or str(MINIATURE_MODEL)
+        reward = reward_named(arguments.reward or first.get("reward", "generation"))
+        if "chat_template" in first:
+            chat = bool(first["chat_template"])
+        else:
+            chat = reward.generates and wants_chat_template("auto", model, load_tokenizer(model))
+        dtype = arguments.dtype or first.get("dtype")
+        sets = expand_sets(arguments.dataset or ",".join(first.get("arguments", {}).get("dataset", [])) or DEFAULT_SETS)
+        reward.check_sets(sets)
+        data_dir = arguments.data_dir
+        if data_dir is None and labels:
+            data_dir = None if first.get("data_dir") is None else Path(first["data_dir"])
+        elif data_dir is None and model == str(MINIATURE_MODEL):
+            data_dir = MINIATURE_DATA
+        return cls(
+            model,
+            None if arguments.model else first.get("revision"),
+            parse_dtype(dtype) if dtype else dtype_on(state.device, "auto"),
+            reward,
+            chat,
+            ResponseFormat.of_manifest(first).without_defaults(chat) if labels else ResponseFormat(),
+            data_dir,
+            tuple(sets),
+        )
+
+
+def load_parts(arguments: argparse.Namespace, protocol: Protocol) -> tuple[list[Question], list[Question]]:
+    """(training questions, test questions) of a comparison.
+
+    Raises:
+        UserError: a set has no such questions, or the file of --questions is damaged or names unknown ones.
+    """
+    unlike = expand_sets(arguments.unlike) if arguments.unlike else ()
+    of_sets = load_training_questions(protocol.sets, protocol.data_dir, unlike)
+    test: list[Question] = []
+    if arguments.questions is None:
+        for name in protocol.sets:
+            test += load_questions(name, "test", protocol.data_dir)[: arguments.test_questions]
+    else:
+        ids = read_json(arguments.questions, f"write, for example, {QUESTIONS_EXAMPLE}")
+        for name in protocol.sets:
+            wanted = set(ids.get(name, ()))
+            chosen = [
+                question for question in load_questions(name, "train", protocol.data_dir) if question.id in wanted
+            ]
+            if missing := wanted - {question.id for question in chosen}:
+                raise UserError(f"--questions {arguments.questions}: {name} has no question {sorted(missing)[0]!r}")
+            test += chosen[: arguments.test_questions]
+            of_sets[name] = [question for question in of_sets[name] if question.id not in wanted]
+    train = [
+        question
+        for of_set in of_sets.values()
+        for question in seeded_order(of_set, arguments.seed)[: arguments.train_questions]
+    ]
+    return train, test

@@ -1,0 +1,67 @@
+"""The tables of a comparison: methods with paired intervals, and accuracy by set in the form of the paper's Table 5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from drllm.evaluation.text_tables import EMPTY, markdown
+
+
+def tables(result: dict) -> str:
+    """Both tables as Markdown.
+
+    Args:
+        result: what `compare` returns.
+    """
+    return f"{methods_table(result['rows'], result['has_options'])}\n\n{sets_table(result['rows'])}"
+
+
+def methods_table(rows: Sequence[dict], has_options: bool) -> str:
+    """Accuracy, layers of one forward pass, and differences to the base in points with 95% intervals.
+
+    Args:
+        has_options: also report the probability of the right option.
+    """
+    header = ["method", "accuracy", "layers", "points against base", "points against static paths of as many layers"]
+    header += ["probability of the right option, points against base"] if has_options else []
+    header += ["default paths"]
+    has_known = any(row.get("recovered") for row in rows)
+    header += ["share of the known gain"] if has_known else []
+    return markdown(header, [_method_cells(row, has_options, has_known) for row in rows])
+
+
+def _method_cells(row: dict, has_options: bool, has_known: bool) -> list[str]:
+    several = row["seeds"] > 1
+    accuracy = f"{100 * row['accuracy']:.2f}" + (f" ± {100 * row['accuracy_std']:.2f}" if several else "")
+    layers = f"{row['layers']:.2f}" + (f" ± {row['layers_std']:.2f}" if several else "")
+    cells = [row["method"], accuracy, layers, _interval(row["against_base"]), _interval(row.get("against_static"))]
+    cells += [_interval(row["value_against_base"])] if has_options else []
+    cells += [EMPTY if row["default_share"] is None else f"{100 * row['default_share']:.0f}%"]
+    if has_known:
+        share = row.get("recovered")
+        known = share and f"{100 * share['share']:.0f}% [{100 * share['low']:.0f}, {100 * share['high']:.0f}]"
+        cells.append(known or EMPTY)
+    return cells
+
+
+def sets_table(rows: Sequence[dict]) -> str:
+    """Accuracy of each set in percent, their average (sets weigh alike), and what a method adds to the base."""
+    sets = list(rows[0]["sets"])
+    header = ["method", *sets, "average", "layers", "parameters", "training"]
+    return markdown(header, [_set_cells(row, sets) for row in rows])
+
+
+def _set_cells(row: dict, sets: Sequence[str]) -> list[str]:
+    cost = row["cost"]
+    return [
+        row["method"],
+        *(f"{100 * row['sets'][name]['accuracy']:.2f}" for name in sets),
+        f"{100 * row['mean_of_sets']:.2f}",
+        f"{row['layers']:.2f}",
+        EMPTY if cost is None else f"{cost['parameters']:,}",
+        EMPTY if cost is None or cost["seconds"] is None else f"{cost['seconds']:.0f} s",
+    ]
+
+
+def _interval(value: dict | None) -> str:
+    return EMPTY if value is None else f"{value['points']:+.2f} [{value['low']:+.2f}, {value['high']:+.2f}]"
