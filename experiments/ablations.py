@@ -21,7 +21,6 @@ is finished is kept in --work_dir: run the same command to resume.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import statistics
@@ -32,25 +31,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel
 
 from drllm.arguments import MAX_SEED, check_ranges, parse_list
-from drllm.checkpoints import join_routers, load_tokenizer
+from drllm.checkpoints import join_routers, load_routed, load_tokenizer
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.ablation_report import ROUTER_METRICS, ablation_table, draws_table, summarise
 from drllm.evaluation.experiment_figures import CURVES, draw_experiment
-from drllm.evaluation.outcomes import EvaluationQuestions, answer_along, load_test_questions
-from drllm.files import check_output_file, check_output_folder, read_json, write_json
+from drllm.files import check_output_file, check_output_folder
 from drllm.labels import LabelSet, read_labels
-from drllm.provenance import command_line, write_result
+from drllm.provenance import command_line, parse_dtype, write_result
 from drllm.questions.response_format import ResponseFormat
-from drllm.questions.sets import GROUPS, expand_sets
-from drllm.rollouts.engine import RolloutEngine
-from drllm.rollouts.routed_paths import routed_paths
+from drllm.questions.sets import GROUPS, expand_sets, load_questions
+from drllm.rollouts.rewards import reward_named
 from drllm.training.trainer import RouterTrainingConfig, quiet_libraries, train_routers
+from extensions.baselines.bench import Bench
 
 PROGRAM = "python -m experiments.ablations"
 BATCH_SIZE = 64  # questions per forward pass
-TEST_FORMAT = 2  # of test.json in a checkpoint; 2 has accuracy by group
 
 # Panel -> settings, each a label and the fields of RouterTrainingConfig that it changes.
 ABLATIONS: dict[str, dict[str, list[tuple[str, dict]]]] = {
@@ -131,43 +130,45 @@ def source_of(
     return QuestionSource(sets or sorted(labelled), data_dir, chat, formats[0])
 
 
-def evaluate(routed, engine: RolloutEngine, test: EvaluationQuestions) -> dict[str, float]:
+def bench_of(manifest: dict[str, Any], source: QuestionSource, folder: Path, limit: int | None) -> Bench:
+    """The base model of the labels and at most `limit` test questions per set, asked as the labels were made.
+
+    Raises:
+        UserError: the model or the questions cannot be read, or `folder` belongs to another model.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    model, revision = manifest["model"], manifest.get("revision")
+    routed = load_routed(model, parse_dtype(manifest["dtype"]), revision, {}).eval().to(state.device)
+    test = [question for name in source.sets for question in load_questions(name, "test", source.data_dir, limit)]
+    reward = reward_named(manifest.get("reward", "generation"))
+    protocol = (source.chat, source.response_format)
+    return Bench(routed, load_tokenizer(model, revision), reward, ([], test), folder, BATCH_SIZE, protocol, state)
+
+
+def evaluate(routed: PreTrainedModel, bench: Bench) -> dict[str, float]:
     """Accuracy and layers per forward pass of the routers' own decisions, beside the base model's.
 
     Names that end in a group, e.g. "accuracy_arc", are means over the group's sets, every set with the same weight.
     """
-    paths = routed_paths(routed, test.prompts, BATCH_SIZE)
-    engine.model = routed
-    outcome = answer_along(engine, test.prompts, paths)
-    pairs = list(zip(test.base.right, outcome.right, strict=True))
-    per_set = test.per_set(outcome)
-    by_group = {
-        f"{measure}_{group}": statistics.mean(per_set[name][measure] for name in sets if name in per_set)
-        for group, sets in GROUPS.items()
-        if per_set.keys() & set(sets)
-        for measure in ("accuracy", "base_accuracy", "layers")
-    }
+    paths = bench.decisions(routed, bench.prompts)
+    outcome = bench.along(paths, "answering")
+    pairs = list(zip(bench.base.right, outcome.right, strict=True))
+    of_sets, base = bench.per_set(outcome), bench.per_set(bench.base)
+    by_group = {}
+    for group, sets in GROUPS.items():
+        if members := [name for name in sets if name in of_sets]:
+            by_group[f"accuracy_{group}"] = statistics.mean(of_sets[name]["accuracy"] for name in members)
+            by_group[f"base_accuracy_{group}"] = statistics.mean(base[name]["accuracy"] for name in members)
+            by_group[f"layers_{group}"] = statistics.mean(of_sets[name]["layers"] for name in members)
     return by_group | {
         "accuracy": outcome.accuracy,
-        "base_accuracy": test.base.accuracy,
+        "base_accuracy": bench.base.accuracy,
         "layers": outcome.mean_layers,
-        "base_layers": float(engine.num_blocks),
+        "base_layers": float(bench.num_blocks),
         "wrong_to_right": sum(after > before for before, after in pairs),
         "right_to_wrong": sum(before > after for before, after in pairs),
         "distinct_paths": len(set(paths)),
     }
-
-
-def _evaluate_once(routed, engine: RolloutEngine, test: EvaluationQuestions, path: Path) -> dict[str, float]:
-    """`evaluate`, or its stored result for this checkpoint and these questions."""
-    questions = sorted(prompt.question.id for prompt in test.prompts)
-    with contextlib.suppress(UserError):  # missing or damaged: evaluated again
-        stored = read_json(path, "it is evaluated again")
-        if stored.get("questions") == questions and stored.get("format") == TEST_FORMAT:
-            return stored["result"]
-    result = evaluate(routed, engine, test)
-    write_json(path, {"format": TEST_FORMAT, "result": result, "questions": questions})
-    return result
 
 
 def _changed(changes: dict) -> list[tuple[str, object]]:
@@ -203,31 +204,27 @@ def run_ablation(
     name: str,
     draws: Sequence[RouterTrainingConfig],
     seeds: Sequence[int],
+    bench: Bench,
     source: QuestionSource,
     manifest: dict[str, Any],
-    limit: int | None = None,
 ) -> dict:
     """Trains and tests every setting of an ablation on every draw of labels from every seed.
 
     Args:
         draws: one configuration per draw of labels, with the fields that no setting changes.
+        bench: holds the base model and the test questions.
+        source: where these come from.
         manifest: manifest of the labels of the first draw.
-        limit: most test questions per set.
 
     Returns:
         The content of the ablation's JSON, without provenance.
     """
-    tokenizer = load_tokenizer(manifest["model"], manifest.get("revision"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    runs, engine, test = [], None, None
+    runs = []
     for panel, label, draw, config in settings_of(name, draws, seeds):
         print(f"--- {name}, {panel}: {label}, labels of {' '.join(config.data)}, seed {config.seed}", flush=True)
         record = train_routers(config)
-        routed = join_routers(config.checkpoint / "routers", record["base_model"]["name"]).to(device)
-        if engine is None:
-            engine = RolloutEngine(routed, tokenizer, BATCH_SIZE, reuse_default_states=False)
-            test = load_test_questions(engine, source.sets, source.data_dir, source.chat, limit, source.response_format)
-        result = _evaluate_once(routed, engine, test, config.checkpoint / "test.json")
+        routed = join_routers(config.checkpoint / "routers", record["base_model"]["name"])
+        result = evaluate(routed.to(bench.routed.device), bench)
         print(
             f"test: accuracy {result['accuracy']:.1%} (base {result['base_accuracy']:.1%}), layers "
             f"{result['layers']:.2f} of {result['base_layers']:.0f}",
@@ -243,7 +240,7 @@ def run_ablation(
         "summary": summarise(runs),
         "test_sets": list(source.sets),
         "test_data": "the Hub" if source.data_dir is None else str(source.data_dir),
-        "test_questions": len(test.prompts),
+        "test_questions": len(bench.prompts),
         "config": dataclasses.asdict(draws[0]) | {"run_name": None, "seed": None},
         "draws": [list(config.data) for config in draws],
         "labels": {
@@ -306,7 +303,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         for draw, folders in enumerate(draws)
     ]
-    result = run_ablation(arguments.name, configs, arguments.seeds, source, labels[0].manifest, arguments.limit)
+    manifest = labels[0].manifest
+    bench = bench_of(manifest, source, arguments.work_dir / "answers", arguments.limit)
+    result = run_ablation(arguments.name, configs, arguments.seeds, bench, source, manifest)
     output = arguments.output / arguments.name
     write_result(
         output.with_suffix(".json"),

@@ -186,23 +186,21 @@ def _over_seeds(histories: Sequence[Sequence[Mapping]], name: str) -> Iterator[t
 def draw_methods(result: Mapping[str, Any], path: Path) -> Path:
     """Accuracy against layers of several methods; error bars are 95% intervals of the paired difference from the base.
 
-    The lengths of one method (static paths, influence, early exit) are joined; random decisions belong to different
-    methods and are not.
+    The lengths of one method (static paths) are joined.
 
     Args:
-        result: the JSON of experiments/compare_methods.py.
+        result: the JSON of extensions/baselines/compare.py.
         path: PNG file to write.
     """
     kinds: dict[str, list[dict]] = {}
     for row in result["rows"]:
-        name, _, detail = row["method"].partition(":")
-        kinds.setdefault(f"{name},{detail}" if name == "random" else name, []).append(row)
+        kinds.setdefault(row["method"].partition(":")[0], []).append(row)
     with new_figure(path, (6.4, 4.2)) as (figure, axes):
         axis, styles = axes[0][0], {}
         for kind, rows in kinds.items():
             style = {"color": BASE_COLOUR, "marker": "*", "ms": 11}
             if kind != "base":
-                method = kind.removeprefix("random, rates of ")
+                method = kind.removeprefix("random decisions, at the rates of ")
                 if method not in styles:  # random decisions look like the method whose rates they have, but hollow
                     styles[method] = series(len(styles)).points
                 style = styles[method]

@@ -133,8 +133,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--static_paths: {error}") from None
     for sets in filter(None, (arguments.dataset, arguments.unlike)):
         expand_sets(sets)
-    for suffix in (".json", ".md", ".png"):
-        check_output_file(arguments.output.with_suffix(suffix), "--output")
+    for output in (arguments.output, arguments.output.with_suffix(".md"), arguments.output.with_suffix(".png")):
+        check_output_file(output, "--output")
     check_output_folder(arguments.work_dir, "--work_dir")
 
 

@@ -30,21 +30,21 @@ from transformers import PreTrainedModel
 from drllm.arguments import MAX_SEED, check_ranges
 from drllm.checkpoints import load_routed, load_tokenizer
 from drllm.errors import UserError, main_guard
-from drllm.evaluation.outcomes import answer_along
 from drllm.files import beside, check_output_folder, write_json, write_whole
 from drllm.group_paths.paths import describe_edits
 from drllm.labels import FORMAT, GROUP, LABELS, MANIFEST
 from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
 from drllm.processes import from_main, process_state
 from drllm.provenance import commit, dtype_name, dtype_on, fingerprint, parse_dtype, versions
-from drllm.questions.likelihood import REWARDS, LikelihoodPrompt, require_choices
+from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.overlap import load_training_questions
 from drllm.questions.per_set import numbers_per_set
-from drllm.questions.prompts import Prompt, split_by_context, wants_chat_template
+from drllm.questions.prompts import Prompt, split_by_context
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import collections_of, expand_sets
 from drllm.rollouts.engine import Request, RolloutEngine
 from drllm.rollouts.likelihood import LikelihoodEngine
+from drllm.rollouts.rewards import REWARDS, Reward, reward_named
 from drllm.rollouts.routed_paths import router_windows
 from drllm.rollouts.scores import ScoreStore, path_text, score_all
 from drllm.search.progress import begin
@@ -120,8 +120,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for sets in filter(None, (arguments.dataset, arguments.unlike)):
         expand_sets(sets)
     limits_of(arguments)
-    if arguments.reward != "generation":
-        require_choices(expand_sets(arguments.dataset))
+    reward_named(arguments.reward).check_sets(expand_sets(arguments.dataset))
     if arguments.dtype != "auto":
         parse_dtype(arguments.dtype)
     check_output_folder(arguments.output_dir, "--output_dir")
@@ -165,6 +164,7 @@ class Measured:
         prompts: all questions; they are named by their place here.
     """
 
+    reward: Reward
     engine: RolloutEngine | LikelihoodEngine
     prompts: Sequence[Prompt] | Sequence[LikelihoodPrompt]
     store: ScoreStore
@@ -172,12 +172,11 @@ class Measured:
     def rewards(self, questions: Sequence[int], paths: Sequence[BlockPath]) -> list[float]:
         """In [0, 1]: whether the response is right, or the probability of the right option."""
         prompts = [self.prompts[question] for question in questions]
-        if isinstance(self.engine, RolloutEngine):
-            return answer_along(self.engine, prompts, paths, self.store, title=None).right
-        work = [(prompt, [path]) for prompt, path in zip(prompts, paths, strict=True)]
-        score_all(self.engine, work, self.store, title=None)
+        score_all(
+            self.engine, [(prompt, [path]) for prompt, path in zip(prompts, paths, strict=True)], self.store, None
+        )
         return [
-            prompt.probability(self.store.get(prompt.question.id, path), self.engine.normalised)
+            self.reward.value(prompt, self.store.get(prompt.question.id, path))
             for prompt, path in zip(prompts, paths, strict=True)
         ]
 
@@ -223,9 +222,7 @@ def read_prompts(arguments: argparse.Namespace, tokenizer, chat: bool, context: 
     """The questions of all sets as prompts, in seeded order per set, as data_generation.py takes them."""
 
     def prompt_of(question):
-        if arguments.reward == "generation":
-            return Prompt.of(question, tokenizer, chat)
-        return LikelihoodPrompt.of(question, tokenizer)
+        return reward_named(arguments.reward).prompt_of(question, tokenizer, chat)
 
     with state.main_process_first():  # so that a download happens once per machine
         unlike = expand_sets(arguments.unlike) if arguments.unlike else ()
@@ -346,22 +343,18 @@ def main(argv: list[str] | None = None) -> None:
     state = process_state(WAIT_FOR_OTHERS)
     tokenizer = load_tokenizer(arguments.model, arguments.revision)
     routed = load_base(arguments, state)
-    chat = arguments.reward == "generation" and wants_chat_template("auto", arguments.model, tokenizer)
+    reward = reward_named(arguments.reward)
+    chat = reward.uses_chat_template("auto", arguments.model, tokenizer)
     context = getattr(routed.config, "max_position_embeddings", None) or sys.maxsize
     prompts = read_prompts(arguments, tokenizer, chat, context, state)
     manifest = make_manifest(arguments, routed, prompts, chat)
     if state.is_main_process:
         begin(arguments.output_dir, manifest)
     state.wait_for_everyone()
-    if arguments.reward == "generation":
-        engine = RolloutEngine(routed, tokenizer, arguments.batch_size, reuse_default_states=False)
-    else:
-        normalised = arguments.reward == "likelihood_norm"
-        engine = LikelihoodEngine(routed, tokenizer, arguments.batch_size, normalised)
+    engine = reward.engine(routed, tokenizer, arguments.batch_size)
     key = {name: manifest[name] for name in ("model_fingerprint", "dtype")}
-    if arguments.reward == "generation":  # log-likelihoods depend on the model alone
-        key |= {"chat_template": chat, "reward": arguments.reward}
-    measured = Measured(engine, prompts, ScoreStore(arguments.measured_dir, key, state.process_index))
+    key |= reward.key(chat, ResponseFormat())
+    measured = Measured(reward, engine, prompts, ScoreStore(arguments.measured_dir, key, state.process_index))
     try:
         groups = from_main(state, lambda: find_groups(arguments, routed, prompts))
         mine = dict(list(groups.items())[state.process_index :: state.num_processes])

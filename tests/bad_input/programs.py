@@ -16,8 +16,6 @@ from drllm import evaluate, gguf_checkpoint, router_checkpoint
 from drllm.evaluation import comparison
 from experiments import (
     ablations,
-    compare_likelihood,
-    compare_methods,
     edit_effects,
     group_paths,
     inspect_prompt,
@@ -25,9 +23,9 @@ from experiments import (
     paper_figures,
     paper_tables,
     predictable_effects,
-    rivals,
     sweep,
 )
+from extensions.baselines import compare
 from extensions.groups import search as group_search
 from miniature import make
 
@@ -39,8 +37,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "router_checkpoint": router_checkpoint.main,
     "gguf_checkpoint": gguf_checkpoint.main,
     "ablations": ablations.main,
-    "compare_likelihood": compare_likelihood.main,
-    "compare_methods": compare_methods.main,
+    "compare": compare.main,
     "edit_effects": edit_effects.main,
     "group_paths": group_paths.main,
     "group_search": group_search.main,
@@ -49,7 +46,6 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "paper_figures": paper_figures.main,
     "paper_tables": paper_tables.main,
     "predictable_effects": predictable_effects.main,
-    "rivals": rivals.main,
     "sweep": sweep.main,
     "miniature/make.py": make.main,
     "benchmarks/evaluation.py": evaluation_speed.main,
@@ -82,9 +78,8 @@ COMMON = {
     "eval": "{checkpoint} --data_dir {questions} --output_dir {out} --device cpu",
     "lm_eval": "--model_args pretrained={checkpoint} --tasks drllm_arc_easy --data_dir {questions} --device cpu",
     "ablation": "table6 --data {labels} --data_dir {questions} --work_dir {out} --output {out} --num_epochs 1",
-    "methods": "--model {base} --data_dir {questions} --sets arc_easy --work_dir {out} --output {out}/r.json "
-    "--train_questions 2 --validation_questions 2",
-    "likelihood": "--model {base} --data_dir {questions} --sets arc_easy --work_dir {out} --output {out}/r.json",
+    "compare": "--model {base} --data_dir {questions} --dataset arc_easy --work_dir {out} --output {out}/r.json "
+    "--train_questions 2",
     "groups": "--model {base} --data_dir {questions} --dataset arc_easy --output_dir {out} --train_questions 2",
     "predictable": "--model {base} --data_dir {questions} --dataset arc_easy --scores {scores} --output {out}/r.json",
     "group_search": "--model {base} --data_dir {questions} --dataset arc_easy --output_dir {out} --limit 2",

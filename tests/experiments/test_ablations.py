@@ -9,10 +9,10 @@ import pytest
 from drllm.checkpoints import join_routers, load_tokenizer
 from drllm.errors import UserError
 from drllm.evaluation.ablation_report import draws_table, summarise
-from drllm.evaluation.outcomes import EvaluationQuestions, Outcome, load_test_questions
 from drllm.labels import LabelSet
+from drllm.questions.prompts import Prompt
 from drllm.questions.response_format import ResponseFormat
-from drllm.rollouts.engine import RolloutEngine
+from drllm.questions.sets import load_questions
 from drllm.rollouts.routed_paths import routed_paths
 from drllm.training.trainer import RouterTrainingConfig
 from experiments import ablations
@@ -100,11 +100,12 @@ def test_an_ablation_from_labels_to_figure(command, tmp_path, capsys):
     # What is written is what the checkpoint does.
     checkpoint = next((tmp_path / "work" / "checkpoints").glob("bias_init=frequency-seed=1"))
     routed = join_routers(checkpoint / "routers")
-    engine = RolloutEngine(routed, load_tokenizer(str(checkpoint)), 4, reuse_default_states=False)
-    test = load_test_questions(engine, ["arc_easy"], tmp_path / "questions", False, None)
-    paths = routed_paths(routed, test.prompts, batch_size=3)
+    tokenizer = load_tokenizer(str(checkpoint))
+    questions = load_questions("arc_easy", "test", tmp_path / "questions")
+    prompts = [Prompt.of(question, tokenizer, False) for question in questions]
+    paths = routed_paths(routed, prompts, batch_size=3)
     assert result["runs"][3]["layers"] == pytest.approx(sum(map(sum, paths)) / 8)
-    for prompt, path in zip(test.prompts, paths, strict=True):
+    for prompt, path in zip(prompts, paths, strict=True):
         assert routed_paths(routed, [prompt]) == [path]
 
 
@@ -139,12 +140,12 @@ def test_table_of_draws_by_hand():
     assert "8.0 / 8.0 (8.0 ± 0.0)" in table
 
 
-def test_a_static_model_answers_as_its_base(tiny_base, questions):
+def test_a_static_model_answers_as_its_base(tiny_base, questions, tmp_path):
     routed = retrofit(str(tiny_base))
     routed.model.is_static_routing = True
-    engine = RolloutEngine(routed, load_tokenizer(str(tiny_base)), 4, reuse_default_states=False)
-    test = load_test_questions(engine, ["arc_easy"], questions, False, None)
-    result = ablations.evaluate(routed, engine, test)
+    source = ablations.QuestionSource(["arc_easy"], questions, False)
+    bench = ablations.bench_of({"model": str(tiny_base), "dtype": "float32"}, source, tmp_path / "answers", None)
+    result = ablations.evaluate(routed, bench)
     assert result["accuracy"] == result["base_accuracy"]
     assert result["layers"] == result["base_layers"] == 5
     assert (result["wrong_to_right"], result["right_to_wrong"], result["distinct_paths"]) == (0, 0, 1)
@@ -244,14 +245,3 @@ def test_test_questions_are_those_of_the_labels_manifest(tmp_path):
 def test_labels_that_do_not_name_their_test_questions_are_refused(labels, sentence):
     with pytest.raises(UserError, match=sentence):
         ablations.source_of(labels)
-
-
-@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"questions": ', '{"questions": 3, "result": 1}'])
-def test_a_damaged_stored_result_is_evaluated_again(damage, tmp_path, monkeypatch):
-    path = tmp_path / "test.json"
-    path.write_text(damage)
-    monkeypatch.setattr(ablations, "evaluate", lambda routed, engine, test: {"accuracy": 0.5})
-    test = EvaluationQuestions([], Outcome([], []))
-    assert ablations._evaluate_once(None, None, test, path) == {"accuracy": 0.5}
-    monkeypatch.setattr(ablations, "evaluate", lambda *given: pytest.fail("evaluated again"))
-    assert ablations._evaluate_once(None, None, test, path) == {"accuracy": 0.5}

@@ -65,6 +65,6 @@ def evaluated(steps, trained, workplace) -> Path:
 
 @pytest.fixture(scope="session")
 def compared(steps, trained, workplace) -> Path:
-    """What an undisturbed compare_likelihood wrote for `trained`."""
+    """What an undisturbed comparison wrote for `trained`."""
     run(steps.comparison(trained, workplace / "compared"))
     return workplace / "compared"

@@ -72,11 +72,11 @@ class Steps:
         return [sys.executable, *f"-m drllm.evaluate {options} --device cpu".split()]
 
     def comparison(self, checkpoint: Path, folder: Path) -> list[str]:
-        """experiments.compare_likelihood: base, routers, random paths and two static paths on eight questions."""
-        options = f"--model {self.model} --checkpoint paper={checkpoint} --data_dir {self.data} --sets {SETS}"
-        options += f" --test_questions 4 --controls influence --most_edits 2 --batch_size {BATCH}"
-        options += f" --work_dir {folder / 'work'} --output {folder / 'result.json'}"
-        return [sys.executable, *f"-m experiments.compare_likelihood {options}".split()]
+        """extensions.baselines.compare: base, routers, random decisions and static paths on eight questions."""
+        options = f"--model {self.model} --checkpoint paper={checkpoint} --data_dir {self.data} --dataset {SETS}"
+        options += f" --test_questions 4 --methods shortgpt --skips 2 --train_questions 4 --batch_size {BATCH}"
+        options += f" --reward likelihood --work_dir {folder / 'work'} --output {folder / 'result.json'}"
+        return [sys.executable, *f"-m extensions.baselines.compare {options}".split()]
 
     def _likelihood(self, program: str, options: str, output: Path) -> list[str]:
         common = f"--reward likelihood --model {self.model} --data_dir {self.data} --output_dir {output}"

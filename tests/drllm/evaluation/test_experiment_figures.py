@@ -80,8 +80,8 @@ def test_points_of_unrelated_methods_are_not_joined(tmp_path, drawn):
     rows = [method("base", 0.8, 10), method("static: 1 skipped", 0.7, 9), method("static: 2 skipped", 0.6, 8)]
     rows += [
         method("paper", 0.7, 8),
-        method("random: rates of paper", 0.5, 8),
-        method("random: rates of other", 0.6, 9),
+        method("random decisions, at the rates of paper", 0.5, 8),
+        method("random decisions, at the rates of other", 0.6, 9),
     ]
     assert draw_experiment({"rows": rows}, tmp_path / "claim.png") == [tmp_path / "claim.png"]
     lines = {options["label"]: (list(args[0]), options["ls"]) for name, args, options in drawn if name == "errorbar"}
@@ -89,8 +89,8 @@ def test_points_of_unrelated_methods_are_not_joined(tmp_path, drawn):
         "base": ([10], "none"),
         "static": ([9, 8], ":"),
         "paper": ([8], "none"),
-        "random, rates of paper": ([8], "none"),
-        "random, rates of other": ([9], "none"),
+        "random decisions, at the rates of paper": ([8], "none"),
+        "random decisions, at the rates of other": ([9], "none"),
     }
 
 
