@@ -142,7 +142,7 @@ def bench_of(manifest: dict[str, Any], source: QuestionSource, folder: Path, lim
     test = [question for name in source.sets for question in load_questions(name, "test", source.data_dir, limit)]
     reward = reward_named(manifest.get("reward", "generation"))
     protocol = (source.chat, source.response_format)
-    return Bench(routed, load_tokenizer(model, revision), reward, ([], test), folder, BATCH_SIZE, protocol, state)
+    return Bench(routed, load_tokenizer(model, revision), reward, ([], test), folder, BATCH_SIZE, protocol)
 
 
 def evaluate(routed: PreTrainedModel, bench: Bench) -> dict[str, float]:

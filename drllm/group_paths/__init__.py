@@ -6,7 +6,7 @@ is not only right or wrong:
 
 1. Reward with a margin (`margin_rewards`): how far the gold answer is ahead of its best rival.
 2. Effects: for each block of each training question, what skipping the block does to the reward.
-3. Groups (`extensions.groups.grouping`): effects are smoothed over questions with similar hidden states, each own left out,
+3. Groups (`extensions.groups.grouping`): effects are smoothed over questions with similar states, each own left out,
    and questions with similar smoothed effects form a group.
 4. One path per group (`paths.grow`): starting from the default path, a group skips the block whose loss costs the mean
    reward of its questions least, with all effects measured again after each skip. The price of a block, in reward,

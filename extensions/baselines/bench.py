@@ -36,12 +36,12 @@ class Bench:
         routed: a routed model in eval mode, on its device; its frozen base answers.
         tokenizer: tokenizer of the model.
         reward: judges answers.
-        train, test: questions.
+        questions: training questions, test questions.
         folder: keeps every score; a stopped run scores nothing twice.
         batch_size: questions per forward pass.
-        chat: whether prompts get the chat template.
-        response_format: format of generated answers.
-        state: processes that share the work; every process makes the same calls.
+        protocol: whether prompts get the chat template, and the format of generated answers.
+
+    Several processes share the work; every process makes the same calls.
 
     Raises:
         UserError: a question is in `train` and in `test`, or `folder` belongs to another model or protocol.
@@ -56,7 +56,6 @@ class Bench:
         folder: FilePath,
         batch_size: int,
         protocol: tuple[bool, ResponseFormat] = (False, ResponseFormat()),
-        state: PartialState | None = None,
     ) -> None:
         train, test = questions
         if shared := {question.id for question in train} & {question.id for question in test}:
@@ -66,7 +65,7 @@ class Bench:
         self.reward = reward
         self.folder = folder
         self.batch_size = batch_size
-        self.state = state or PartialState()
+        self.state = PartialState()
         self.num_blocks: int = routed.config.num_hidden_layers
         chat, response_format = protocol
         self.key = {"model_fingerprint": fingerprint(routed), "dtype": dtype_name(routed.dtype)}

@@ -156,7 +156,6 @@ class Comparison:
             arguments.work_dir,
             arguments.batch_size,
             (protocol.chat_template, protocol.response_format),
-            state,
         )
         self.controls = [self.bench.base]  # static paths
         self.known: Outcome | None = None

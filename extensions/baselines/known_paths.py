@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drllm.errors import UserError
+from drllm.files import read_json
 from drllm.questions.sets import SETS, Question
 from extensions.baselines.interface import AnyPrompt
-from miniature.training_paths import read_known_paths
 from train_models.paths import Path as BlockPath
 
 
@@ -30,13 +30,14 @@ class KnownPaths:
     """
 
     def __init__(self, file: Path, data_dir: Path, num_blocks: int) -> None:
-        try:
-            self._paths = read_known_paths(file)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--known_paths: {error}") from None
-        lengths = {len(path) for path in self._paths.values()}
-        if lengths != {num_blocks}:
-            raise UserError(f"--known_paths {file}: paths of {lengths.pop()} blocks, but the model has {num_blocks}")
+        written = read_json(file, "write an object, kind -> digits of the path")
+        for kind, digits in written.items():
+            if not (isinstance(digits, str) and len(digits) == num_blocks and set(digits) <= set("012")):
+                raise UserError(
+                    f"--known_paths {file}: the path of {kind!r} is {digits!r}, expected {num_blocks} digits 0, 1 or 2, "
+                    "one per block"
+                )
+        self._paths = {kind: tuple(map(int, digits)) for kind, digits in written.items()}
         self._data_dir = data_dir
         self._kinds: dict[tuple[str, str], dict[tuple, str]] = {}
 
