@@ -34,8 +34,8 @@ class KnownPaths:
         for kind, digits in written.items():
             if not (isinstance(digits, str) and len(digits) == num_blocks and set(digits) <= set("012")):
                 raise UserError(
-                    f"--known_paths {file}: the path of {kind!r} is {digits!r}, expected {num_blocks} digits 0, 1 or 2, "
-                    "one per block"
+                    f"--known_paths {file}: the path of {kind!r} is {digits!r}, expected {num_blocks} digits "
+                    "0, 1 or 2, one per block"
                 )
         self._paths = {kind: tuple(map(int, digits)) for kind, digits in written.items()}
         self._data_dir = data_dir

@@ -36,5 +36,5 @@ def test_a_question_that_the_files_do_not_name_is_refused(known):
 @pytest.mark.parametrize("path", ["1111", "1" * 13 + "3", 7, None])
 def test_a_path_that_is_none_is_refused(tmp_path, path):
     (tmp_path / "paths.json").write_text(json.dumps({"sum": path}))
-    with pytest.raises(UserError, match="--known_paths .* the path of 'sum' is .*, expected 14 digits"):
+    with pytest.raises(UserError, match=r"--known_paths .* the path of 'sum' is .*, expected 14 digits"):
         KnownPaths(tmp_path / "paths.json", MINIATURE_DATA, NUM_BLOCKS)
