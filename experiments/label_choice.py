@@ -1,0 +1,106 @@
+"""Counts how much of a label is choice: how many right paths a question has, and how many of them are as short.
+
+    python -m experiments.label_choice --labels out/demo/data --output results/label_choice.json
+
+A search leaves the right paths that it came across. The shortest one becomes the label, of equally short ones that
+with the fewest edits, and of those the first that was met. So another seed of the search draws other labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from drllm.errors import main_guard
+from drllm.evaluation.text_tables import markdown
+from drllm.files import check_output_file
+from drllm.labels import read_labels
+from drllm.provenance import command_line, write_result
+from drllm.questions.sets import GROUPS
+from train_models.paths import REPEAT, SKIP
+
+PROGRAM = "python -m experiments.label_choice"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked.
+
+    Raises:
+        UserError: an output that cannot be written.
+    """
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--labels", nargs="+", required=True, help="folders of labels, one per draw")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; a .md is written beside it")
+    arguments = parser.parse_args(argv)
+    check_output_file(arguments.output, "--output")
+    return arguments
+
+
+def choice(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the labels of some questions leave to choice.
+
+    Returns:
+        questions: their number; skipped, repeated: per block the share of labels that skip or repeat it; right_paths:
+        right paths per question that the search found; as_short: those of them that are as short as the label, the
+        label included (means over questions).
+    """
+    labels = [row["optimal_layer_config"] for row in rows]
+    as_short = [sum(sum(path) == sum(row["optimal_layer_config"]) for path in row["good_paths"]) for row in rows]
+    return {
+        "questions": len(rows),
+        "skipped": [statistics.mean(action == SKIP for action in block) for block in zip(*labels, strict=True)],
+        "repeated": [statistics.mean(action == REPEAT for action in block) for block in zip(*labels, strict=True)],
+        "right_paths": statistics.mean(len(row["good_paths"]) for row in rows),
+        "as_short": statistics.mean(as_short),
+    }
+
+
+def choice_table(rows: Sequence[dict[str, Any]]) -> str:
+    """One row per draw and group of sets, as Markdown."""
+
+    def span(shares: Sequence[float]) -> str:
+        return f"{100 * min(shares):.0f} to {100 * max(shares):.0f}"
+
+    header = ["labels", "sets", "questions", "labels that skip a block, % (least to most)"]
+    header += ["labels that repeat it, %", "right paths per question", "of these as short as the label"]
+    cells = [
+        [
+            row["labels"],
+            row["group"],
+            str(row["questions"]),
+            span(row["skipped"]),
+            span(row["repeated"]),
+            f"{row['right_paths']:.1f}",
+            f"{row['as_short']:.1f}",
+        ]
+        for row in rows
+    ]
+    return markdown(header, cells)
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the top of this file."""
+    arguments = parse_arguments(argv)
+    start = time.perf_counter()
+    counted = []
+    for folder in arguments.labels:
+        labels = read_labels(folder)
+        sets = {row["set"] for row in labels.rows}
+        groups = {group: members for group, members in GROUPS.items() if sets & set(members)}
+        for group, members in (groups or {"all": sets}).items():
+            counted.append({"labels": folder, "group": group} | choice([r for r in labels.rows if r["set"] in members]))
+    seconds = time.perf_counter() - start
+    table = choice_table(counted)
+    command = command_line(PROGRAM, argv)
+    write_result(arguments.output, {"rows": counted}, command=command, seed=None, seconds=seconds, table=table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

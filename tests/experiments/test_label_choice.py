@@ -1,0 +1,31 @@
+"""How much of a label is choice, by hand and from a folder of labels."""
+
+import json
+
+from experiments.label_choice import choice, main
+
+
+def test_choice_by_hand():
+    rows = [
+        {"optimal_layer_config": [0, 1, 1], "good_paths": [[0, 1, 1], [1, 0, 1], [1, 1, 2]]},
+        {"optimal_layer_config": [0, 1, 2], "good_paths": [[0, 1, 2]]},
+    ]
+    assert choice(rows) == {
+        "questions": 2,
+        "skipped": [1, 0, 0],
+        "repeated": [0, 0, 0.5],
+        "right_paths": 2,
+        "as_short": 1.5,
+    }
+
+
+def test_a_table_from_labels(tiny_labels, tmp_path, capsys):
+    assert main(["--labels", str(tiny_labels), "--output", str(tmp_path / "choice.json")]) == 0
+    (row,) = json.loads((tmp_path / "choice.json").read_text())["rows"]
+    assert row["questions"] == 24
+    assert "right paths per question" in capsys.readouterr().out
+
+
+def test_an_output_that_cannot_be_written(tiny_labels, tmp_path, capsys):
+    assert main(["--labels", str(tiny_labels), "--output", str(tmp_path)]) == 2
+    assert "is a folder; pass a file" in capsys.readouterr().err
