@@ -22,7 +22,7 @@ WITHOUT_MODELS = {
     "miniature/make.py",
     "label_choice",
 }
-WITHOUT_MODELS |= {"benchmarks/training_memory.py", "edit_effects"}
+WITHOUT_MODELS |= {"benchmarks/training_memory.py", "edit_effects", "label_choice"}
 # (program, arguments): `base` and `checkpoint` are hostile.
 CASES = [
     ("data_generation.py", "{search} --num_simulations 2"),
