@@ -83,10 +83,3 @@ def answered_questions(count: int) -> list[Answered]:
         question = Question("dart-1", f"q{number}", "", (), (), "0")
         made.append(Answered(Prompt(question, "", ids, 5), answer))
     return made
-
-
-def toy_windows(count: int, num_blocks: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows [N, L, 4, 8] whose first feature is one number per question, and their mask [N, 4]."""
-    windows = torch.randn(count, num_blocks, 4, 8, generator=torch.Generator().manual_seed(1))
-    windows[..., 0] = 3 * windows[:, :1, :1, 0]
-    return windows, torch.ones(count, 4, dtype=torch.bool)

@@ -86,10 +86,7 @@ def programs(tmp_path_factory, stock_model, tiny_labels) -> dict[str, Program]:
     checkpoint = make_routed(base, folder / "routed")
     questions = make_data(make_tasks(folder / "questions", 12), 40)
     training = f"train.py --data {tiny_labels} --run_name run --num_epochs 30 --warmup_steps 2 --learning_rate 0.01"
-    groups = f"-m experiments.group_paths --model {base} --data_dir {questions} --train_questions 30 --groups 3"
     evaluation = f"-m drllm.evaluation.comparison {checkpoint} --data_dir {questions} --device cpu --batch_size 1"
-    generation = f"{groups} --dataset arc_easy,dart-1 --most_skips 2 --price 0.01 --batch_size 2"
-    likelihood = f"{groups} --dataset arc_easy --reward likelihood --price 0.01 --batch_size 2 --pilot 8"
     search = f"-m extensions.groups.search --model {base} --data_dir {questions} --dataset arc_easy,dart-1 --limit 30"
     weights = "model.safetensors"
     return {
@@ -97,16 +94,6 @@ def programs(tmp_path_factory, stock_model, tiny_labels) -> dict[str, Program]:
             training.split(),
             lambda out: any((out / "run" / "trainer").glob("checkpoint-*/trainer_state.json")),
             lambda out: (out / "run" / weights).read_bytes(),
-        ),
-        "group paths": Program(
-            generation.split(),
-            lambda out: any(out.parent.glob(f"{out.name}-measured/*/*.safetensors")),
-            lambda out: (out / weights).read_bytes(),
-        ),
-        "group paths by likelihood": Program(
-            likelihood.split(),
-            lambda out: any(path.stat().st_size for path in out.parent.glob(f"{out.name}-measured/**/*.jsonl")),
-            lambda out: (out / weights).read_bytes(),
         ),
         "group search": Program(
             [*search.split(), "--groups", "3", "--num_simulations", "80", "--batch_size", "2"],
@@ -123,7 +110,7 @@ def programs(tmp_path_factory, stock_model, tiny_labels) -> dict[str, Program]:
     }
 
 
-NAMES = ("training", "group paths", "group paths by likelihood", "group search", "evaluation")
+NAMES = ("training", "group search", "evaluation")
 
 
 @pytest.fixture(scope="module")

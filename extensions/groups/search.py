@@ -29,9 +29,9 @@ from transformers import PreTrainedModel
 
 from drllm.arguments import MAX_SEED, check_ranges
 from drllm.checkpoints import load_routed, load_tokenizer
+from drllm.edits import describe_edits
 from drllm.errors import UserError, main_guard
 from drllm.files import beside, check_output_folder, write_json, write_whole
-from drllm.group_paths.paths import describe_edits
 from drllm.labels import FORMAT, GROUP, LABELS, MANIFEST
 from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
 from drllm.processes import from_main, process_state

@@ -11,7 +11,6 @@ import lm_eval.tasks
 import pytest
 
 from drllm import files
-from drllm.files import write_json
 from drllm.training.config import RouterTrainingConfig
 from drllm.training.trainer import train_routers
 from tests.bad_input.programs import World
@@ -45,8 +44,6 @@ def valid(tmp_path_factory, tiny_base, tiny_labels) -> dict[str, Path]:
         add_counts(folder / "results" / name / "results.json")
     (folder / "results" / "experiment.json").write_text(json.dumps(SWEEP))
     (folder / "file").write_text("a file\n")
-    (folder / "scores").mkdir()
-    write_json(folder / "scores" / "scores.json", {"model_fingerprint": "of another base", "dtype": "float32"})
     return {
         "labels": tiny_labels,
         "base": tiny_base,
@@ -54,7 +51,6 @@ def valid(tmp_path_factory, tiny_base, tiny_labels) -> dict[str, Path]:
         "routers": config.checkpoint / "routers",
         "questions": questions,
         "results": folder / "results",
-        "scores": folder / "scores",
         "file": folder / "file",
     }
 

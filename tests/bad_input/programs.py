@@ -16,14 +16,11 @@ from drllm import evaluate, gguf_checkpoint, router_checkpoint
 from drllm.evaluation import comparison
 from experiments import (
     ablations,
-    edit_effects,
-    group_paths,
     inspect_prompt,
     label_choice,
     paper_backbones,
     paper_figures,
     paper_tables,
-    predictable_effects,
     sweep,
 )
 from extensions.baselines import compare
@@ -39,15 +36,12 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "gguf_checkpoint": gguf_checkpoint.main,
     "ablations": ablations.main,
     "compare": compare.main,
-    "edit_effects": edit_effects.main,
-    "group_paths": group_paths.main,
     "group_search": group_search.main,
     "inspect_prompt": inspect_prompt.main,
     "label_choice": label_choice.main,
     "paper_backbones": paper_backbones.main,
     "paper_figures": paper_figures.main,
     "paper_tables": paper_tables.main,
-    "predictable_effects": predictable_effects.main,
     "sweep": sweep.main,
     "miniature/make.py": make.main,
     "benchmarks/evaluation.py": evaluation_speed.main,
@@ -82,8 +76,6 @@ COMMON = {
     "ablation": "table6 --data {labels} --data_dir {questions} --work_dir {out} --output {out} --num_epochs 1",
     "compare": "--model {base} --data_dir {questions} --dataset arc_easy --work_dir {out} --output {out}/r.json "
     "--train_questions 2",
-    "groups": "--model {base} --data_dir {questions} --dataset arc_easy --output_dir {out} --train_questions 2",
-    "predictable": "--model {base} --data_dir {questions} --dataset arc_easy --scores {scores} --output {out}/r.json",
     "group_search": "--model {base} --data_dir {questions} --dataset arc_easy --output_dir {out} --limit 2",
     "sweep": "{checkpoint} --data_dir {questions} --dataset arc_easy --output {out}/r.json",
     "backbone": "--model {base} --output_dir {out}",

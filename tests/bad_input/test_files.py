@@ -20,8 +20,6 @@ READERS = {
     "compare": ("compare", "{compare} --checkpoint x={checkpoint}"),
     "compare-base": ("compare", "{compare}"),
     "compare-questions": ("compare", "{compare} --reward likelihood"),
-    "group_paths": ("group_paths", "{groups}"),
-    "group_paths-questions": ("group_paths", "{groups}"),
     "group_search": ("group_search", "{group_search}"),
     "inspect_prompt": ("inspect_prompt", "{checkpoint} x"),
     "eval.sh": ("eval.sh", "{eval} --labels {labels}"),

@@ -14,15 +14,7 @@ from tests.bad_input.programs import PROGRAMS, World, command_line
 
 # Programs that read no model from a folder: paper_backbones prints or starts commands of the others, paper_figures and
 # paper_tables read results, gguf_checkpoint a GGUF file, make.py its own weights, training_memory.py makes its own.
-WITHOUT_MODELS = {
-    "paper_backbones",
-    "paper_figures",
-    "paper_tables",
-    "gguf_checkpoint",
-    "miniature/make.py",
-    "label_choice",
-}
-WITHOUT_MODELS |= {"benchmarks/training_memory.py", "edit_effects", "label_choice"}
+WITHOUT_MODELS |= {"benchmarks/training_memory.py", "label_choice"}
 # (program, arguments): `base` and `checkpoint` are hostile.
 CASES = [
     ("data_generation.py", "{search} --num_simulations 2"),
@@ -40,12 +32,9 @@ CASES = [
     ("router_checkpoint", "join {routers} --base {base} --output_dir {out}"),
     ("ablations", "{ablation} --limit 1 --seeds 0"),
     ("compare", "{compare} --checkpoint paper={checkpoint} --test_questions 2 --methods shortgpt,mindskip"),
-    ("group_paths", "{groups} --most_skips 1 --groups 1"),
-    ("group_paths", "{groups} --most_skips 1 --groups 1 --reward likelihood"),
     ("group_search", "{group_search} --num_simulations 1"),
     ("inspect_prompt", "{checkpoint} hello --max_new_tokens 1"),
     ("sweep", "{sweep} --limit 1 --knobs -0.5"),
-    ("predictable_effects", "{predictable}"),
     ("benchmarks/evaluation.py", "--model {checkpoint} --data_dir {questions} --questions 2 --output {out}/r.json"),
     ("benchmarks/latency.py", "--model {base} --prompt_tokens 4 --new_tokens 2 --rounds 1 --skip 0 --batch_sizes 1"),
     (

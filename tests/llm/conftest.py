@@ -51,8 +51,8 @@ def trained(steps, labels, workplace) -> Path:
 
 @pytest.fixture(scope="session")
 def grouped(steps, workplace) -> Path:
-    """The routed checkpoint of an undisturbed run of group_paths."""
-    run(steps.group_paths(workplace / "grouped"))
+    """Labels of an undisturbed search by groups."""
+    run(steps.group_search(workplace / "grouped"))
     return workplace / "grouped"
 
 

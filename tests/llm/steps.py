@@ -54,11 +54,11 @@ class Steps:
         options += f" --num_epochs 40 --warmup_steps 3 --learning_rate 0.01 --feature_batch_size {BATCH}"
         return [sys.executable, "train.py", *options.split()]
 
-    def group_paths(self, checkpoint: Path) -> list[str]:
-        """experiments.group_paths: one edit per group, chosen from all 2 L edits on two questions."""
-        options = f"--dataset {SETS} --train_questions 3 --validation_questions 1 --pilot 1 --keep 3 --candidates 2"
-        options += f" --most_skips 1 --price 0.05 --batch_size {BATCH}"
-        return self._likelihood("-m experiments.group_paths", options, checkpoint)
+    def group_search(self, labels: Path) -> list[str]:
+        """extensions.groups.search: one path per collection, searched on two questions of it."""
+        options = f"--dataset {SETS} --limit 4 --group_by collection --search_questions 2 --num_simulations 6"
+        options += f" --finalists 2 --batch_size {BATCH}"
+        return self._likelihood("-m extensions.groups.search", options, labels)
 
     def evaluation(self, checkpoint: Path, output: Path) -> list[str]:
         """eval.sh: four questions per task, without and with routing."""
