@@ -268,7 +268,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", default="0,1,2", help="comma-separated (default: %(default)s)")
     add("--num_epochs", type=int, default=25, help="default: %(default)s, as in the paper")
     add("--warmup_steps", type=int, default=500, help="default: %(default)s, as in the paper")
-    add("--work_dir", type=Path, default=Path("runs/ablations"), help="checkpoints and features (default: %(default)s)")
+    add("--work_dir", type=Path, default=Path("out/ablations"), help="checkpoints and features (default: %(default)s)")
     add("--output", type=Path, default=Path("results/ablations"), help="folder (default: %(default)s)")
     arguments = parser.parse_args(argv)
     arguments.seeds = parse_list("seeds", arguments.seeds, int, "0,1,2")

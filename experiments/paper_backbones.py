@@ -322,7 +322,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--run", action="store_true", help="run the steps, one after the other")
     what.add_argument("--slurm", action="store_true", help="print a Slurm array script that runs them")
     add("--gpus", type=int, default=8, help="of this machine; 0: the CPU (default: 8)")
-    add("--output_dir", default="runs/backbones", help="gets one folder per model (default: runs/backbones)")
+    add("--output_dir", default="out/backbones", help="gets one folder per model (default: out/backbones)")
     add("--steps", default=",".join(STEPS), help="comma-separated (default: %(default)s)")
     add("--data_dir", help="local files for the in-domain questions; default: the Hub")
     add("--samples", type=int, help="labels per set (default: the paper's)")

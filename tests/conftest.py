@@ -35,7 +35,7 @@ SMALL = {
 
 
 def pytest_addoption(parser):
-    parser.addoption("--llm_model", metavar="FOLDER", help="checkpoint of the LLM; default: runs/llm/model (make llm)")
+    parser.addoption("--llm_model", metavar="FOLDER", help="checkpoint of the LLM; default: out/llm/model (make llm)")
 
 
 @pytest.fixture(autouse=True)

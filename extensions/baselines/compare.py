@@ -104,7 +104,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=int, default=1, help="trainings of mindskip and flexidepth, drawings of random (default: 1)")
     add("--seed", type=int, default=0, help="first of these seeds, and seed for the order of questions (default: 0)")
     add("--batch_size", type=int, default=16, help="questions per forward pass (default: 16)")
-    add("--work_dir", type=Path, default=Path("out/compare"), help="everything measured (default: %(default)s)")
+    add("--work_dir", type=Path, default=Path("out/compare/work"), help="everything measured (default: %(default)s)")
     add("--output", type=Path, required=True, help="JSON file; a .md and a .png are written beside it")
     arguments = parser.parse_args(argv)
     _check(arguments)

@@ -48,7 +48,7 @@ def test_dry_run_prints_every_command_with_its_cost(capsys):
     commands = [line for line in printed.splitlines() if line and not line.startswith("#")]
     assert len(commands) == len(paper_backbones.STEPS)
     assert "--num_processes 8 ./data_generation.py --model meta-llama/Llama-3.2-3B-Instruct" in commands[0]
-    assert commands[1].startswith("python ./train.py --data runs/backbones/llama-3.2-3b-instruct/labels ")
+    assert commands[1].startswith("python ./train.py --data out/backbones/llama-3.2-3b-instruct/labels ")
     assert "--tasks drllm_arc,drllm_dart" in commands[2]
     assert "--tasks mmlu,gsm8k,truthfulqa_mc1," in commands[3]
     assert "--tasks aime24 --output_dir" in commands[4]
@@ -133,7 +133,7 @@ def test_printed_commands_have_the_papers_settings(name, capsys):
     for step, settings in table.items():
         parsed = _parse(step, commands[step])
         assert {key: parsed[key] for key in settings} == settings, step
-    checkpoint = f"runs/backbones/{name}/checkpoints/{name}"
+    checkpoint = f"out/backbones/{name}/checkpoints/{name}"
     assert all(_parse(step, commands[step])["checkpoint"] == [checkpoint] for step in paper_backbones.EVALUATIONS)
 
 

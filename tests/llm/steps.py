@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DEFAULT_MODEL = ROOT / "runs" / "llm" / "model"
-GET_MODEL = "make runs/llm/model"
+DEFAULT_MODEL = ROOT / "out" / "llm" / "model"
+GET_MODEL = "make out/llm/model"
 BATCH = 2  # questions per forward pass in every step
 SETS = "arc_easy,arc_challenge"
 TASKS = "drllm_ll_arc_easy,drllm_ll_arc_challenge"
@@ -28,7 +28,7 @@ POLL = 0.002  # seconds
 
 
 def model_folder(folder: Path | None) -> Path:
-    """The folder of the LLM, `runs/llm/model` by default; the test fails if there is none."""
+    """The folder of the LLM, `out/llm/model` by default; the test fails if there is none."""
     folder = DEFAULT_MODEL if folder is None else Path(folder)
     if not (folder / "config.json").is_file():
         pytest.fail(f"no checkpoint in {folder}: run `{GET_MODEL}`, or pass --llm_model FOLDER", pytrace=False)
