@@ -17,7 +17,7 @@ Every method answers the same questions, graded and counted alike, in the way th
     mindskip      a linear router per block decides once per prompt (Router-Tuning)
     flexidepth    a router and an adapter per block decide per token
     random        blocks drawn uniformly for each question
-    ceiling       search with the test question's gold answer, on --ceiling_questions per set
+    ceiling       search with the test question's gold answer, on 20 questions per set
     known paths   with --known_paths: the path that the base was trained along for questions of that kind; every row
                   then has the share of their gain that its method recovers
 
@@ -46,6 +46,7 @@ from drllm.evaluation.experiment_figures import draw_methods
 from drllm.files import check_output_file, check_output_folder
 from drllm.processes import process_state
 from drllm.provenance import command_line, fingerprint, write_result
+from drllm.questions.per_set import numbers_per_set
 from drllm.questions.sets import expand_sets
 from drllm.rollouts.rewards import REWARDS
 from drllm.rollouts.scores import ScoreStore
@@ -56,7 +57,7 @@ from extensions.baselines.flexidepth import FlexiDepth
 from extensions.baselines.interface import Baseline, Cost, fit_once
 from extensions.baselines.known_paths import KnownPaths
 from extensions.baselines.mindskip import MindSkip
-from extensions.baselines.outcomes import Outcome, method_row, share_recovered
+from extensions.baselines.outcomes import Outcome, differences_by_set, method_row, share_recovered
 from extensions.baselines.protocol import Protocol, load_parts
 from extensions.baselines.report import tables
 from extensions.baselines.routed import control_at, random_paths, random_skips, routing_cost
@@ -74,6 +75,7 @@ SEEDED = ("mindskip", "flexidepth")
 METHODS = ("static", *FITTED, "knob", "random", "ceiling")
 CONTROL_QUESTIONS = 96  # training questions on which the knob is set
 RANDOM_SEEDS = 3  # most drawings at a method's rates
+CEILING_QUESTIONS = 20  # per set: each costs a search
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -100,7 +102,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--skips", type=int, default=1, help="blocks to save on average: the budget (default: 1)")
     add("--static_paths", default="", help='further static paths, by edits: "skip 19; skip 18, repeat 27"')
     add("--known_paths", type=Path, help="JSON, kind of question -> path, of a base trained along known paths")
-    add("--ceiling_questions", type=int, default=20, help="test questions per set for the ceiling (default: 20)")
+    add("--weights", default="", help="weights of the sets in a mix, e.g. arc_easy=2376,openbookqa=500")
     add("--seeds", type=int, default=1, help="trainings of mindskip and flexidepth, drawings of random (default: 1)")
     add("--seed", type=int, default=0, help="first of these seeds, and seed for the order of questions (default: 0)")
     add("--batch_size", type=int, default=16, help="questions per forward pass (default: 16)")
@@ -115,7 +117,7 @@ def _check(arguments: argparse.Namespace) -> None:
     check_ranges(
         arguments,
         **dict.fromkeys(("seeds", "train_questions", "batch_size"), (1, math.inf)),
-        **dict.fromkeys(("test_questions", "ceiling_questions"), (2, math.inf)),
+        test_questions=(2, math.inf),
         skips=(0, math.inf),
         seed=(0, MAX_SEED),
     )
@@ -143,7 +145,7 @@ class Comparison:
 
     def __init__(self, arguments: argparse.Namespace, protocol: Protocol, state: PartialState) -> None:
         self.arguments = arguments
-        self.protocol = protocol
+        self.weights = numbers_per_set("--weights", arguments.weights, protocol.sets, "")
         routed = load_routed(protocol.model, protocol.dtype, protocol.revision, {}).eval().to(state.device)
         if arguments.skips >= routed.config.num_hidden_layers:
             raise UserError(f"--skips {arguments.skips}: the model has only {routed.config.num_hidden_layers} blocks")
@@ -163,6 +165,7 @@ class Comparison:
             known = KnownPaths(arguments.known_paths, protocol.data_dir, self.bench.num_blocks)
             self.known = self.bench.along(known.of(self.bench.prompts, "test"), "known paths")
         self.rows: list[dict] = []
+        self.outcomes: dict[str, Outcome] = {}  # of all test questions, by method
 
     def _given_paths(self, num_blocks: int) -> list[BlockPath]:
         try:
@@ -188,6 +191,8 @@ class Comparison:
         row["default_share"] = sum(path == bench.default[0] for path in every) / len(every) if every else None
         if self.known is not None and places is None:
             row["recovered"] = share_recovered(average, bench.base, self.known)
+        if places is None:
+            self.outcomes[name] = average
         self.rows.append(row)
         if bench.state.is_main_process:
             print(f"{name}: {row['accuracy']:.2%} at {row['layers']:.2f} layers", file=sys.stderr, flush=True)
@@ -265,13 +270,26 @@ class Comparison:
         bench, seen, places = self.bench, {}, []
         for place, prompt in enumerate(bench.prompts):
             seen[prompt.question.set] = seen.get(prompt.question.set, 0) + 1
-            if seen[prompt.question.set] <= self.arguments.ceiling_questions:
+            if seen[prompt.question.set] <= CEILING_QUESTIONS:
                 places.append(place)
         prompts = [bench.prompts[place] for place in places]
         base = bench.base.of(places)
         store = ScoreStore(bench.folder / "ceiling", bench.key | {"seed": self.arguments.seed})
         self.add("base, on the ceiling's questions", [base], places=places, base=base)
         self.add(CEILING, [ceiling(bench.engine, prompts, store, self.arguments.seed)], places=places, base=base)
+
+    def differences(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Each named checkpoint against the base and every other method: paired, by set and for the mix."""
+        bench, places = self.bench, {}
+        for place, prompt in enumerate(bench.prompts):
+            places.setdefault(prompt.question.set, []).append(place)
+        named = dict.fromkeys(checkpoint.partition("=")[0] for checkpoint in self.arguments.checkpoint)
+        return {
+            f"{name} - {other}": differences_by_set(self.outcomes[name], reference, places, self.weights)
+            for name in named
+            for other, reference in self.outcomes.items()
+            if other != name
+        }
 
 
 def compare(arguments: argparse.Namespace, state: PartialState) -> dict:
@@ -297,6 +315,7 @@ def compare(arguments: argparse.Namespace, state: PartialState) -> dict:
         "training_questions": len(bench.training),
         "test_questions": len(bench.prompts),
         "rows": comparison.rows,
+        "differences": comparison.differences(),
     }
 
 

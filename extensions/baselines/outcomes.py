@@ -68,6 +68,28 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> di
     return {"points": mean, "low": mean - 1.96 * error, "high": mean + 1.96 * error}
 
 
+def differences_by_set(
+    outcome: Outcome, reference: Outcome, places: dict[str, Sequence[int]], weights: dict[str, int]
+) -> dict[str, dict[str, float]]:
+    """Paired differences of accuracy per set, over all questions ("all"), and for a mix of the sets ("mix").
+
+    Args:
+        places: set -> its questions.
+        weights: set -> its weight in the mix; empty for no mix.
+    """
+    table = {
+        name: paired_difference(outcome.of(members).right, reference.of(members).right)
+        for name, members in places.items()
+    }
+    result = table | {"all": paired_difference(outcome.right, reference.right)}
+    if weights:
+        shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+        points = sum(share * table[name]["points"] for name, share in shares.items())
+        half = math.hypot(*(share * (table[name]["high"] - table[name]["points"]) for name, share in shares.items()))
+        result["mix"] = {"points": points, "low": points - half, "high": points + half}
+    return result
+
+
 def share_recovered(outcome: Outcome, base: Outcome, known: Outcome, seed: int = 0) -> dict[str, float] | None:
     """The share of the gain of `known` over `base` that `outcome` has: (outcome - base) / (known - base) in accuracy.
 

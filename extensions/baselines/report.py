@@ -8,12 +8,15 @@ from drllm.evaluation.text_tables import EMPTY, markdown
 
 
 def tables(result: dict) -> str:
-    """Both tables as Markdown.
+    """All tables as Markdown.
 
     Args:
         result: what `compare` returns.
     """
-    return f"{methods_table(result['rows'], result['has_options'])}\n\n{sets_table(result['rows'])}"
+    parts = [methods_table(result["rows"], result["has_options"]), sets_table(result["rows"])]
+    if result["differences"]:
+        parts.append(differences_table(result["differences"]))
+    return "\n\n".join(parts)
 
 
 def methods_table(rows: Sequence[dict], has_options: bool) -> str:
@@ -61,6 +64,13 @@ def _set_cells(row: dict, sets: Sequence[str]) -> list[str]:
         EMPTY if cost is None else f"{cost['parameters']:,}",
         EMPTY if cost is None or cost["seconds"] is None else f"{cost['seconds']:.0f} s",
     ]
+
+
+def differences_table(differences: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Paired differences of accuracy in points, by set, with 95% intervals."""
+    names = list(next(iter(differences.values())))
+    rows = [[pair, *(_interval(by_set[name]) for name in names)] for pair, by_set in differences.items()]
+    return markdown(["difference in points", *names], rows)
 
 
 def _interval(value: dict | None) -> str:

@@ -37,7 +37,8 @@ def run(toy, folder, more, checkpoint=True):
 
 @pytest.mark.parametrize("reward", ["likelihood", "generation"])
 def test_every_method_has_a_row_and_a_second_run_answers_nothing(toy, tmp_path, monkeypatch, reward):
-    more = f"--reward {reward} --skips 2 --seeds 2 --ceiling_questions 2 --methods {EVERY}"
+    monkeypatch.setattr(compare, "CEILING_QUESTIONS", 2)
+    more = f"--reward {reward} --skips 2 --seeds 2 --weights arc_easy=7 --methods {EVERY}"
     assert run(toy, tmp_path, more) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     rows = {row["method"].split(", knob")[0].split(":")[0]: row for row in result["rows"]}
@@ -49,6 +50,9 @@ def test_every_method_has_a_row_and_a_second_run_answers_nothing(toy, tmp_path, 
     assert rows["MindSkip"]["cost"]["parameters"] == 6 * 33
     assert {"as published", "random decisions, at the rates of as published"} < set(rows)
     assert rows["CoLa ceiling (uses the test answer)"]["questions"] == 2
+    differences = result["differences"]["as published - ShortGPT"]
+    assert differences.keys() == {"arc_easy", "all", "mix"}
+    assert differences["mix"] == pytest.approx(differences["all"])
     assert "| MindSkip " in (tmp_path / "result.md").read_text()
     assert (tmp_path / "result.png").stat().st_size > 1000
 

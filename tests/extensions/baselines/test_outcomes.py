@@ -2,7 +2,14 @@
 
 import pytest
 
-from extensions.baselines.outcomes import Outcome, method_row, mixture, paired_difference, share_recovered
+from extensions.baselines.outcomes import (
+    Outcome,
+    differences_by_set,
+    method_row,
+    mixture,
+    paired_difference,
+    share_recovered,
+)
 
 
 def outcome(right, layers):
@@ -46,3 +53,11 @@ def test_the_share_of_a_known_gain_is_paired_by_question():
     assert share_recovered(known, base, known) == {"share": 1.0, "low": 1.0, "high": 1.0}
     assert share_recovered(base, base, known)["high"] == 0
     assert share_recovered(half, known, base) is None
+
+
+def test_a_mix_weighs_sets():
+    one, other = outcome([1.0, 1.0, 0.0, 1.0], [9.0] * 4), outcome([0.0, 0.0, 0.0, 1.0], [9.0] * 4)
+    found = differences_by_set(one, other, {"a": [0, 1], "b": [2, 3]}, {"a": 1, "b": 3})
+    assert (found["a"]["points"], found["b"]["points"], found["all"]["points"]) == (100, 0, 50)
+    assert found["mix"] == pytest.approx({"points": 25, "low": 25, "high": 25})
+    assert "mix" not in differences_by_set(one, other, {"a": [0, 1]}, {})
