@@ -13,4 +13,4 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="${PYTHON:-python3}"
 command -v "$python" > /dev/null || { echo "error: no $python here; set PYTHON to your interpreter" >&2; exit 2; }
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" -m drllm.evaluation.comparison "$@"
+exec "$python" -m drllm.evaluation.eval_sh "$@"

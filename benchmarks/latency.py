@@ -59,8 +59,8 @@ from benchmarks.pairs import LEAST_PAIRS, load_per_core, parse_threads, torch_th
 from benchmarks.shapes import SHAPES
 from drllm.arguments import MAX_SEED, check_device, check_ranges, parse_list
 from drllm.errors import UserError, main_guard
-from drllm.evaluation.experiment_figures import draw_latency
 from drllm.files import check_output_file
+from drllm.paper.experiment_figures import draw_latency
 from drllm.provenance import command_line, parse_dtype, write_result
 
 

@@ -47,8 +47,8 @@ from benchmarks.shapes import SHAPES  # noqa: E402
 from drllm import provenance  # noqa: E402
 from drllm.arguments import MAX_SEED, check_ranges  # noqa: E402
 from drllm.errors import UserError, main_guard  # noqa: E402
-from drllm.evaluation.experiment_figures import draw_search_concurrency  # noqa: E402
 from drllm.files import check_output_folder  # noqa: E402
+from drllm.paper.experiment_figures import draw_search_concurrency  # noqa: E402
 from drllm.provenance import command_line, write_result  # noqa: E402
 from drllm.questions.likelihood import require_choices  # noqa: E402
 from drllm.questions.sets import expand_sets  # noqa: E402

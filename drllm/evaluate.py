@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 
 from drllm.errors import main_guard
-from drllm.evaluation.launcher import run_lm_eval
+from drllm.evaluation.lm_eval_command import run_lm_eval
 
 
 @main_guard

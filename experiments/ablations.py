@@ -37,10 +37,10 @@ from transformers import PreTrainedModel
 from drllm.arguments import MAX_SEED, check_ranges, parse_list
 from drllm.checkpoints import join_routers, load_routed, load_tokenizer
 from drllm.errors import UserError, main_guard
-from drllm.evaluation.ablation_report import ROUTER_METRICS, ablation_table, draws_table, summarise
-from drllm.evaluation.experiment_figures import CURVES, draw_experiment
 from drllm.files import check_output_file, check_output_folder
 from drllm.labels import LabelSet, read_labels
+from drllm.paper.ablation_report import ROUTER_METRICS, ablation_table, draws_table, summarise
+from drllm.paper.experiment_figures import CURVES, draw_experiment
 from drllm.provenance import command_line, parse_dtype, write_result
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import GROUPS, expand_sets, load_questions

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from drllm.errors import main_guard
-from drllm.evaluation.text_tables import markdown
 from drllm.files import check_output_file
 from drllm.labels import read_labels
 from drllm.provenance import command_line, write_result
 from drllm.questions.sets import GROUPS
+from drllm.text_tables import markdown
 from train_models.paths import REPEAT, SKIP
 
 PROGRAM = "python -m experiments.label_choice"

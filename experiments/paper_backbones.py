@@ -26,10 +26,10 @@ from transformers import AutoModelForCausalLM
 
 from drllm.checkpoints import load_config
 from drllm.errors import UserError, main_guard
-from drllm.evaluation import paper
 from drllm.evaluation.protocol import GENERATION_TASKS, is_in_domain, new_token_limit
-from drllm.evaluation.runs import benchmarks
+from drllm.evaluation.results import benchmarks
 from drllm.files import check_output_folder
+from drllm.paper import numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATIONS = {"in_domain": 3, "table4": 4, "aime24": 4, "table5": 5}  # step -> table of the paper
@@ -76,7 +76,7 @@ class Step:
 
 def paper_models() -> dict[str, dict[str, Any]]:
     """The paper's models by short name, e.g. "llama-3.2-3b-instruct"."""
-    return {model["id"].rpartition("/")[2].lower(): model for model in paper.paper_models()}
+    return {model["id"].rpartition("/")[2].lower(): model for model in numbers.paper_models()}
 
 
 def find_backbones(names: str) -> list[Backbone]:
@@ -120,7 +120,7 @@ class Costs:
 
     def __init__(self, backbone: Backbone, args: argparse.Namespace) -> None:
         self.backbone, self.args = backbone, args
-        rows = paper.paper_table(2).rows
+        rows = numbers.paper_table(2).rows
         sets, total = len(rows) - 1, {name: cell["value"] for name, cell in rows["Total"].items()}
         wanted = total["Sampled"] if args.samples is None else args.samples * sets
         visited = wanted / total["Sampled"] * total["Visited"]

@@ -14,10 +14,10 @@ import argparse
 from pathlib import Path
 
 from drllm.errors import UserError, main_guard
-from drllm.evaluation.experiment_figures import draw_experiment
-from drllm.evaluation.figures import draw_comparison, draw_over_models
-from drllm.evaluation.result_files import experiment_files, find_evaluations, reading_result
 from drllm.files import check_output_folder
+from drllm.paper.experiment_figures import draw_experiment
+from drllm.paper.figures import draw_comparison, draw_over_models
+from drllm.paper.result_files import experiment_files, find_evaluations, reading_result
 
 
 def draw_all(results: Path, output: Path) -> list[Path]:

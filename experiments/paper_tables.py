@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 
 from drllm.errors import UserError, main_guard
-from drllm.evaluation.paper_tables import write_paper_tables
 from drllm.files import check_output_folder
+from drllm.paper.tables import write_paper_tables
 
 
 @main_guard

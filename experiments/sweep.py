@@ -22,7 +22,7 @@ from drllm.errors import UserError, main_guard
 from drllm.evaluation.layer_counts import LayerCounts
 from drllm.evaluation.lm_eval_model import RoutedLM
 from drllm.evaluation.protocol import response_format_of, uses_chat_template
-from drllm.evaluation.runs import Estimate
+from drllm.evaluation.results import Estimate
 from drllm.files import check_output_file
 from drllm.labels import read_labels
 from drllm.provenance import command_line, parse_dtype, write_result

@@ -86,7 +86,7 @@ def programs(tmp_path_factory, stock_model, tiny_labels) -> dict[str, Program]:
     checkpoint = make_routed(base, folder / "routed")
     questions = make_data(make_tasks(folder / "questions", 12), 40)
     training = f"train.py --data {tiny_labels} --run_name run --num_epochs 30 --warmup_steps 2 --learning_rate 0.01"
-    evaluation = f"-m drllm.evaluation.comparison {checkpoint} --data_dir {questions} --device cpu --batch_size 1"
+    evaluation = f"-m drllm.evaluation.eval_sh {checkpoint} --data_dir {questions} --device cpu --batch_size 1"
     search = f"-m extensions.groups.search --model {base} --data_dir {questions} --dataset arc_easy,dart-1 --limit 30"
     weights = "model.safetensors"
     return {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from drllm.evaluation.protocol import describe_parts
-from drllm.evaluation.runs import (
+from drllm.evaluation.results import (
     ROUTER,
     Estimate,
     Run,
@@ -18,8 +18,8 @@ from drllm.evaluation.runs import (
     rows_of,
     task_order,
 )
-from drllm.evaluation.text_tables import EMPTY, Table, latex, markdown, percent, with_error
 from drllm.files import write_whole
+from drllm.text_tables import EMPTY, Table, latex, markdown, percent, with_error
 
 # Tasks -> estimate over them; the argument of `mean_over_sets`.
 Measure = Callable[[Sequence[str]], Estimate | None]

@@ -42,8 +42,8 @@ from drllm.arguments import MAX_SEED, check_ranges
 from drllm.checkpoints import load_routed, load_routed_checkpoint, load_tokenizer
 from drllm.edits import describe_edits, parse_edits, path_of_edits
 from drllm.errors import UserError, main_guard
-from drllm.evaluation.experiment_figures import draw_methods
 from drllm.files import check_output_file, check_output_folder
+from drllm.paper.experiment_figures import draw_methods
 from drllm.processes import process_state
 from drllm.provenance import command_line, fingerprint, write_result
 from drllm.questions.per_set import numbers_per_set

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from drllm.evaluation.text_tables import EMPTY, markdown
+from drllm.text_tables import EMPTY, markdown
 
 
 def tables(result: dict) -> str:

@@ -13,7 +13,7 @@ import train
 from benchmarks import evaluation as evaluation_speed
 from benchmarks import latency, search, training, training_memory
 from drllm import evaluate, gguf_checkpoint, router_checkpoint
-from drllm.evaluation import comparison
+from drllm.evaluation import eval_sh
 from experiments import (
     ablations,
     inspect_prompt,
@@ -30,7 +30,7 @@ from miniature import make
 PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "data_generation.py": data_generation.main,
     "train.py": train.main,
-    "eval.sh": comparison.main,
+    "eval.sh": eval_sh.main,
     "drllm.evaluate": evaluate.main,
     "router_checkpoint": router_checkpoint.main,
     "gguf_checkpoint": gguf_checkpoint.main,

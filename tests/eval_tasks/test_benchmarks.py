@@ -8,7 +8,7 @@ import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
 
-from drllm.evaluation.runs import benchmarks
+from drllm.evaluation.results import benchmarks
 from tests.eval_toys import EVAL_TASKS, HookCounter, evaluate, make_base, make_routed, routed_lm
 
 LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"

@@ -8,7 +8,7 @@ import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
 
-from drllm.evaluation.runs import Run
+from drllm.evaluation.results import Run
 from tests.eval_toys import EVAL_TASKS, evaluate, make_base, make_run, metrics, routed_lm, stock_lm
 
 LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"

@@ -8,8 +8,8 @@ import pytest
 
 from drllm.checkpoints import join_routers, load_tokenizer
 from drllm.errors import UserError
-from drllm.evaluation.ablation_report import draws_table, summarise
 from drllm.labels import LabelSet
+from drllm.paper.ablation_report import draws_table, summarise
 from drllm.questions.prompts import Prompt
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import load_questions

@@ -9,7 +9,7 @@ import pytest
 
 import data_generation
 import train
-from drllm.evaluation import comparison
+from drllm.evaluation import eval_sh
 from experiments import paper_backbones
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +119,7 @@ def _parse(step, command):
     """The arguments of a step's command as its own program reads them, defaults included."""
     program = next(n for n, part in enumerate(command) if part.startswith("./"))
     parse = {"labels": data_generation.parse_arguments, "train": train.parser().parse_args}
-    return vars(parse.get(step, comparison.parse_arguments)(command[program + 1 :]))
+    return vars(parse.get(step, eval_sh.parse_arguments)(command[program + 1 :]))
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-3b-instruct", "llama-3.1-8b", "qwen2.5-7b-instruct"])

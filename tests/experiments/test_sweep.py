@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from drllm.evaluation.experiment_figures import draw_sweep
+from drllm.paper.experiment_figures import draw_sweep
 from drllm.questions.prompts import Prompt
 from drllm.questions.sets import load_questions
 from experiments import sweep

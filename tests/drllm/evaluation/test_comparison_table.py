@@ -4,7 +4,7 @@ import math
 import pytest
 
 from drllm.evaluation import comparison_table
-from drllm.evaluation.runs import in_domain_columns, load_runs
+from drllm.evaluation.results import in_domain_columns, load_runs
 from tests.eval_toys import make_run
 
 

@@ -26,8 +26,8 @@ def run_lm_eval(name: str, run: dict[str, Any], folder: Path, args: argparse.Nam
 
     Args:
         name: of the run, for messages.
-        run: everything that its results depend on, see `drllm.evaluation.comparison.plan`.
-        folder: see `drllm.evaluation.comparison`.
+        run: everything that its results depend on, see `drllm.evaluation.eval_sh.plan`.
+        folder: see `drllm.evaluation.eval_sh`.
         args: the command line of eval.sh; batch size, device and processes, on which results do not depend.
 
     Raises:

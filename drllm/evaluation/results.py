@@ -1,6 +1,6 @@
 """What eval.sh wrote, read back: runs, their scores and layers per query, with standard errors.
 
-A folder of eval.sh has one subfolder per run (see `drllm.evaluation.comparison`); `load_runs` reads them. Tables and
+A folder of eval.sh has one subfolder per run (see `drllm.evaluation.eval_sh`); `load_runs` reads them. Tables and
 figures are built on this module; it does not depend on them.
 """
 
@@ -163,7 +163,7 @@ class Run:
     Attributes:
         name: "base", "router", "router-2", ... (of further checkpoints) or "path-...".
         results: lm-eval's results JSON.
-        record: what was run, see `drllm.evaluation.comparison`.
+        record: what was run, see `drllm.evaluation.eval_sh`.
         correct: task -> document -> primary metric, for tasks that log one number per document.
         queries: task -> document -> {"blocks", "passes", "paths"}.
         tasks: all tasks that layers were counted for.

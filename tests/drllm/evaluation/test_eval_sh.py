@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from drllm import evaluate
-from drllm.evaluation import comparison, running
-from drllm.evaluation.runs import in_domain_columns, layers_difference, load_runs
+from drllm.evaluation import eval_sh as program
+from drllm.evaluation import lm_eval_process
+from drllm.evaluation.results import in_domain_columns, layers_difference, load_runs
 from tests.eval_toys import make_base, make_routed, make_tasks
 
 ROOT = Path(__file__).parents[3]
@@ -43,7 +44,7 @@ def launches(monkeypatch):
         log.write_text("")
         return evaluate.main()
 
-    monkeypatch.setattr(running, "launch", launch)
+    monkeypatch.setattr(lm_eval_process, "launch", launch)
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # runs pip, seconds each time
     # its handlers would outlive the streams that pytest captures
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)
@@ -54,7 +55,7 @@ def launches(monkeypatch):
 def eval_sh(monkeypatch):
     def run(*arguments) -> int:
         monkeypatch.setattr(sys, "argv", ["eval.sh", *map(str, arguments)])
-        return comparison.main()
+        return program.main()
 
     return run
 
@@ -99,7 +100,7 @@ def test_both_runs_a_table_and_figures_and_again_nothing(checkpoint, data, tmp_p
 def test_a_stopped_evaluation_continues(base, checkpoint, data, tmp_path, launches, eval_sh, monkeypatch, capsys):
     arguments = [checkpoint, "--data_dir", data, "--output_dir", tmp_path, "--device", "cpu", "--base", base]
     arguments += ["--tasks", "drllm_arc_easy"]
-    launch = running.launch
+    launch = lm_eval_process.launch
 
     def stops_at_the_router(command, log):
         if str(checkpoint) in " ".join(command):
@@ -107,10 +108,10 @@ def test_a_stopped_evaluation_continues(base, checkpoint, data, tmp_path, launch
             return 2
         return launch(command, log)
 
-    monkeypatch.setattr(running, "launch", stops_at_the_router)
+    monkeypatch.setattr(lm_eval_process, "launch", stops_at_the_router)
     assert eval_sh(*arguments) == 2
     assert "lm-eval ended with status 2: out of memory" in capsys.readouterr().err
-    monkeypatch.setattr(running, "launch", launch)
+    monkeypatch.setattr(lm_eval_process, "launch", launch)
     assert eval_sh(*arguments) == 0
     assert "base: complete, kept" in capsys.readouterr().out
     assert len(launches) == 2
@@ -216,7 +217,7 @@ CUT_OFF = {
 @pytest.fixture(params=CUT_OFF.values(), ids=CUT_OFF.keys())
 def full_disk(request, launches, tmp_path):
     """lm-eval logs that it could not save and exits with 0; calling the fixture frees the disk."""
-    launch = running.launch
+    launch = lm_eval_process.launch
 
     def cut_off(command, log):
         status = launch(command, log)
@@ -225,7 +226,7 @@ def full_disk(request, launches, tmp_path):
         return status
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "launch", cut_off)
+        patch.setattr(lm_eval_process, "launch", cut_off)
         yield patch.undo
 
 
@@ -319,7 +320,7 @@ def test_generated_code_runs_only_when_asked_for(checkpoint, tmp_path, eval_sh, 
         log.write_text("error: stopped here\n")
         return 1
 
-    monkeypatch.setattr(running, "launch", launch)
+    monkeypatch.setattr(lm_eval_process, "launch", launch)
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")  # put back afterwards
     arguments = [checkpoint, "--tasks", "humaneval", "--output_dir", tmp_path]
     assert eval_sh(*arguments, *(["--unsafe_code"] if allowed else [])) == 2

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from drllm.evaluation.comparison_table import mean_over_sets
-from drllm.evaluation.paper import Cell, paper_models, paper_sets, paper_table, printed
-from drllm.evaluation.result_files import (
+from drllm.evaluation.results import BASE, Estimate, Run, benchmarks, in_domain_columns
+from drllm.files import write_whole
+from drllm.paper.numbers import Cell, paper_models, paper_sets, paper_table, printed
+from drllm.paper.result_files import (
     Evaluated,
     experiment_files,
     find_evaluations,
     find_searches,
     search_command,
 )
-from drllm.evaluation.runs import BASE, Estimate, Run, benchmarks, in_domain_columns
-from drllm.evaluation.text_tables import EMPTY, NOT_RUN, Table, latex, markdown, with_error
-from drllm.files import write_whole
+from drllm.text_tables import EMPTY, NOT_RUN, Table, latex, markdown, with_error
 
 ROWS = (BASE, "+ router")
 AVERAGE_DIFFERENCE, AVERAGE = "Avg. Δ", "Avg."

@@ -7,7 +7,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from drllm import evaluate
 from drllm.errors import UserError
-from drllm.evaluation.launcher import TASKS_FOLDER, lm_eval_arguments, skip_catalogue
+from drllm.evaluation.lm_eval_command import TASKS_FOLDER, lm_eval_arguments, skip_catalogue
 
 
 def test_launcher_arguments(tmp_path):

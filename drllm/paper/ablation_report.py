@@ -6,8 +6,8 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
-from drllm.evaluation.text_tables import markdown
 from drllm.questions.sets import GROUPS
+from drllm.text_tables import markdown
 
 ROUTER_METRICS = ("macro_f1", "f1_skip", "f1_execute", "f1_repeat")
 # Columns of the table: title, name in the summary, factor, digits.

@@ -3,7 +3,7 @@
 import shlex
 
 import data_generation
-from drllm.evaluation.result_files import search_command
+from drllm.paper.result_files import search_command
 from drllm.questions.response_format import ResponseFormat
 
 

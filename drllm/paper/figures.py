@@ -11,10 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 
 from drllm.evaluation.comparison_table import mean_over_sets
-from drllm.evaluation.paper import paper_models, paper_sets, paper_table
-from drllm.evaluation.result_files import Evaluated
-from drllm.evaluation.runs import BASE, ROUTER, Estimate, Run, in_domain_columns, load_runs, task_name, task_order
-from drllm.evaluation.style import (
+from drllm.evaluation.results import BASE, ROUTER, Estimate, Run, in_domain_columns, load_runs, task_name, task_order
+from drllm.files import read_json, write_json
+from drllm.labels import read_labels
+from drllm.paper.numbers import paper_models, paper_sets, paper_table
+from drllm.paper.result_files import Evaluated
+from drllm.paper.style import (
     ACTION_COLOURS,
     ACTION_HATCHES,
     ACTIONS,
@@ -28,8 +30,6 @@ from drllm.evaluation.style import (
     new_figure,
     series,
 )
-from drllm.files import read_json, write_json
-from drllm.labels import read_labels
 
 LABEL_COUNTS = "label_counts.json"
 THIRDS = ("early", "middle", "late")

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from drllm.errors import UserError
-from drllm.evaluation.runs import Estimate, Run, in_domain_columns, load_runs
+from drllm.evaluation.results import Estimate, Run, in_domain_columns, load_runs
 from tests.eval_toys import make_run
 
 

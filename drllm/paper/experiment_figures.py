@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from drllm.evaluation.style import (
+from drllm.paper.style import (
     ACTION_COLOURS,
     ACTION_HATCHES,
     ACTIONS,

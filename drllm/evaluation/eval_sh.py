@@ -31,7 +31,8 @@ from typing import Any
 from drllm.arguments import check_device
 from drllm.checkpoints import checkpoint_info
 from drllm.errors import UserError, main_guard
-from drllm.evaluation.launcher import is_batch_size
+from drllm.evaluation.lm_eval_command import is_batch_size
+from drllm.evaluation.lm_eval_process import run_lm_eval
 from drllm.evaluation.protocol import (
     GENERATION_TASKS,
     LABELS,
@@ -42,8 +43,7 @@ from drllm.evaluation.protocol import (
     reward_of,
     reward_warning,
 )
-from drllm.evaluation.running import run_lm_eval
-from drllm.evaluation.runs import BASE, ROUTER
+from drllm.evaluation.results import BASE, ROUTER
 from drllm.files import check_output_folder, disk_errors, read_json
 from drllm.labels import read_labels
 from drllm.provenance import parse_dtype
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, run in runs.items():
         run_lm_eval(name, run, output / name, args)
     from drllm.evaluation.comparison_table import write_comparison
-    from drllm.evaluation.figures import draw_comparison, write_label_counts
+    from drllm.paper.figures import draw_comparison, write_label_counts
 
     with disk_errors(output, "the runs are kept"):
         print("\n" + write_comparison(output))

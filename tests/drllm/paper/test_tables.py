@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from drllm.evaluation.paper import PAPER_FILE, paper_models, paper_table
-from drllm.evaluation.paper_tables import write_paper_tables
+from drllm.paper.numbers import PAPER_FILE, paper_models, paper_table
+from drllm.paper.tables import write_paper_tables
 from tests.eval_toys import make_run
 
 RESULTS = Path(__file__).parents[3] / "results"

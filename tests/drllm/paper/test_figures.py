@@ -7,10 +7,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from drllm.evaluation import figures
-from drllm.evaluation.result_files import find_evaluations
-from drllm.evaluation.runs import load_runs
-from drllm.evaluation.style import ACTION_COLOURS, series
+from drllm.evaluation.results import load_runs
+from drllm.paper import figures
+from drllm.paper.result_files import find_evaluations
+from drllm.paper.style import ACTION_COLOURS, series
 from tests.eval_toys import make_run
 
 SHARES = {"skip": [0.1, 0, 0, 1], "execute": [0.9, 1, 0, 0], "repeat": [0, 0, 1, 0]}

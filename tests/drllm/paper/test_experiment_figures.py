@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from drllm.evaluation import experiment_figures
-from drllm.evaluation.experiment_figures import draw_experiment
+from drllm.paper import experiment_figures
+from drllm.paper.experiment_figures import draw_experiment
 
 RESULTS = Path(__file__).parents[3] / "results"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from drllm.errors import UserError
-from drllm.evaluation.paper import paper_models
-from drllm.evaluation.runs import BASE, ROUTER, RUN_AGAIN, Run, load_runs
+from drllm.evaluation.results import BASE, ROUTER, RUN_AGAIN, Run, load_runs
 from drllm.files import read_json
+from drllm.paper.numbers import paper_models
 
 # Files of eval.sh, which `find_evaluations` reads.
 WRITE_AGAIN = "delete it, or run the command that wrote it again"

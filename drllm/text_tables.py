@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from drllm.evaluation.runs import Estimate
+from drllm.evaluation.results import Estimate
 
 NOT_RUN = "not run"
 EMPTY = "–"
