@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
-import itertools
 import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from drllm.arguments import check_device
+from drllm.arguments import MAX_SEED, check_device
 from drllm.errors import UserError
 from drllm.evaluation.protocol import canonical_gen_kwargs
 from drllm.files import DISK_FULL, check_output_file, check_output_folder, disk_errors
@@ -20,37 +19,27 @@ from drllm.questions.response_format import ResponseFormat
 TASKS_FOLDER = Path(__file__).resolve().parents[2] / "eval_tasks"
 
 
-def _index(arguments: Sequence[str], *flags: str) -> int | None:
-    """The position of the last of `flags`, as FLAG or FLAG=VALUE; None without one."""
-    return next((n for n in reversed(range(len(arguments))) if arguments[n].split("=")[0] in flags), None)
+def _parser() -> argparse.ArgumentParser:
+    """The arguments of lm-eval that are checked or changed here, and our own; all others are passed on."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add = parser.add_argument
+    add("--model", "-M", default="drllm")
+    for flags in (("--model_args", "-a"), ("--gen_kwargs",)):
+        add(*flags, nargs="+", action="extend", default=[])
+    for flags in (("--use_cache", "-c"), ("--batch_size", "-b"), ("--max_batch_size",), ("--seed",), ("--limit", "-L")):
+        add(*flags)
+    for flags in (("--num_fewshot", "-f"), ("--output_path", "-o"), ("--device",), ("--include_path",)):
+        add(*flags)
+    add("--data_dir")  # ours, like the next
+    add("--response_format")
+    return parser
 
 
-def _take(arguments: list[str], *flags: str) -> str | None:
-    """Removes the last `FLAG VALUE` or `FLAG=VALUE` of `arguments` and returns the value, None without one."""
-    position = _index(arguments, *flags)
-    if position is None:
-        return None
-    flag, equals, value = arguments.pop(position).partition("=")
-    if equals:
-        return value
-    if position == len(arguments):
-        raise UserError(f"{flag} needs a value")
-    return arguments.pop(position)
-
-
-def _take_list(arguments: list[str], flag: str) -> list[str]:
-    """Removes `flag VALUE [VALUE ...]` or `flag=VALUE` and returns the values; empty without it."""
-    position = _index(arguments, flag)
-    if position is None:
-        return []
-    if "=" in arguments[position]:
-        return [arguments.pop(position).partition("=")[2]]
-    end = next((n for n in range(position + 1, len(arguments)) if arguments[n].startswith("-")), len(arguments))
-    values = arguments[position + 1 : end]
-    del arguments[position:end]
-    if not values:
-        raise UserError(f"{flag} needs a value")
-    return values
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    try:
+        return _parser().parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{(error.argument_name or '').split('/')[0]} needs a value") from None
 
 
 def is_batch_size(value: str) -> bool:
@@ -58,36 +47,25 @@ def is_batch_size(value: str) -> bool:
     return bool(re.fullmatch(r"0*[1-9][0-9]*|auto(:0*[1-9][0-9]*)?", value))
 
 
-def _check(arguments: Sequence[str]) -> None:
+def _check(args: argparse.Namespace) -> None:
     """Checks arguments that lm-eval would use only after the model is loaded. UserError at the first bad one."""
-    arguments = list(arguments)
-    for flags in (("--batch_size", "-b"), ("--max_batch_size",)):
-        size = _take(arguments, *flags)
-        if size is not None and not (is_batch_size(size) and (flags[0] == "--batch_size" or size.isdigit())):
-            expected = "a positive integer" + (", auto or auto:N" if flags[0] == "--batch_size" else "")
-            raise UserError(f"{flags[0]} {size}: must be {expected}")
-    if (seeds := _take(arguments, "--seed")) is not None:
-        for seed in seeds.split(","):
-            is_number = seed.strip().isascii() and seed.strip().isdigit()
-            if seed.strip().lower() != "none" and not (is_number and int(seed) < 2**32):
-                raise UserError(f"--seed {seeds}: must be integers from 0 to {2**32 - 1}, or None")
-    if (limit := _take(arguments, "--limit", "-L")) is not None and not _is_positive(limit):
-        raise UserError(f"--limit {limit}: must be a positive number")
-    if (shots := _take(arguments, "--num_fewshot", "-f")) is not None and not (shots.isascii() and shots.isdigit()):
+    if args.batch_size is not None and not is_batch_size(args.batch_size):
+        raise UserError(f"--batch_size {args.batch_size}: must be a positive integer, auto or auto:N")
+    if (size := args.max_batch_size) is not None and not (size.isdigit() and is_batch_size(size)):
+        raise UserError(f"--max_batch_size {size}: must be a positive integer")
+    for seed in (args.seed or "none").split(","):
+        is_number = seed.strip().isascii() and seed.strip().isdigit()
+        if seed.strip().lower() != "none" and not (is_number and int(seed) <= MAX_SEED):
+            raise UserError(f"--seed {args.seed}: must be integers from 0 to {MAX_SEED}, or None")
+    if args.limit is not None and not _is_positive(args.limit):
+        raise UserError(f"--limit {args.limit}: must be a positive number")
+    if (shots := args.num_fewshot) is not None and not (shots.isascii() and shots.isdigit()):
         raise UserError(f"--num_fewshot {shots}: must be an integer of at least 0")
-    if (output := _take(arguments, "--output_path", "-o")) is not None:
+    if (output := args.output_path) is not None:
         is_file = output.endswith((".json", ".jsonl"))
         (check_output_file if is_file else check_output_folder)(output, "--output_path")
-
-
-def _check_model(arguments: Sequence[str]) -> None:
-    """Raises UserError for lm-eval's `arguments` without a checkpoint or with a device that is not there."""
-    ours = _index(arguments, "--model") is not None and arguments[_index(arguments, "--model") + 1] == "drllm"
-    if ours and _index(arguments, "--config", "-C", "--help", "-h") is None:
-        position = _index(arguments, "--model_args")
-        if position is None or "pretrained" not in arguments[position + 1]:
-            raise UserError("--model_args names no checkpoint; pass --model_args pretrained=CHECKPOINT")
-        check_device(_take(list(arguments), "--device"))
+    if args.data_dir is not None and not Path(args.data_dir).is_dir():
+        raise UserError(f"--data_dir {args.data_dir} does not exist or is not a folder")
 
 
 def _is_positive(text: str) -> bool:
@@ -97,38 +75,46 @@ def _is_positive(text: str) -> bool:
         return False
 
 
-def lm_eval_arguments(arguments: list[str]) -> list[str]:
-    """Command-line arguments for lm-eval, from those of this launcher.
+def lm_eval_arguments(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments for lm-eval, from those of this program.
 
     Raises:
         UserError: a bad argument; nothing is loaded yet.
     """
-    arguments = list(arguments)
-    if arguments[:1] == ["run"]:
-        del arguments[0]
-    _check(arguments)
-    model = _take(arguments, "--model", "-M") or "drllm"
-    model_args = _take_list(arguments, "--model_args") + _take_list(arguments, "-a")
-    if model == "drllm" and (cache := _take(arguments, "--use_cache", "-c")) is not None:
-        check_output_file(cache, "--use_cache")
-        model_args.append(f"response_cache={cache}")
-    if model == "drllm" and _index(arguments, "--batch_size", "-b", "--config", "-C") is None:
-        arguments += ["--batch_size", "8"]  # lm-eval's default is 1
-    if gen_kwargs := _take_list(arguments, "--gen_kwargs"):
-        arguments += ["--gen_kwargs", *canonical_gen_kwargs(gen_kwargs)]
-    metadata: dict[str, Any] = {}
-    if (data_dir := _take(arguments, "--data_dir")) is not None:
-        if not Path(data_dir).is_dir():
-            raise UserError(f"--data_dir {data_dir} does not exist or is not a folder")
-        metadata["data_dir"] = data_dir
-    if (text := _take(arguments, "--response_format")) is not None:
-        metadata["response_format"] = _response_format(text).as_dict()
+    args, passed_on = _parse(arguments[1:] if arguments[:1] == ["run"] else arguments)
+    _check(args)
+    given = dict(vars(args))
+    model_args, gen_kwargs = given.pop("model_args"), canonical_gen_kwargs(given.pop("gen_kwargs"))
+    metadata = {name: value for name in ("data_dir", "response_format") if (value := given.pop(name)) is not None}
+    if "response_format" in metadata:
+        metadata["response_format"] = _response_format(args.response_format).as_dict()
+    if args.model == "drllm" and args.use_cache is not None:
+        check_output_file(args.use_cache, "--use_cache")
+        model_args.append(f"response_cache={given.pop('use_cache')}")
+    if _is_ours(args, passed_on):
+        given["batch_size"] = args.batch_size or "8"  # lm-eval's default is 1
+    given["include_path"] = args.include_path or str(TASKS_FOLDER)
+    given["model"] = given.pop("model")  # last, as before --model_args
     if metadata:
-        arguments += ["--metadata", json.dumps(metadata)]
-    if _index(arguments, "--include_path") is None:
-        arguments += ["--include_path", str(TASKS_FOLDER)]
-    arguments += ["--model", model]
-    return arguments + (["--model_args", *_joined(model_args)] if model_args else [])
+        given = {"metadata": json.dumps(metadata)} | given
+    result = [*passed_on, *(["--gen_kwargs", *gen_kwargs] if gen_kwargs else [])]
+    for name, value in given.items():
+        result += [] if value is None else [f"--{name}", value]
+    return result + (["--model_args", *_joined(model_args)] if model_args else [])
+
+
+def _is_ours(args: argparse.Namespace, passed_on: Sequence[str]) -> bool:
+    """Whether lm-eval gets the model type `drllm`, and no file that may say otherwise."""
+    return args.model == "drllm" and not {"--config", "-C"} & {part.partition("=")[0] for part in passed_on}
+
+
+def _check_model(arguments: Sequence[str]) -> None:
+    """Raises UserError for lm-eval's `arguments` without a checkpoint or with a device that is not there."""
+    args, passed_on = _parse(arguments)
+    if _is_ours(args, passed_on) and not {"--help", "-h"} & set(passed_on):
+        if not any("pretrained" in part for part in args.model_args):
+            raise UserError("--model_args names no checkpoint; pass --model_args pretrained=CHECKPOINT")
+        check_device(args.device)
 
 
 def _response_format(text: str) -> ResponseFormat:
@@ -157,17 +143,17 @@ def _joined(model_args: list[str]) -> list[str]:
     return [",".join(model_args)]
 
 
-def skip_catalogue(arguments: list[str]) -> None:
+def skip_catalogue(arguments: Sequence[str]) -> None:
     """Keeps lm-eval from reading its thousands of task files (10 s and more) when only ours are requested."""
     import lm_eval.tasks
 
-    include = Path(arguments[arguments.index("--include_path") + 1]) if "--include_path" in arguments else None
-    positions = [n for n, part in enumerate(arguments) if part in ("--tasks", "-t")]
-    if include != TASKS_FOLDER or len(positions) != 1 or any(part.startswith("--tasks=") for part in arguments):
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tasks", "-t", nargs="+", action="append", default=[])
+    parser.add_argument("--include_path", type=Path)
+    args, _ = parser.parse_known_args(arguments)
+    if args.include_path != TASKS_FOLDER or len(args.tasks) != 1:
         return
-    requested = ",".join(itertools.takewhile(lambda part: not part.startswith("-"), arguments[positions[0] + 1 :]))
-    if not requested:
-        return
+    requested = ",".join(args.tasks[0])
     ours = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
     names = ours(include_path=str(TASKS_FOLDER)).all_tasks
     if all(name in names for name in requested.split(",")):

@@ -10,7 +10,7 @@ from drllm.errors import UserError
 from drllm.evaluation.lm_eval_command import TASKS_FOLDER, lm_eval_arguments, skip_catalogue
 
 
-def test_launcher_arguments(tmp_path):
+def test_arguments_for_lm_eval(tmp_path):
     arguments = lm_eval_arguments(
         [
             "--model_args",
@@ -33,8 +33,8 @@ def test_launcher_arguments(tmp_path):
     assert "--use_cache c.db" in kept
     assert "--batch_size 8" in joined
     assert "--batch_size" not in kept
-    assert lm_eval_arguments(["--batch_size=2", "--tasks", "t"]).count("--batch_size") == 0
-    assert lm_eval_arguments(["-b", "2", "--tasks", "t"]).count("--batch_size") == 0
+    for given in (["--batch_size=2"], ["-b", "2"]):
+        assert " ".join(lm_eval_arguments([*given, "--tasks", "t"])).count("--batch_size 2") == 1
     for flag in ("-M", "--model"):
         others = lm_eval_arguments([flag, "hf", "-a", "pretrained=x", "--tasks", "t"])
         assert others[-4:] == ["--model", "hf", "--model_args", "pretrained=x"]
