@@ -10,11 +10,12 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 from drllm.errors import UserError
@@ -55,6 +56,28 @@ def dtype_name(dtype: str | torch.dtype) -> str:
 
 
 @torch.no_grad()
+def stored_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, values) of each parameter; tied weights appear once, under the embedding's name.
+
+    Offloaded ones, which lie on "meta" between two forward passes, are loaded one module at a time.
+    """
+    seen = set()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for prefix, module in model.named_modules():
+        new = {}
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if id(parameter) not in seen and name not in tied:
+                new[name] = parameter
+            seen.add(id(parameter))
+        if any(parameter.is_meta for parameter in new.values()):
+            with align_module_device(module):
+                for name, parameter in module.named_parameters(prefix, recurse=False):
+                    if name in new:
+                        yield name, parameter
+        else:
+            yield from new.items()
+
+
 def fingerprint(model: nn.Module) -> str:
     """A hash that identifies a base model: labels made with one model must not train the routers of another.
 
@@ -64,20 +87,20 @@ def fingerprint(model: nn.Module) -> str:
     stored weights are bf16).
     """
     digest = hashlib.sha256()
-    parameters = {}
-    for name, parameter in model.named_parameters():  # tied weights appear once, under the embedding's name
+    sampled = {}
+    for name, parameter in stored_parameters(model):
         if "routers" in name.split("."):
             continue
-        parameters[name.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("model.")] = parameter
-    for name in sorted(parameters):
-        flat = parameters[name].detach().reshape(-1)
+        flat = parameter.detach().reshape(-1)
         count = min(SAMPLES_PER_TENSOR, flat.numel())
         # integer arithmetic: linspace in floating point would pick other elements on another device
         where = torch.arange(count, device=flat.device) * max(flat.numel() - 1, 0) // max(count - 1, 1)
         values = flat[where].to(torch.bfloat16).to(torch.float32).cpu()
         values = torch.where(values.abs() < SMALLEST_VALUE, torch.zeros(()), values)
-        digest.update(f"{name} {tuple(parameters[name].shape)}".encode())
-        digest.update(values.numpy().tobytes())
+        name = name.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("model.")
+        sampled[name] = f"{name} {tuple(parameter.shape)}".encode() + values.numpy().tobytes()
+    for name in sorted(sampled):
+        digest.update(sampled[name])
     return digest.hexdigest()[:16]
 
 

@@ -71,6 +71,11 @@ class RowSchedule:
         """One entry per visit that some row makes: the number of the set of rows that make it."""
         return self._row_sets[block]
 
+    def first_row(self) -> tuple[int, torch.Tensor | None]:
+        """(number, indices) of the set of the first row alone."""
+        number = self._number_of((0,))
+        return number, self._row_indices[number]
+
     def row_indices(self, row_set: int) -> torch.Tensor | None:
         """int64 indices of the rows in the set of that number, or None for all rows of the batch."""
         return self._row_indices[row_set]
@@ -91,8 +96,15 @@ class RowSchedule:
         # constants, and would be compiled again for other ones.
         if rows not in self._row_set_numbers:
             self._row_set_numbers[rows] = len(self._row_indices)
-            self._row_indices.append(torch.tensor(rows, device=self.device))
+            self._row_indices.append(torch.tensor(rows, dtype=torch.int64, device=self.device))
         return self._row_set_numbers[rows]
+
+
+def applications(schedule: RowSchedule | None, forward_passes: int) -> torch.Tensor:
+    """int64 [batch]: block applications of each row over so many passes; RuntimeError where there is no schedule."""
+    if schedule is None:
+        raise RuntimeError("no forward pass has run yet, so no block applications were counted")
+    return torch.tensor([sum(path) * forward_passes for path in schedule.paths()])
 
 
 class _Slot:
@@ -185,6 +197,14 @@ class PathCache(DynamicCache):
     def paths(self) -> list[Path] | None:
         """The path of each row, or None before the first forward pass."""
         return None if self.schedule is None else self.schedule.paths()
+
+    @property
+    def block_applications(self) -> torch.Tensor:
+        """int64 [batch]: block applications of each row, summed over the forward passes with this cache.
+
+        Raises RuntimeError before the first one.
+        """
+        return applications(self.schedule, self.forward_passes)
 
     def slot(self, block: int, visit: int) -> _Slot:
         """What the attention of `block` gets as its cache on its (`visit` + 1)-th visit."""

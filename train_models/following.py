@@ -5,6 +5,7 @@ only the loop over its blocks; `CausalLMOverPaths` does the same for the model w
 attention, rotary embeddings and masks stay those of transformers.
 """
 
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,10 +16,11 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .cache import CACHE_NAME, PathCache, RowSchedule, one_cache
+from .cache import CACHE_NAME, PathCache, RowSchedule, applications, one_cache
 from .generating import GeneratesAlongPaths, LayerIndices, has_a_path_per_row
 from .paths import default_path, layer_indices_to_path
 from .self_check import ChecksItself
+from .sharding import in_step, is_sharded, visits_elsewhere
 
 MASK_FACTORIES = {
     "full_attention": create_causal_mask,
@@ -57,6 +59,16 @@ def check_attention(implementation: str, device: torch.device) -> None:
             "attn_implementation is 'flex_attention', whose kernels torch cannot compile on a CPU for most masks, the "
             "stock model's included; use 'sdpa' there"
         )
+
+
+def _refuse_cache_under_checkpointing(cache: PathCache | None) -> bool:
+    """`use_cache` there: False. Raises ValueError where the caller counts on a cache, as `generate` does."""
+    if cache is not None:
+        raise ValueError(
+            "gradient checkpointing drops the cache in train mode, so that each step would decide anew; call "
+            "model.eval() or model.gradient_checkpointing_disable() first, or pass use_cache=False"
+        )
+    return False
 
 
 def _block_mask_of_rows(mask: BlockMask, rows: torch.Tensor) -> BlockMask:
@@ -102,6 +114,24 @@ class _RowViews:
         return value.index_select(0, rows)
 
 
+class _LastCall:
+    """The last forward pass of each thread: (schedule, forward passes since the prefill). Copies start empty."""
+
+    def __init__(self):
+        self._of_thread = threading.local()
+        self._of_any_thread: tuple[RowSchedule, int] | None = None
+
+    def note(self, schedule: RowSchedule, forward_passes: int) -> None:
+        self._of_thread.call = self._of_any_thread = schedule, forward_passes
+
+    def get(self) -> tuple[RowSchedule, int] | None:
+        """That of the calling thread; for one that ran none (it waits for a worker, say) the last of all threads."""
+        return getattr(self._of_thread, "call", self._of_any_thread)
+
+    def __reduce__(self):
+        return _LastCall, ()
+
+
 class FollowsPaths(ChecksItself):
     """Mixin for a stock base model (LlamaModel, Qwen2Model, ...): the forward pass follows one path per row.
 
@@ -109,7 +139,9 @@ class FollowsPaths(ChecksItself):
     y_l >= 1, then once more over those with y_l = 2. With every block executed once the logits equal the stock model's.
     """
 
-    _is_noted_by_caller = False  # see `CausalLMOverPaths.get_compiled_call`
+    def __init__(self, config):
+        super().__init__(config)
+        self._last_call = _LastCall()
 
     def forward(
         self,
@@ -124,6 +156,7 @@ class FollowsPaths(ChecksItself):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         cache: PathCache | None = None,
+        advances_cache: bool = True,
         **kwargs,
     ) -> PathModelOutput | tuple:
         """The stock forward pass along paths.
@@ -136,10 +169,12 @@ class FollowsPaths(ChecksItself):
                 empty `DynamicCache`, which becomes one. Once it holds tokens, its paths are followed.
             layer_indices: a non-decreasing list of block indices for the whole batch ([0, 1, 1, 3]), or one such list
                 per row. None: the cache's paths, else what `decide` says.
+            advances_cache: False where the caller counts the pass itself, outside of compiled code (`note_pass`).
 
         Raises:
             ValueError: for `layer_indices` that are not a path or contradict the cache, for kinds of caches without
-                room for a second visit, for attention back ends that do not run, and for `output_attentions`.
+                room for a second visit, for attention back ends that do not run, for `output_attentions`, and for a
+                cache under gradient checkpointing in train mode.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -162,8 +197,12 @@ class FollowsPaths(ChecksItself):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if self.gradient_checkpointing and self.training:
-            use_cache = False
+        if (
+            self.gradient_checkpointing
+            and self.training
+            and not (CACHE_NAME == "cache" and not torch.is_grad_enabled())
+        ):
+            use_cache = _refuse_cache_under_checkpointing(cache)
         cache = PathCache.of(cache, self.config) if use_cache or cache is not None else None
         batch_size, num_tokens = inputs_embeds.shape[:2]
         schedule, decider = self._schedule(layer_indices, cache, inputs_embeds, attention_mask, position_ids, kwargs)
@@ -181,10 +220,13 @@ class FollowsPaths(ChecksItself):
 
         hidden_states = inputs_embeds
         all_hidden_states = [hidden_states]
+        is_in_step = is_sharded(self.layers)
         for block, layer in enumerate(self.layers):
-            run = layer if num_tokens == 1 else layer._call_impl  # see `compile_blocks`
+            is_compiled = layer._compiled_call_impl is not None
+            run = layer._call_impl if is_compiled and num_tokens > 1 else layer  # see `compile_blocks`
             if decider is not None:
                 decider.before_block(block, hidden_states, schedule)
+            elsewhere = visits_elsewhere(len(schedule[block]), hidden_states.device) if is_in_step else 0
             for visit, row_set in enumerate(schedule[block]):
                 rows = schedule.row_indices(row_set)
                 output = run(
@@ -200,11 +242,15 @@ class FollowsPaths(ChecksItself):
                     if rows is None
                     else hidden_states.to(output.device).index_copy(0, rows.to(output.device), output)
                 )
+            for _ in range(elsewhere):
+                first_row = views.of(*schedule.first_row(), kinds[block])
+                output = run(hidden_states[:1], use_cache=False, **{CACHE_NAME: None}, **first_row, **kwargs)
+                hidden_states = in_step(hidden_states, output)
             all_hidden_states.append(hidden_states if output_hidden_states else None)
         hidden_states = all_hidden_states[-1] = self.norm(hidden_states)
 
-        if not self._is_noted_by_caller:
-            self._note_pass(schedule, cache, num_tokens)
+        if advances_cache:
+            self.note_pass(schedule, cache, num_tokens)
         output = self._output(
             decider,
             last_hidden_state=hidden_states,
@@ -212,24 +258,25 @@ class FollowsPaths(ChecksItself):
             paths=schedule.paths_tensor(),
             **{CACHE_NAME: cache if use_cache else None},
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     @torch.compiler.disable  # or the counts would be inputs of the compiled graph, which must not change
-    def _note_pass(self, schedule: RowSchedule, cache: PathCache | None, num_tokens: int) -> None:
+    def note_pass(self, schedule: RowSchedule, cache: PathCache | None, num_tokens: int) -> None:
+        """Counts a forward pass over `num_tokens` tokens per row, in the cache and for `block_applications`."""
         if cache is not None:
             cache.advance(schedule, num_tokens)
         # Not the cache itself: its keys and values must be free to go when the caller drops them.
-        self._last_schedule, self._last_passes = schedule, cache.forward_passes if cache is not None else 1
+        self._last_call.note(schedule, cache.forward_passes if cache is not None else 1)
 
     @property
     def block_applications(self) -> torch.Tensor:
         """int64 [batch]: block applications of each row since the last prefill, summed over its forward passes.
 
-        Without a cache each forward pass is a prefill of its own. Raises RuntimeError before the first forward pass.
+        They are those of the calling thread; a thread that ran no forward pass gets those of the last one of any. A
+        cache holds its own, `PathCache.block_applications`. Without a cache each forward pass is a prefill of its own.
+        Raises RuntimeError before the first forward pass.
         """
-        if getattr(self, "_last_schedule", None) is None:
-            raise RuntimeError("no forward pass has run yet, so no block applications were counted")
-        return torch.tensor([sum(path) * self._last_passes for path in self._last_schedule.paths()])
+        return applications(*(self._last_call.get() or (None, 0)))
 
     def _schedule(self, layer_indices, cache, inputs_embeds, attention_mask, position_ids, kwargs: dict):
         """(schedule, decider): known paths and, where decisions or router inputs are wanted, who makes them."""
@@ -337,6 +384,9 @@ class CausalLMOverPaths(ChecksItself, GeneratesAlongPaths):
         **kwargs,
     ):
         """The stock forward pass along paths; see `FollowsPaths.forward` for `layer_indices` and the cache."""
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        kwargs |= self._prompt_of(attention_mask, labels, logits_to_keep, kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -344,6 +394,7 @@ class CausalLMOverPaths(ChecksItself, GeneratesAlongPaths):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             layer_indices=layer_indices,
+            return_dict=True,
             **{CACHE_NAME: one_cache(past_key_values, cache)},
             **kwargs,
         )
@@ -356,7 +407,11 @@ class CausalLMOverPaths(ChecksItself, GeneratesAlongPaths):
             self._note_training(**kwargs)
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         output = self.output_type(loss=loss, logits=logits, **fields)
-        return output.to_tuple() if return_dict is False else output
+        return output if return_dict else output.to_tuple()
+
+    def _prompt_of(self, attention_mask, labels, logits_to_keep, kwargs: dict) -> dict:
+        """Arguments that tell the base model which tokens are the prompt, where `kwargs` do not."""
+        return {}
 
     def _note_training(self, **_kwargs) -> None:
         """Called with the keyword arguments of a forward pass that computes the loss on labels."""

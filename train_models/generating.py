@@ -3,13 +3,18 @@
 `GeneratesAlongPaths` serves given paths; `GeneratesAlongDecisions` adds what the routers need to know of the prompt.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
 from .cache import CACHE_NAME
 from .paths import path_to_layer_indices
+
+# Arguments of `generate` that say which blocks run.
+ROUTING_ARGUMENTS = ("layer_indices", "prompt_mask", "prompt_length", "prompt_width")
 
 LayerIndices = Sequence[int] | Sequence[Sequence[int]] | torch.Tensor
 
@@ -44,24 +49,42 @@ class GeneratesAlongPaths:
         compiled_call = super().get_compiled_call(compile_config)
 
         def call(input_ids=None, **kwargs):
-            self.model._is_noted_by_caller = True
-            try:
-                output = compiled_call(input_ids=input_ids, **kwargs)
-            finally:
-                self.model._is_noted_by_caller = False
+            output = compiled_call(input_ids=input_ids, advances_cache=False, **kwargs)
             cache = kwargs[CACHE_NAME]
-            self.model._note_pass(cache.schedule, cache, input_ids.shape[1])
+            self.model.note_pass(cache.schedule, cache, input_ids.shape[1])
             return output
 
         return call
 
-    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+    def _assisted_decoding(self, input_ids, *args, **model_kwargs):
+        if model_kwargs[CACHE_NAME].get_seq_length() > 0:
+            raise ValueError(
+                f"{CACHE_NAME} already holds tokens, but assisted decoding sends the whole prompt again; pass an empty "
+                "cache and the whole prompt, or omit prompt_lookup_num_tokens and assistant_model"
+            )
+        return super()._assisted_decoding(input_ids, *args, **model_kwargs)
+
+    def _get_candidate_generator(self, generation_config, *args, model_kwargs, **kwargs):
+        """As in the stock model; what says which blocks of this model run is no business of an assistant."""
         if generation_config.assistant_early_exit is not None:
             raise ValueError(
                 "assistant_early_exit is not supported: the path says which blocks run; use prompt_lookup_num_tokens "
                 "or an assistant_model"
             )
-        return super()._get_candidate_generator(generation_config, *args, **kwargs)
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in ROUTING_ARGUMENTS}
+        return super()._get_candidate_generator(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
+
+    def _get_logits_processor(self, generation_config, *args, **kwargs):
+        """As in the stock model. The stream of a negative prompt always has its cache, which keeps its decision."""
+        if generation_config.guidance_scale not in (None, 1) and not generation_config.use_cache:
+            generation_config = copy.copy(generation_config)
+            generation_config.use_cache = True
+        return super()._get_logits_processor(generation_config, *args, **kwargs)
+
+    @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """False: engines with a transformers back end keep no cache of this kind, and would decide at each token."""
+        return False
 
     def init_continuous_batching(self, *_args, **_kwargs):
         """Refused, and with it `generate_batch`: packed prompts have no row of their own."""
@@ -111,10 +134,14 @@ class GeneratesAlongDecisions:
         inputs_embeds=None,
         prompt_mask=None,
         prompt_length=None,
+        prompt_width=None,
         is_first_iteration=False,
         **kwargs,
     ):
-        """The stock inputs, and at prefill what the routers may read."""
+        """The stock inputs, and at prefill what the routers may read.
+
+        `prompt_width` tokens of the first pass of assisted decoding are the prompt; the others are its candidates.
+        """
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
@@ -123,24 +150,25 @@ class GeneratesAlongDecisions:
             **kwargs,
         )
         if is_first_iteration:
-            if prompt_mask is None and (width := getattr(self, "_assisted_prompt_width", None)) is not None:
-                # The first pass of assisted decoding holds the prompt and the assistant's candidates.
-                real = inputs.get("attention_mask")
-                prompt_mask = torch.ones_like(input_ids) if real is None else real.clone()
-                prompt_mask[:, width:] = 0
-            if prompt_mask is None and inputs.get("attention_mask") is None:
-                # One prompt per row: `forward` need not look for packed ones, which would wait for the device.
-                prompt = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-                prompt_mask = torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
+            if prompt_width is not None and inputs.get("inputs_embeds") is None:
+                prompt_mask = self._without_candidates(prompt_mask, prompt_width, input_ids, inputs)
             inputs |= {"prompt_mask": prompt_mask, "prompt_length": prompt_length}
+            # One prompt per row: `forward` need not look for packed ones, which would wait for the device.
+            inputs["is_unpacked"] = True
         return inputs
 
-    def _assisted_decoding(self, input_ids, *args, **kwargs):
-        self._assisted_prompt_width = input_ids.shape[1]
-        try:
-            return super()._assisted_decoding(input_ids, *args, **kwargs)
-        finally:
-            self._assisted_prompt_width = None
+    @staticmethod
+    def _without_candidates(prompt_mask, prompt_width: int, input_ids: torch.Tensor, inputs: dict) -> torch.Tensor:
+        num_candidates = input_ids.shape[1] - prompt_width
+        if prompt_mask is not None:
+            return nn.functional.pad(prompt_mask, (0, num_candidates))
+        mask = inputs.get("attention_mask")
+        prompt_mask = torch.ones_like(input_ids) if mask is None else mask.clone()
+        prompt_mask[:, prompt_width:] = 0
+        return prompt_mask
+
+    def _assisted_decoding(self, input_ids, *args, **model_kwargs):
+        return super()._assisted_decoding(input_ids, *args, prompt_width=input_ids.shape[1], **model_kwargs)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, prompt_length=None, **kwargs):
         # The stock method repeats tensors for beams and return sequences; a list of lengths needs the same.

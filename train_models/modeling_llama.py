@@ -16,6 +16,7 @@ from .paths import Path  # noqa: F401
 from .routed import RoutedCausalLM, RoutedConfigFields, RoutedModel
 from .routing import RouterBlock  # noqa: F401
 from .self_check import ChecksItself  # noqa: F401
+from .sharding import is_sharded  # noqa: F401
 
 
 class RoutedLlamaConfig(RoutedConfigFields, LlamaConfig):

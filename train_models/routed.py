@@ -134,6 +134,20 @@ def prompt_mask_of(
     return prompt_mask & (prompt_mask.cumsum(1) <= prompt_length[:, None])
 
 
+def prompt_of_labels(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(bool [batch, T], bool []): the prompt of each row by its `labels` [batch, T], and whether a row does not say.
+
+    The prompt is made of the real tokens before the first label that is not -100. A row that begins with a label says
+    nothing about its prompt, so all of its real tokens are taken.
+    """
+    is_real = torch.ones_like(labels, dtype=torch.bool)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        is_real = attention_mask.to(labels.device).bool()
+    is_prompt = is_real & ((labels != -100).cumsum(1) == 0)
+    is_marked = is_prompt.any(1)
+    return torch.where(is_marked[:, None], is_prompt, is_real), ~is_marked.all()
+
+
 def _check_unpacked(position_ids: torch.Tensor | None, kwargs: dict) -> None:
     """Raises ValueError for rows of several sequences, as `DataCollatorWithFlattening` makes them."""
     is_packed = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("seq_idx") is not None
@@ -228,6 +242,7 @@ class RoutedModel(FollowsPaths):
             RouterBlock(config.hidden_size, config.router_width, config.router_depth, config.router_domain)
             for _ in range(config.num_hidden_layers)
         )
+        self._has_noted_prompt = False
         self._no_split_modules = {*(self._no_split_modules or ()), RouterBlock.__name__}
         if config.trained_num_windows not in (None, config.num_windows):
             logger.warning(
@@ -296,6 +311,9 @@ class RoutedModel(FollowsPaths):
         prompt = {name: kwargs.pop(name, None) for name in ("prompt_mask", "prompt_length")}
         record_logits = kwargs.pop("output_router_logits", False)
         record_inputs = kwargs.pop("output_router_inputs", False)
+        is_unpacked = kwargs.pop("is_unpacked", False)
+        labelled_prompt_mask = kwargs.pop("labelled_prompt_mask", None)
+        may_hold_answer = kwargs.pop("may_hold_answer", False)
         if is_decoding or (known is not None and not record_logits and not record_inputs):
             return None
         if known is None and torch.compiler.is_exporting():
@@ -303,9 +321,22 @@ class RoutedModel(FollowsPaths):
                 "torch.export cannot follow a decision, which depends on the prompt; pass layer_indices, or set "
                 "is_static_routing"
             )
+        if known is None and inputs_embeds.is_meta:
+            raise ValueError(
+                "a decision depends on the values of the prompt, which the device 'meta' does not hold; pass "
+                "layer_indices, or set is_static_routing"
+            )
+        if known is None and not self._has_noted_prompt and may_hold_answer:
+            self._has_noted_prompt = True
+            logger.warning(
+                "the routers read every token of this batch, the answers included, where nothing says which are the "
+                "prompt; pass prompt_length or prompt_mask, or labels of -100 on the prompt"
+            )
         batch_size, num_tokens = inputs_embeds.shape[:2]
-        says_what_rows_are = attention_mask is not None or prompt["prompt_mask"] is not None
+        says_what_rows_are = is_unpacked or attention_mask is not None or prompt["prompt_mask"] is not None
         _check_unpacked(None if says_what_rows_are else position_ids, kwargs)
+        if labelled_prompt_mask is not None:
+            prompt["prompt_mask"] = labelled_prompt_mask
         prompt_mask = prompt_mask_of(
             attention_mask,
             **prompt,
@@ -356,6 +387,16 @@ class RoutedCausalLM(GeneratesAlongDecisions, CausalLMOverPaths):
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.name_or_path.startswith(UNSAVED):
             self.name_or_path = str(save_directory)
+
+    def _prompt_of(self, attention_mask, labels, logits_to_keep, kwargs: dict) -> dict:
+        """Trainers pass prompt and answer in one go, with labels of -100 on the prompt: it is what the routers read."""
+        if kwargs.get("prompt_mask") is not None or kwargs.get("prompt_length") is not None:
+            return {}
+        if labels is None:
+            asks_for_several = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep > 1
+            return {"may_hold_answer": True} if asks_for_several else {}
+        prompt, may_hold_answer = prompt_of_labels(labels, attention_mask)
+        return {"labelled_prompt_mask": prompt, "may_hold_answer": may_hold_answer}
 
     def _note_training(self, output_router_logits: bool = False, **_kwargs) -> None:
         is_relevant = self.training and torch.is_grad_enabled() and not output_router_logits

@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
-import os
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +34,12 @@ from data_models import path_model_class
 from drllm.checkpoints import CheckpointInfo, checkpoint_info
 from drllm.errors import UserError
 from drllm.evaluation.layer_counts import LayerCounts, Measurement
+from drllm.evaluation.options import check_options, padded
 from drllm.evaluation.protocol import parse_path
 from drllm.evaluation.response_cache import ResponseCache
 from drllm.files import disk_errors, write_whole
 from drllm.loading import LOADING_ERRORS, check_complete, check_finite, check_json_files, one_line
-from drllm.provenance import fingerprint, parse_dtype
+from drllm.provenance import fingerprint, parse_dtype, stored_parameters
 from drllm.questions.prompts import TEMPLATE_ARGUMENTS
 from train_models import PathCache
 from train_models.paths import path_to_layer_indices
@@ -47,18 +47,6 @@ from train_models.paths import path_to_layer_indices
 ROUTING_ARGUMENTS = ("num_windows", "routing_control", "is_static_routing")
 # Options of one question are scored together; the maximum number of rows per context of such a batch.
 OPTIONS_PER_CONTEXT = 8
-
-
-def _padded(sequences: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens, mask), both [rows, longest]; padding is token 0, masked."""
-    longest = max(len(sequence) for sequence in sequences)
-    tokens = torch.zeros(len(sequences), longest, dtype=torch.long)
-    mask = torch.zeros(len(sequences), longest, dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        columns = slice(longest - len(sequence), None) if side == "left" else slice(len(sequence))
-        tokens[row, columns] = torch.tensor(sequence)
-        mask[row, columns] = 1
-    return tokens, mask
 
 
 @register_model("drllm")
@@ -102,7 +90,9 @@ class RoutedLM(HFLM):
         if self._fixed_path is not None:
             self._layer_indices = path_to_layer_indices([int(visits) for visits in self._fixed_path])
         self._passes: list[torch.Tensor] = []  # paths [rows, L] of each forward pass since the last reset
-        self.model.register_forward_hook(self._record_pass)
+        # On its parts, because not all wrappers (an adapter's, say) call the model itself.
+        self._unwrapped.model.register_forward_hook(self._record_pass)
+        self._unwrapped.get_output_embeddings().register_forward_hook(self._check_logits)
         self.layer_counts = LayerCounts()
         self._routing_log = routing_log
         if response_cache is not None and self._world_size > 1:
@@ -156,12 +146,18 @@ class RoutedLM(HFLM):
             check_complete(report, pretrained)
         check_finite(self._model, pretrained)
 
+    @property
+    def _unwrapped(self) -> torch.nn.Module:
+        """The model without the wrapper of an adapter."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
     def _record_pass(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        """Records the paths of a forward pass; UserError when the first pass of a batch has non-finite logits."""
         self._passes.append(output.paths)
-        if len(self._passes) == 1 and not torch.isfinite(output.logits[:, -1]).all():
+
+    def _check_logits(self, module: torch.nn.Module, inputs: Any, logits: torch.Tensor) -> None:
+        if len(self._passes) == 1 and not torch.isfinite(logits[:, -1]).all():
             raise UserError(
-                f"{self.pretrained}: the logits of a batch of {len(output.logits)} prompts are NaN or infinite, though "
+                f"{self.pretrained}: the logits of a batch of {len(logits)} prompts are NaN or infinite, though "
                 f"all weights are finite: its activations overflow in {self.model.dtype}, try dtype=bfloat16 or float32"
             )
 
@@ -169,8 +165,11 @@ class RoutedLM(HFLM):
         """A hash of everything that an answer depends on, other than the request."""
         routers = hashlib.sha256()
         if self.is_routed:
-            for name, weight in sorted(self.model.model.routers.state_dict().items()):
-                routers.update(name.encode() + weight.float().cpu().numpy().tobytes())
+            module = self._unwrapped.model.routers
+            tensors = itertools.chain(stored_parameters(module), module.named_buffers())
+            values = {name: tensor.detach().float().cpu().numpy().tobytes() for name, tensor in tensors}
+            for name in sorted(values):
+                routers.update(name.encode() + values[name])
         without_effect = ("batch_size", "max_batch_size", "device")
         facts = {key: str(value) for key, value in sorted(settings.items()) if key not in without_effect}
         facts |= {"weights": fingerprint(self.model), "routers": routers.hexdigest(), "dtype": str(self.model.dtype)}
@@ -302,9 +301,10 @@ class RoutedLM(HFLM):
         Requests with the same context share its prefill, where the routers decide, and with it the path.
         """
         groups: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
+        check_options(requests, self.max_length)
         for position, (_, context, continuation) in enumerate(requests):
             kept = (context + continuation)[-(self.max_length + 1) :]  # truncated from the left, as `hf` does
-            groups[tuple(kept[: -len(continuation)])][tuple(continuation)].append(position)
+            groups[tuple(kept[: len(kept) - len(continuation)])][tuple(continuation)].append(position)
         contexts = sorted(groups, key=lambda context: (-len(context), context))
         answers: list[tuple[float, bool] | None] = [None] * len(requests)
         progress = tqdm(
@@ -352,7 +352,7 @@ class RoutedLM(HFLM):
             if len(continuation) > 1
         ]
         lengths = torch.tensor([len(context) for context in contexts])
-        tokens, mask = _padded(contexts, side="left")
+        tokens, mask = padded(contexts, side="left")
         cache = PathCache(self.model.config) if rows else None
         first, paths = self._forward(tokens, mask, cache, logits_to_keep=1)
         paths = paths.tolist()
@@ -365,7 +365,7 @@ class RoutedLM(HFLM):
             options = cache if is_last else copy.deepcopy(cache)
             owner = torch.tensor([number for number, _ in part])
             options.batch_select_indices(owner)
-            inputs, input_mask = _padded([continuation[:-1] for _, continuation in part], side="right")
+            inputs, input_mask = padded([continuation[:-1] for _, continuation in part], side="right")
             position_ids = lengths[owner, None] + torch.arange(inputs.shape[1])
             logits, own_paths = self._forward(
                 inputs, torch.cat([mask[owner], input_mask], dim=1), options, position_ids=position_ids
@@ -427,7 +427,7 @@ class RoutedLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes to `config` of its results: the model, its routing settings and the layers counted."""
-        if os.path.isdir(self.pretrained):
+        if Path(self.pretrained).is_dir():
             info = {
                 "model_num_parameters": self.model.num_parameters(),
                 "model_dtype": self.model.dtype,

@@ -138,13 +138,13 @@ def test_routers_do_not_read_the_candidates_of_assisted_decoding(kind, routed, s
         mask[:, : seed // 3] = 0
         arguments = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
         expected = model.generate(input_ids, **arguments)
-        decided = model.model._last_schedule.paths()
+        decided = model.model._last_call.get()[0].paths()
         assert torch.equal(model.generate(input_ids, **arguments, **assistance), expected)
-        assert model.model._last_schedule.paths() == decided
+        assert model.model._last_call.get()[0].paths() == decided
         paths.update(decided)
     longer = prompts(8, 40)
     model.generate(longer, attention_mask=torch.ones_like(longer), max_new_tokens=1, do_sample=False)
-    decided = model.model._last_schedule.paths()
+    decided = model.model._last_call.get()[0].paths()
     assert decided == [tuple(path) for path in model(longer).paths.tolist()], "nothing stays behind"
     assert len(paths) > 3, "the prompts should differ"
 
@@ -178,7 +178,7 @@ def test_block_applications_equal_a_count_by_hooks(routed):
         layer.register_forward_pre_hook(lambda _, args: counts.append(len(args[0]))) for layer in model.model.layers
     ]
     model.generate(prompts(4), attention_mask=torch.ones(4, 19), max_new_tokens=6, do_sample=False)
-    assert model.block_applications.tolist() == [6 * sum(path) for path in model.model._last_schedule.paths()]
+    assert model.block_applications.tolist() == [6 * sum(path) for path in model.model._last_call.get()[0].paths()]
     assert model.block_applications.sum() == sum(counts)
     counts.clear()
     model(prompts(3))
