@@ -251,11 +251,12 @@ class FollowsPaths(ChecksItself):
 
         if advances_cache:
             self.note_pass(schedule, cache, num_tokens)
+        paths = schedule.paths_tensor()
         output = self._output(
             decider,
             last_hidden_state=hidden_states,
             hidden_states=_selected(all_hidden_states, output_hidden_states),
-            paths=schedule.paths_tensor(),
+            paths=paths.expand(batch_size, -1) if torch.compiler.is_exporting() else paths,
             **{CACHE_NAME: cache if use_cache else None},
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
@@ -282,6 +283,8 @@ class FollowsPaths(ChecksItself):
         """(schedule, decider): known paths and, where decisions or router inputs are wanted, who makes them."""
         decided = cache.schedule if cache is not None else None
         batch_size = inputs_embeds.shape[0]
+        if torch.compiler.is_exporting() and not (layer_indices is not None and has_a_path_per_row(layer_indices)):
+            batch_size = 1  # one path for all rows, whose number may be symbolic
         if decided is not None and decided.batch_size != batch_size:
             raise ValueError(
                 f"the batch has {batch_size} rows, but past_key_values holds {decided.batch_size}; keep them together "

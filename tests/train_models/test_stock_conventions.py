@@ -81,6 +81,57 @@ def test_export_along_a_given_path_and_refusals(decisive):
         torch.export.export(model, (), arguments | {"use_cache": True}, strict=False)
 
 
+@pytest.mark.parametrize("is_static", [False, True])
+def test_export_with_a_number_of_rows_that_is_not_fixed(is_static, decisive):
+    model = decisive().requires_grad_(False)
+    model.model.is_static_routing = is_static
+    arguments = {"input_ids": prompts(2)} | ({} if is_static else {"layer_indices": [0, 1, 1, 3]})
+    shapes = {"input_ids": {0: torch.export.Dim("rows", min=2, max=64)}}
+    shapes |= {} if is_static else {"layer_indices": [None] * 4}
+    program = torch.export.export(model, (), arguments, dynamic_shapes=shapes, strict=False)
+    for count in (2, 5):
+        arguments["input_ids"] = prompts(count, seed=count)
+        actual, expected = program.module()(**arguments), model(**arguments)
+        torch.testing.assert_close(actual.logits, expected.logits)
+        assert torch.equal(actual.paths, expected.paths)
+
+
+# Tuples
+
+
+def test_a_configuration_that_asks_for_tuples_gets_them(decisive):
+    model = decisive()
+    expected = model(prompts())
+    tokens = model.generate(prompts(), max_new_tokens=3, do_sample=False)
+    model.config.return_dict = False
+    logits, _cache, paths = model(prompts())
+    assert torch.equal(logits, expected.logits)
+    assert torch.equal(paths, expected.paths)
+    assert torch.equal(model.model(prompts())[-1], expected.paths)
+    assert torch.equal(model(prompts(), return_dict=True).logits, expected.logits)
+    assert torch.equal(model.generate(prompts(), max_new_tokens=3, do_sample=False), tokens)
+
+
+# The meta device
+
+
+def test_a_decision_without_values_is_refused(decisive):
+    model = decisive().to("meta")
+    tokens = prompts().to("meta")
+    with pytest.raises(ValueError, match="the device 'meta' does not hold; pass layer_indices"):
+        model(tokens)
+    assert model(tokens, layer_indices=[0, 1]).logits.shape == (3, 19, 61)
+    model.model.is_static_routing = True
+    assert model(tokens).logits.device.type == "meta"
+
+
+# Engines that run models of transformers
+
+
+def test_engines_with_a_transformers_back_end_are_told_that_they_cannot_run_it():
+    assert not RoutedLlamaForCausalLM.is_backend_compatible()
+
+
 # Pickling
 
 
@@ -217,6 +268,13 @@ def test_attentions_by_configuration_are_refused(decisive):
     with pytest.raises(ValueError, match="output_attentions is not offered"):
         model(prompts())
     assert model(prompts(), output_attentions=False).attentions is None
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attentions_of_generate_are_refused(implementation, decisive):
+    model = decisive(attn_implementation=implementation)
+    with pytest.raises(ValueError, match="output_attentions is not offered"):
+        model.generate(prompts(), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
 
 
 # Generation options
