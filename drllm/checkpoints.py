@@ -202,6 +202,7 @@ def save_checkpoint(
         tokenizer.save_pretrained(directory)
     for folder in (directory, save_routers(routed, directory / "routers", training)):
         write_json(folder / LABELS, manifest)
+    write_whole(directory / CARD, model_card(_read_description(directory / "routers"), training, is_whole=True))
 
 
 def save_routers(routed: PreTrainedModel, directory: str | Path, training: dict | None = None) -> Path:
@@ -309,6 +310,7 @@ def join_to_folder(
         routed.save_pretrained(output_dir)
         tokenizer.save_pretrained(output_dir)
         _copy_labels_manifest(router_folder(routers), output_dir)
+    write_whole(output_dir / CARD, model_card(_read_description(router_folder(routers)), None, is_whole=True))
     return output_dir
 
 

@@ -1,4 +1,4 @@
-"""The model card (README.md) of a folder of routers."""
+"""The model card (README.md) of a folder of routers, and of a whole checkpoint."""
 
 from __future__ import annotations
 
@@ -33,12 +33,19 @@ RECORD_FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def model_card(description: dict[str, Any], training: dict[str, Any] | None) -> str:
-    """The README.md of a folder of routers.
+ENGINES = (
+    "vLLM, TGI and llama.cpp do not know routed checkpoints. Use `generate` of transformers on padded batches, or "
+    "lm-eval's `hf`."
+)
+
+
+def model_card(description: dict[str, Any], training: dict[str, Any] | None, is_whole: bool = False) -> str:
+    """The README.md of a folder of routers, or of a checkpoint.
 
     Args:
         description: router_config.json, see `drllm.checkpoints.save_routers`.
         training: the training record (training.json), for a table of settings and metrics; None without one.
+        is_whole: whether the folder is a checkpoint, which holds the base weights and the code, too.
     """
     base = description["base_model_name"] or "unknown"
     revision = f" at revision `{description['base_model_revision']}`" if description["base_model_revision"] else ""
@@ -51,11 +58,11 @@ def model_card(description: dict[str, Any], training: dict[str, Any] | None) -> 
     rank = shape.get("router_domain", 0)
     domain = f"; they execute for prompts outside of their domain (rank {rank})" if rank else ""
     lines = [
-        f"# Dr.LLM routers for {Path(base).name}",
+        f"# {Path(base).name} with Dr.LLM routers" if is_whole else f"# Dr.LLM routers for {Path(base).name}",
         "",
         f"Routers of [Dr.LLM](https://arxiv.org/abs/2510.12773) for `{base}`{revision}: one MLP per block that "
         "reads the prompt and decides whether to skip, execute or repeat the block. The base model's weights are not "
-        "changed and not included.",
+        f"changed{'' if is_whole else ' and not included'}.",
         "",
         "| | |",
         "| --- | --- |",
@@ -69,7 +76,36 @@ def model_card(description: dict[str, Any], training: dict[str, Any] | None) -> 
     ]
     if training:
         lines += _training_section(training)
-    lines += [
+    lines += _use_of_the_checkpoint() if is_whole else _use_of_the_routers(base)
+    return "\n".join(front + lines)
+
+
+def _code_is_tested(folder: str) -> str:
+    releases = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
+    return f"{folder} carries its code, which is tested with transformers {releases}."
+
+
+def _use_of_the_checkpoint() -> list[str]:
+    return [
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'folder = "path/to/this/folder"',
+        'model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")',
+        "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)",
+        "```",
+        "",
+        _code_is_tested("This folder") + " The subfolder `routers` holds the routers alone.",
+        "",
+        ENGINES,
+        "",
+    ]
+
+
+def _use_of_the_routers(base: str) -> list[str]:
+    return [
         "## Use",
         "",
         "From a checkout of the Dr.LLM reproduction that made this folder:",
@@ -86,13 +122,13 @@ def model_card(description: dict[str, Any], training: dict[str, Any] | None) -> 
         "python -m drllm.router_checkpoint join path/to/this/folder --output_dir checkpoints/joined",
         "```",
         "",
-        "That checkpoint carries its code, which is tested with transformers "
-        f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}.",
+        _code_is_tested("That checkpoint"),
+        "",
+        ENGINES,
         "",
         "Any other base model is refused: routers only work with the hidden states they were trained on.",
         "",
     ]
-    return "\n".join(front + lines)
 
 
 def _reads(router_input: str) -> str:

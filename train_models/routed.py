@@ -326,6 +326,9 @@ class RoutedModel(FollowsPaths):
                 "a decision depends on the values of the prompt, which the device 'meta' does not hold; pass "
                 "layer_indices, or set is_static_routing"
             )
+        is_said = labelled_prompt_mask is not None or any(value is not None for value in prompt.values())
+        if not is_said and self.training and torch.is_grad_enabled():
+            may_hold_answer = True  # trainers that compute the logits themselves pass no labels
         if known is None and not self._has_noted_prompt and may_hold_answer:
             self._has_noted_prompt = True
             logger.warning(

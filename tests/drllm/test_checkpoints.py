@@ -185,6 +185,19 @@ def test_the_model_card_is_filled_in(checkpoint, tiny_base):
         assert placeholder not in card
 
 
+def test_a_whole_checkpoint_has_a_card_of_its_own(checkpoint, tmp_path):
+    card, of_the_routers = ((checkpoint / name).read_text() for name in ("README.md", "routers/README.md"))
+    assert "with Dr.LLM routers\n" in card
+    assert "not changed.\n" in card
+    assert "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True" in card
+    assert "join_routers" not in card
+    assert "| macro_f1 |" in card
+    for text in (card, of_the_routers):
+        assert "vLLM, TGI and llama.cpp do not know routed checkpoints." in text
+    assert main(["join", str(checkpoint / "routers"), "--output_dir", str(tmp_path / "joined")]) == 0
+    assert "with Dr.LLM routers\n" in (tmp_path / "joined" / "README.md").read_text()
+
+
 def test_the_card_names_a_hub_base(tiny_base, tmp_path):
     routed = retrofit(str(tiny_base), dtype=torch.bfloat16)
     routed.config.base_model_name, routed.config.base_model_revision = "example-org/example-3b", "abc123"

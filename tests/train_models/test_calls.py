@@ -251,9 +251,14 @@ def test_where_nothing_says_what_the_prompt_is_one_warning_does(decisive, caplog
     model.generate(rows, max_new_tokens=2, **GREEDY)
     model.generate(looked_up(), max_new_tokens=4, prompt_lookup_num_tokens=3, **GREEDY)
     assert "prompt_length" not in caplog.text
-    for arguments in ({"labels": rows}, {"logits_to_keep": 8}):
+    calls = (
+        lambda: model(rows, labels=rows),
+        lambda: model(rows, logits_to_keep=8),
+        lambda: model.train().model(rows),  # as a trainer that computes the logits itself
+    )
+    for call in calls:
         model.model._has_noted_prompt = False
         for _ in range(2):
-            assert torch.equal(model(rows, **arguments).paths, whole.paths)
+            assert torch.equal(call().paths, whole.paths)
         assert caplog.text.count("pass prompt_length or prompt_mask") == 1
         caplog.clear()
