@@ -90,9 +90,10 @@ class RoutedLM(HFLM):
         if self._fixed_path is not None:
             self._layer_indices = path_to_layer_indices([int(visits) for visits in self._fixed_path])
         self._passes: list[torch.Tensor] = []  # paths [rows, L] of each forward pass since the last reset
-        # On its parts, because not all wrappers (an adapter's, say) call the model itself.
-        self._unwrapped.model.register_forward_hook(self._record_pass)
-        self._unwrapped.get_output_embeddings().register_forward_hook(self._check_logits)
+        # An adapter's wrapper does not always call the model itself, nor `generate` the wrapper.
+        self._unwrapped.model.register_forward_hook(lambda module, inputs, output: self._passes.append(output.paths))
+        for model in {self.model, self._unwrapped}:
+            model.register_forward_hook(self._check_logits)
         self.layer_counts = LayerCounts()
         self._routing_log = routing_log
         if response_cache is not None and self._world_size > 1:
@@ -151,13 +152,11 @@ class RoutedLM(HFLM):
         """The model without the wrapper of an adapter."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def _record_pass(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        self._passes.append(output.paths)
-
-    def _check_logits(self, module: torch.nn.Module, inputs: Any, logits: torch.Tensor) -> None:
-        if len(self._passes) == 1 and not torch.isfinite(logits[:, -1]).all():
+    def _check_logits(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        """Raises UserError when the first pass of a batch has non-finite logits."""
+        if len(self._passes) == 1 and not torch.isfinite(output.logits[:, -1]).all():
             raise UserError(
-                f"{self.pretrained}: the logits of a batch of {len(logits)} prompts are NaN or infinite, though "
+                f"{self.pretrained}: the logits of a batch of {len(output.logits)} prompts are NaN or infinite, though "
                 f"all weights are finite: its activations overflow in {self.model.dtype}, try dtype=bfloat16 or float32"
             )
 
