@@ -8,23 +8,14 @@ Trains one router per block on the paths that data_generation.py found and write
 
 from __future__ import annotations
 
-import argparse
-
 from accelerate import PartialState
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from drllm.arguments import HelpFormatter
 from drllm.errors import main_guard
 from drllm.training.config import RouterTrainingConfig
 from drllm.training.trainer import quiet_libraries, train_routers
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to a help text that does not name it itself."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        names_default = "(default: " in (action.help or "") or action.default in (None, [])
-        return action.help if names_default else super()._get_help_string(action)
 
 
 def _switch(value: str) -> bool:
@@ -35,7 +26,7 @@ def _switch(value: str) -> bool:
 def parser() -> HfArgumentParser:
     """The arguments: the fields of `RouterTrainingConfig`."""
     arguments = HfArgumentParser(
-        RouterTrainingConfig, description=__doc__.split("\n")[0], formatter_class=_HelpFormatter
+        RouterTrainingConfig, description=__doc__.split("\n")[0], formatter_class=HelpFormatter
     )
     arguments.register("type", string_to_bool, _switch)
     return arguments

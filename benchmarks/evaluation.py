@@ -38,7 +38,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from benchmarks.pairs import LEAST_PAIRS, parse_threads, run_pairs, torch_threads  # noqa: E402
-from drllm.arguments import check_device, check_ranges, parse_list  # noqa: E402
+from drllm.arguments import A_GPU, add_shared, check_device, check_ranges, parse_list  # noqa: E402
 from drllm.checkpoints import checkpoint_info, load_routed, load_tokenizer  # noqa: E402
 from drllm.errors import main_guard  # noqa: E402
 from drllm.evaluation.lm_eval_model import RoutedLM  # noqa: E402
@@ -129,16 +129,16 @@ def compare(args: argparse.Namespace, checkpoint: str) -> dict:
 def main(argv: list[str] | None = None) -> None:
     """Compares, prints, and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="routed or plain checkpoint")
-    parser.add_argument("--data_dir", default=str(ROOT / "miniature" / "data"))
+    add_shared(parser, "model", required=True, about=", or of a routed checkpoint")
+    add_shared(parser, "data_dir", ROOT / "miniature" / "data", "the miniature's")
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--words", type=int, default=12, help="of a many-token option")
     parser.add_argument("--batch_sizes", default="1,8,32")
     parser.add_argument("--threads", default="1", help="CPU threads of both sides, comma-separated, e.g. 1,2")
     parser.add_argument("--pairs", type=int, default=LEAST_PAIRS, help="runs of each side, in turn")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="JSON of the result")
+    add_shared(parser, "dtype", "float32")
+    add_shared(parser, "device", "cuda" if torch.cuda.is_available() else "cpu", A_GPU)
+    add_shared(parser, "output")
     args = parser.parse_args(argv)
     args.threads = parse_threads(args.threads)
     args.batch_sizes = parse_list("batch_sizes", args.batch_sizes, int, "1,8")

@@ -57,7 +57,7 @@ from benchmarks.latency_report import (
 from benchmarks.latency_runs import MEASURES, ROWS, Runs, load_models, make_cases, time_case
 from benchmarks.pairs import LEAST_PAIRS, load_per_core, parse_threads, torch_threads
 from benchmarks.shapes import SHAPES
-from drllm.arguments import MAX_SEED, check_device, check_ranges, parse_list
+from drllm.arguments import A_GPU, MAX_SEED, add_shared, check_device, check_ranges, parse_list
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_file
 from drllm.paper.experiment_figures import draw_latency
@@ -70,10 +70,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--shape", choices=sorted(SHAPES), default="small", help="random weights at this shape")
     add("--config", help="a config.json of Llama, Qwen2 or Qwen3: random weights at its shape")
-    add("--model", help="folder or Hub name of a plain checkpoint: its weights instead of random ones")
+    add_shared(parser, "model", about=": its weights instead of random ones")
     add("--blocks", type=int, help="number of blocks instead of the shape's own")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", default="float32")
+    add_shared(parser, "device", "cuda" if torch.cuda.is_available() else "cpu", A_GPU)
+    add_shared(parser, "dtype", "float32")
     add(
         "--attention",
         choices=("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"),
@@ -97,8 +97,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--new_tokens", type=int, default=64, help="the paper reports 1,000")
     add("--rounds", type=int, default=LEAST_PAIRS, help="timed rounds; medians are reported")
     add("--threads", default="1", help="CPU threads of both sides, comma-separated, e.g. 1,2")
-    add("--seed", type=int, default=0)
-    add("--output", type=Path, help="write results to this JSON file")
+    add_shared(parser, "seed", 0)
+    add_shared(parser, "output")
     add("--figure", type=Path, help="draw time saved against layers saved to this file")
     arguments = parser.parse_args(argv)
     arguments.measure, arguments.rows = arguments.measure.split(","), arguments.rows.split(",")

@@ -45,7 +45,7 @@ from benchmarks.search_sides import (  # noqa: E402
 )
 from benchmarks.shapes import SHAPES  # noqa: E402
 from drllm import provenance  # noqa: E402
-from drllm.arguments import MAX_SEED, check_ranges  # noqa: E402
+from drllm.arguments import MAX_SEED, add_shared, check_ranges  # noqa: E402
 from drllm.errors import UserError, main_guard  # noqa: E402
 from drllm.files import check_output_folder  # noqa: E402
 from drllm.paper.experiment_figures import draw_search_concurrency  # noqa: E402
@@ -243,27 +243,27 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("benchmark", choices=BENCHMARKS)
-    add("--model", default=str(ROOT / "miniature" / "model"), help="folder or Hub name of a plain checkpoint")
+    add_shared(parser, "model", str(ROOT / "miniature" / "model"), "the miniature")
     add("--shape", choices=SHAPES, default=None, help="random weights of this shape instead")
-    add("--dtype", default="float32")
-    add("--reward", choices=("generation", "likelihood"), default="generation")
-    add("--dataset", default="arc,dart")
-    add("--data_dir", default=str(ROOT / "miniature" / "data"), help='"hub" for the Hub')
+    add_shared(parser, "dtype", "float32")
+    add_shared(parser, "reward", "generation", choices=("generation", "likelihood"))
+    add_shared(parser, "dataset", "arc,dart")
+    add_shared(parser, "data_dir", ROOT / "miniature" / "data", "the miniature's", about='; "hub" for the Hub')
     add("--questions", type=int, default=112)
     add("--published_questions", type=int, default=None, help="fewer for the published way; default: all")
     add("--num_simulations", type=int, default=50)
     add("--threads", default="1", help="speed, shortcuts: CPU threads of both sides, comma-separated, e.g. 1,2")
     add("--pairs", type=int, default=LEAST_PAIRS, help="speed, shortcuts: runs of each side, in turn")
-    add("--batch_size", type=int, default=128)
+    add_shared(parser, "batch_size", 128)
     add("--concurrency", type=int, default=256)
-    add("--seed", type=int, default=0)
+    add_shared(parser, "seed", 0)
     add("--seeds", type=int, default=5, help="policies: number of seeds")
     add("--policies", default=",".join(POLICIES))
     add("--least_seconds", type=float, default=5.0, help="concurrency: a shorter measurement is repeated")
     add("--output_dir", type=Path, default=ROOT / "results")
     args = parser.parse_args(arguments)
     args.threads = parse_threads(args.threads)
-    args.data_dir = None if args.data_dir == "hub" else args.data_dir
+    args.data_dir = None if str(args.data_dir) == "hub" else args.data_dir
     some = ("questions", "published_questions", "num_simulations", "pairs", "batch_size", "concurrency", "seeds")
     ranges = dict.fromkeys(some, (1, math.inf)) | {"seed": (0, MAX_SEED), "least_seconds": (0, math.inf)}
     check_ranges(args, **ranges)

@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.pairs import LEAST_PAIRS, Pairs, parse_threads, run_pairs, torch_threads
-from drllm.arguments import MAX_SEED, check_ranges
+from drllm.arguments import MAX_SEED, add_shared, check_ranges
 from drllm.errors import main_guard
 from drllm.files import check_output_file
 from drllm.provenance import command_line, write_result
@@ -71,13 +71,13 @@ def main(argv: list[str] | None = None) -> None:
     """Compares, prints, and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", nargs="+", default=["data"], help="folders of labels (default: data)")
-    parser.add_argument("--model", help="folder or Hub name of the base model; default: the one the labels name")
+    add_shared(parser, "model", says="the one that the labels name")
     parser.add_argument("--epochs", type=int, default=25, help="the paper's 25 by default")
     parser.add_argument("--warmup_steps", type=int, default=50)
     parser.add_argument("--threads", default="1", help="CPU threads of both sides, comma-separated, e.g. 1,2")
     parser.add_argument("--pairs", type=int, default=LEAST_PAIRS, help="runs of each side, in turn")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="write the result there as JSON")
+    add_shared(parser, "seed", 0)
+    add_shared(parser, "output")
     args = parser.parse_args(argv)
     some = (1, math.inf)
     check_ranges(args, epochs=some, warmup_steps=(0, math.inf), pairs=some, seed=(0, MAX_SEED))

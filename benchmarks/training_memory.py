@@ -33,7 +33,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from drllm import labels
-from drllm.arguments import check_ranges
+from drllm.arguments import add_shared, check_ranges
 from drllm.checkpoints import load_config, load_tokenizer
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_file, check_output_folder
@@ -198,10 +198,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scratch", type=Path, required=True, help="folder for about 25 GB, emptied afterwards")
     parser.add_argument("--questions", type=int, default=4000)
-    parser.add_argument("--model", help="folder or Hub name of a Llama: its shape instead of the arguments' below")
+    add_shared(parser, "model", about=", a Llama, whose shape replaces the arguments below")
     for name, value in asdict(Shape()).items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--output", type=Path, help="write the result there as JSON")
+    add_shared(parser, "output")
     args = parser.parse_args(argv)
     check_ranges(args, **dict.fromkeys(("questions", *asdict(Shape())), (1, math.inf)))
     check_output_folder(args.scratch, "--scratch")

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from drllm.arguments import add_shared
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_folder, disk_errors, write_json
 from drllm.provenance import dtype_name, parse_dtype
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", type=Path, help="a .gguf file")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--sha256", help="digest that the file must have")
-    parser.add_argument("--dtype", default="float32", help="of the de-quantised weights (default: float32)")
+    add_shared(parser, "dtype", "float32")
     args = parser.parse_args(argv)
     dtype = parse_dtype(args.dtype)
     check_output_folder(args.output_dir, "--output_dir")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 
+from drllm.arguments import add_shared
 from drllm.checkpoints import extract_routers, join_routers, join_to_folder, push_routers
 from drllm.errors import main_guard
 
@@ -26,8 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     sub = commands.add_parser("join", help="routers + base model -> routed checkpoint")
     sub.add_argument("routers", help="folder or Hub name of a router checkpoint")
     sub.add_argument("--base", help="folder or Hub name of the base model (default: the one the routers name)")
-    sub.add_argument("--revision", help="revision of a base model on the Hub")
-    sub.add_argument("--dtype", help="dtype of the joined checkpoint (default: that of the routers)")
+    add_shared(sub, "revision")
+    add_shared(sub, "dtype", says="that of the routers")
     sub.add_argument("--output_dir", required=True, help="folder for the routed checkpoint")
     sub = commands.add_parser("push", help="upload routers to the Hub")
     sub.add_argument("routers", help="folder of a router checkpoint")

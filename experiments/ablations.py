@@ -34,7 +34,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from drllm.arguments import MAX_SEED, check_ranges, parse_list
+from drllm.arguments import MAX_SEED, add_shared, check_ranges, parse_list
 from drllm.checkpoints import join_routers, load_routed, load_tokenizer
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_file, check_output_folder
@@ -262,13 +262,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("name", choices=tuple(ABLATIONS))
     add("--data", nargs="+", default=["data"], help="folders of labels (default: data)")
     add("--draws", nargs="+", help="folders of labels of equal size, in place of --data: routers are trained on each")
-    add("--data_dir", type=Path, help="folder of the test questions (default: the one that the labels were made from)")
+    add_shared(parser, "data_dir", says="the one that the labels were made from")
     add("--test_sets", help="sets to test on, e.g. arc,dart (default: those of the labels)")
     add("--limit", type=int, help="most test questions per set (default: all)")
     add("--seeds", default="0,1,2", help="comma-separated (default: %(default)s)")
     add("--num_epochs", type=int, default=25, help="default: %(default)s, as in the paper")
     add("--warmup_steps", type=int, default=500, help="default: %(default)s, as in the paper")
-    add("--work_dir", type=Path, default=Path("out/ablations"), help="checkpoints and features (default: %(default)s)")
+    add_shared(parser, "work_dir", Path("out/ablations"))
     add("--output", type=Path, default=Path("results/ablations"), help="folder (default: %(default)s)")
     arguments = parser.parse_args(argv)
     arguments.seeds = parse_list("seeds", arguments.seeds, int, "0,1,2")

@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from drllm.arguments import MAX_SEED, check_ranges
+from drllm.arguments import MAX_SEED, add_shared, check_ranges
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_file, read_json, write_json
 from drllm.questions.overlap import load_training_questions, near_duplicates
@@ -40,15 +40,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--data_dir", type=Path, help="local question files in the Hub's schema (default: the Hub)")
-    add("--dataset", required=True, help="question sets and groups, comma-separated")
-    add("--unlike", default="", help="sets: no question that nearly repeats one of their test questions")
+    add_shared(parser, "data_dir", says="the Hub")
+    add_shared(parser, "dataset", required=True)
+    add_shared(parser, "unlike", "")
     add("--results", type=Path, action="append", default=[], help="folder of seen scores and labels; repeatable")
     add("--lists", type=Path, action="append", default=[], help="file that this program wrote; repeatable")
     add("--used", default="0", help="first questions per set, in the seeded order, that runs used: e.g. openbookqa=900")
-    add("--seed", type=int, default=0, help="seed for the order of questions, as in those runs (default: 0)")
+    add_shared(parser, "seed", 0, about=": the one that gave those runs their order of questions")
     add("--most", type=int, help="questions per set (default: all that are left)")
-    add("--output", type=Path, required=True, help="JSON file, set -> ids")
+    add_shared(parser, "output", required=True, about=", set -> ids")
     arguments = parser.parse_args(argv)
     check_ranges(arguments, most=(1, math.inf), seed=(0, MAX_SEED))
     sets = expand_sets(arguments.dataset)

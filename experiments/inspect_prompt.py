@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from drllm.arguments import check_device, check_ranges
+from drllm.arguments import A_GPU, add_shared, check_device, check_ranges
 from drllm.checkpoints import load_routed_checkpoint, load_tokenizer
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.protocol import uses_chat_template
@@ -91,8 +91,8 @@ def main(argv: list[str] | None = None) -> None:
         action=argparse.BooleanOptionalAction,
         help="whether the prompt is a user's turn; default: as with the checkpoint's labels",
     )
-    add("--dtype", default="auto", help="of the weights; default: that of the checkpoint")
-    add("--device", help="cuda, cuda:0, cpu, ...; default: a GPU if there is one")
+    add_shared(parser, "dtype", "auto", "that of the checkpoint")
+    add_shared(parser, "device", says=A_GPU)
     arguments = parser.parse_args(argv)
     check_ranges(arguments, max_new_tokens=(1, math.inf), routing_control=(-1, 1))
     check_device(arguments.device)

@@ -12,9 +12,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from drllm.arguments import add_shared
 from drllm.errors import main_guard
 from drllm.files import check_output_file
 from drllm.labels import read_labels
@@ -36,7 +36,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--labels", nargs="+", required=True, help="folders of labels, one per draw")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file; a .md is written beside it")
+    add_shared(parser, "output", required=True)
     arguments = parser.parse_args(argv)
     check_output_file(arguments.output, "--output")
     return arguments

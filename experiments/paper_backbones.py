@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from drllm.arguments import add_shared
 from drllm.checkpoints import load_config
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.protocol import GENERATION_TASKS, is_in_domain, new_token_limit
@@ -178,7 +179,7 @@ def plan(backbone: Backbone, args: argparse.Namespace) -> list[Step]:
     root = os.path.relpath(ROOT)
     folder = Path(args.output_dir) / backbone.name
     checkpoint = folder / "checkpoints" / backbone.name
-    data = ["--data_dir", args.data_dir] if args.data_dir else []
+    data = ["--data_dir", str(args.data_dir)] if args.data_dir else []
     limit = ["--limit", str(args.limit)] if args.limit is not None else []
 
     def search() -> list[str]:
@@ -316,7 +317,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", required=True, help="comma-separated: " + ", ".join(paper_models()) + ", folders; or all")
+    add_shared(
+        parser, "model", required=True, about=": several, comma-separated, of " + ", ".join(paper_models()) + "; or all"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry_run", action="store_true", help="print commands and costs (default)")
     what.add_argument("--run", action="store_true", help="run the steps, one after the other")
@@ -324,7 +327,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--gpus", type=int, default=8, help="of this machine; 0: the CPU (default: 8)")
     add("--output_dir", default="out/backbones", help="gets one folder per model (default: out/backbones)")
     add("--steps", default=",".join(STEPS), help="comma-separated (default: %(default)s)")
-    add("--data_dir", help="local files for the in-domain questions; default: the Hub")
+    add_shared(parser, "data_dir", says="the Hub")
     add("--samples", type=int, help="labels per set (default: the paper's)")
     add("--limit", type=int, help="questions searched per set and evaluated per task, for a quick trial")
     add("--num_simulations", type=int, default=50, help="of the search, per question (default: 50)")
@@ -341,7 +344,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=PAPER_GEN_KWARGS,
         help="generation settings of out-of-domain tasks (default: %(default)s, the paper's; '': lm-eval's tasks' own)",
     )
-    add("--seed", type=int, default=0, help="of search and training (default: 0)")
+    add_shared(parser, "seed", 0)
     add("--unsafe_code", action="store_true", help="include humaneval, which runs generated code")
     add("--mfu", type=float, default=0.3, help="fraction of an A100's peak that estimates assume (default: 0.3)")
     add("--pass_ms", type=float, default=40, help="minimum time of a forward pass that estimates assume (default: 40)")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 
-from drllm.arguments import check_device, check_ranges, parse_list
+from drllm.arguments import A_GPU, HelpFormatter, add_shared, check_device, check_ranges, parse_list
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.layer_counts import LayerCounts
 from drllm.evaluation.lm_eval_model import RoutedLM
@@ -124,14 +124,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: an argument out of range, or an output that cannot be written.
     """
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog=PROGRAM, formatter_class=HelpFormatter, description=__doc__)
     add = parser.add_argument
     add("checkpoint", help="a routed checkpoint of train.py")
-    add("--output", type=Path, required=True, help="JSON file")
-    add("--dataset", default="arc,dart", help="question sets and groups, comma-separated")
-    add("--data_dir", type=Path, help="local files of the Hub's schema; without it, the Hub")
+    add_shared(parser, "output", required=True)
+    add_shared(parser, "dataset", "arc,dart")
+    add_shared(parser, "data_dir", says="the Hub")
     add("--labels", type=Path, help="folder of labels whose questions are left out")
     add("--limit", type=int, default=100, help="questions per set")
     add("--knobs", default=",".join(map(str, KNOBS)), help="values of p, comma-separated; write --knobs=-0.5,0")
@@ -140,9 +138,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="whether prompts are a user's turn (default: as with the checkpoint's labels)",
     )
-    add("--dtype", default="auto", help="of the weights; auto: that of the checkpoint")
-    add("--batch_size", type=int, default=32, help="questions per forward pass")
-    add("--device", help="cuda, cuda:0, cpu, ...; without it, a GPU if there is one")
+    add_shared(parser, "dtype", "auto", "that of the checkpoint")
+    add_shared(parser, "batch_size", 32)
+    add_shared(parser, "device", says=A_GPU)
     arguments = parser.parse_args(argv)
     arguments.knobs = parse_list("knobs", arguments.knobs, float, "-0.5,0")
     check_ranges(arguments, knobs=(-1, 1), limit=(1, math.inf), batch_size=(1, math.inf))

@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 if __name__ == "__main__":  # run by its file name, from any folder
     sys.path[0] = str(HERE.parent)
 
-from drllm.arguments import MAX_SEED, check_ranges  # noqa: E402
+from drllm.arguments import MAX_SEED, add_shared, check_ranges  # noqa: E402
 from drllm.checkpoints import checkpoint_info  # noqa: E402
 from drllm.errors import UserError, main_guard  # noqa: E402
 from drllm.files import check_output_folder  # noqa: E402
@@ -45,7 +45,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     ask.add_argument("--output_dir", type=Path, default=HERE / "data")
     ask.add_argument("--train", type=int, default=800, help="questions per set for search and router training")
     ask.add_argument("--test", type=int, default=400, help="questions per set for evaluation")
-    ask.add_argument("--seed", type=int, default=0)
+    add_shared(ask, "seed", 0)
     fit = commands.add_parser("train", help="pre-train a base model")
     fit.add_argument("--output_dir", type=Path, default=HERE / "model")
     fit.add_argument("--init", type=Path, help="continue from the weights in this folder, e.g. miniature/plain/model")
@@ -55,7 +55,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     fit.add_argument("--blocks", type=int, default=10)
     fit.add_argument("--width", type=int, default=128)
     fit.add_argument("--steps", type=int, default=3000)
-    fit.add_argument("--batch_size", type=int, default=128)
+    fit.add_argument("--batch_size", type=int, default=128, help="questions per optimiser step")
     fit.add_argument("--learning_rate", type=float, default=3e-3)
     fit.add_argument("--skip_rate", type=float, help="one rate for all sets; 0 with --repeat_rate 0 trains plainly")
     fit.add_argument("--repeat_rate", type=float, help="one rate for all sets")
@@ -64,14 +64,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     fit.add_argument("--processes", type=int, default=2, help="of one thread each; changes the resulting weights")
     fit.add_argument("--muon_dtype", choices=("bfloat16", "float32"), default="bfloat16", help="on CPUs without "
                      "bfloat16 arithmetic float32 is several times faster")  # fmt: skip
-    fit.add_argument("--seed", type=int, default=0)
+    add_shared(fit, "seed", 0)
     measure = commands.add_parser("evaluate", help="accuracy per set under the default path, single and random edits")
-    measure.add_argument("--model", type=Path, default=HERE / "model")
+    add_shared(measure, "model", HERE / "model", "the miniature")
     measure.add_argument("--known_paths", type=Path, help="JSON file, kind -> path: only these and the default path")
     measure.add_argument("--part", choices=("train", "test"), default="test")
     measure.add_argument("--number", type=int, default=400, help="questions per set")
     measure.add_argument("--threads", type=int, default=2)
-    measure.add_argument("--seed", type=int, default=0)
+    add_shared(measure, "seed", 0)
     arguments = parser.parse_args(argv)
     given = vars(arguments).keys()
     some = ("train", "test", "blocks", "steps", "batch_size", "save_steps", "processes", "number", "threads")

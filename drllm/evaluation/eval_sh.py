@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from drllm.arguments import check_device
+from drllm.arguments import A_GPU, HelpFormatter, add_shared, check_device
 from drllm.checkpoints import checkpoint_info
 from drllm.errors import UserError, main_guard
 from drllm.evaluation.lm_eval_command import is_batch_size
@@ -57,7 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="eval.sh",
         description="lm-eval with and without routing, then the table.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("checkpoint", nargs="+", help="a routed checkpoint of train.py, or several of different seeds")
@@ -69,16 +69,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"lm-eval tasks and groups, comma-separated; default: {GENERATION_TASKS}, or the log-likelihood tasks of "
         "the label sets for a checkpoint with a likelihood reward",
     )
-    add("--data_dir", default=None, help="local files for the in-domain tasks, in the Hub's schema; default: the Hub")
+    add_shared(parser, "data_dir", says="the Hub")
     add("--output_dir", default=None, help="default: results/NAME, NAME that of the checkpoint's folder")
     add("--path", action="append", default=[], help="also run this static path, one digit per block; repeatable")
     add(
         "--chat_template",
-        choices=("auto", "on", "off"),
         default="auto",
-        help="auto: in-domain tasks as the labels were made (their response format, too), all other tasks without",
+        help="auto: in-domain tasks as the labels were made (their response format, too), all other tasks without; on; "
+        "off; or tasks, comma-separated, that get the chat template on top of auto",
     )
-    add("--chat_template_tasks", default="", help="further tasks with the chat template, comma-separated")
     add(
         "--gen_kwargs",
         default=None,
@@ -91,9 +90,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=None,
         help="limit on new tokens for DART; default: that of the labels",
     )
-    add("--dtype", default="auto", help="auto: that of the checkpoint")
+    add_shared(parser, "dtype", "auto", "that of the checkpoint")
     add("--batch_size", default="32", help="a number, auto or auto:N; results do not depend on it")
-    add("--device", default=None, help="cuda, cuda:0, cpu, ...; default: a GPU if there is one")
+    add_shared(parser, "device", says=A_GPU)
     add("--num_processes", type=int, default=1, help="data-parallel processes on this machine")
     add("--num_fewshot", type=int, default=None, help="shots; default: the tasks' own")
     add("--limit", type=int, default=None, help="questions per task, for a quick trial")
@@ -160,9 +159,11 @@ def plan(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if len({str(config.get("base_model_fingerprint")) for config in configs}) > 1:
         raise UserError(f"the checkpoints {', '.join(args.checkpoint)} have different base models; compare one by one")
     tasks = args.tasks or default_tasks(checkpoints[0])
+    is_setting = args.chat_template in ("auto", "on", "off")
+    names = () if is_setting else tuple(name for name in args.chat_template.split(",") if name)
     protocol = Protocol(
-        chat_template=args.chat_template,
-        chat_template_tasks=tuple(name for name in args.chat_template_tasks.split(",") if name),
+        chat_template="auto" if names else args.chat_template,
+        chat_template_tasks=names,
         gen_kwargs=args.gen_kwargs,
         dart_max_new_tokens=args.dart_max_new_tokens,
     )

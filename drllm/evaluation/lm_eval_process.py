@@ -96,7 +96,7 @@ def _launch_command(
     options = {
         "--model_args": ",".join(part for part in model_args if part),
         "--tasks": part["tasks"],
-        "--data_dir": args.data_dir,
+        "--data_dir": args.data_dir and str(args.data_dir),
         "--response_format": json.dumps(part["response_format"]) if "response_format" in part else None,
         "--output_path": str(part_folder / "raw"),
         "--use_cache": str(folder / "answers.db"),

@@ -186,7 +186,7 @@ class Protocol:
         if not names:
             raise UserError("--tasks is empty; name tasks of lm-eval, comma-separated")
         if missing := sorted(set(self.chat_template_tasks) - set(names)):
-            raise UserError(f"--chat_template_tasks {','.join(missing)}: not among --tasks {tasks}")
+            raise UserError(f"--chat_template {','.join(missing)}: neither auto, on or off, nor among --tasks {tasks}")
         labels_have_template = uses_chat_template(self.chat_template, checkpoint)
         responses = response_format_of(checkpoint)
         if responses.inject_boxed and labels_have_template:

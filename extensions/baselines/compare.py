@@ -38,7 +38,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from drllm.arguments import MAX_SEED, check_ranges
+from drllm.arguments import MAX_SEED, add_shared, check_ranges
 from drllm.checkpoints import load_routed, load_routed_checkpoint, load_tokenizer
 from drllm.edits import describe_edits, parse_edits, path_of_edits
 from drllm.errors import UserError, main_guard
@@ -89,25 +89,26 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--checkpoint", action="append", default=[], help="NAME=FOLDER of a routed checkpoint; repeatable")
-    add("--model", help="folder or Hub name of the base model (default: that of the checkpoints, or the miniature)")
-    add("--dtype", help="dtype of the base model (default: that of the checkpoints' labels)")
-    add("--reward", choices=REWARDS, help="what counts as a right answer (default: that of the checkpoints' labels)")
-    add("--data_dir", type=Path, help="local question files in the Hub's schema (default: the miniature's, or the Hub)")
-    add("--dataset", help="question sets and groups, comma-separated (default: those of the checkpoints' labels)")
+    of_labels = "as the checkpoints' labels were made"
+    add_shared(parser, "model", says=f"{of_labels}, or the miniature")
+    add_shared(parser, "dtype", says=of_labels)
+    add_shared(parser, "reward", says=of_labels, choices=REWARDS)
+    add_shared(parser, "data_dir", says=of_labels)
+    add_shared(parser, "dataset", says=of_labels)
     add("--questions", type=Path, help="JSON, set -> ids of training questions to test on (default: the test split)")
     add("--test_questions", type=int, help="test questions per set (default: all)")
     add("--train_questions", type=int, default=120, help="training questions per set (default: 120)")
-    add("--unlike", default="", help="sets whose test questions no training question repeats")
+    add_shared(parser, "unlike", "")
     add("--methods", default="static,shortgpt,layerskip", help=f"of {','.join(METHODS)} (default: %(default)s)")
     add("--skips", type=int, default=1, help="blocks to save on average: the budget (default: 1)")
     add("--static_paths", default="", help='further static paths, by edits: "skip 19; skip 18, repeat 27"')
     add("--known_paths", type=Path, help="JSON, kind of question -> path, of a base trained along known paths")
     add("--weights", default="", help="weights of the sets in a mix, e.g. arc_easy=2376,openbookqa=500")
     add("--seeds", type=int, default=1, help="trainings of mindskip and flexidepth, drawings of random (default: 1)")
-    add("--seed", type=int, default=0, help="first of these seeds, and seed for the order of questions (default: 0)")
-    add("--batch_size", type=int, default=16, help="questions per forward pass (default: 16)")
-    add("--work_dir", type=Path, default=Path("out/compare/work"), help="everything measured (default: %(default)s)")
-    add("--output", type=Path, required=True, help="JSON file; a .md and a .png are written beside it")
+    add_shared(parser, "seed", 0, about=": the first of these, and that of the order of questions")
+    add_shared(parser, "batch_size", 16)
+    add_shared(parser, "work_dir", Path("out/compare/work"))
+    add_shared(parser, "output", required=True)
     arguments = parser.parse_args(argv)
     _check(arguments)
     return arguments

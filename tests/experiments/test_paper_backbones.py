@@ -112,7 +112,7 @@ PAPER = {
     "table5": {"tasks": "hellaswag,humaneval", "gen_kwargs": "max_new_tokens=2048", "unsafe_code": True},
 }
 # Out of domain, lm-eval's defaults: no chat template, the tasks' own shots, all questions, p = -0.5.
-EVALUATION = {"chat_template": "auto", "chat_template_tasks": "", "num_fewshot": None, "limit": None, "model_args": ""}
+EVALUATION = {"chat_template": "auto", "num_fewshot": None, "limit": None, "model_args": ""}
 
 
 def _parse(step, command):

@@ -280,7 +280,7 @@ def test_a_folder_in_the_place_of_a_file_is_found_before_any_work(
         ("--dart_max_new_tokens 0", "--dart_max_new_tokens 0: must be at least 1"),
         ("--dtype float12", "unknown dtype 'float12'"),
         ("--gen_kwargs max_new_tokens=x", "max_new_tokens=x: must be a positive integer"),
-        ("--chat_template_tasks gsm8k", "--chat_template_tasks gsm8k: not among --tasks"),
+        ("--chat_template gsm8k", "--chat_template gsm8k: neither auto, on or off, nor among --tasks"),
         ("--tasks ,", "--tasks is empty"),
         ("--path 012", "path=012: must have one digit"),
         ("--path 000000", "run at least one"),

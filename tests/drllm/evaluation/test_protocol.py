@@ -177,7 +177,7 @@ def test_labels_of_two_rewards_are_refused(checkpoint):
     [
         (Protocol(), "", "--tasks is empty"),
         (Protocol(), ",", "--tasks is empty"),
-        (Protocol(chat_template_tasks=("piqa",)), "mmlu", "--chat_template_tasks piqa: not among"),
+        (Protocol(chat_template_tasks=("piqa",)), "mmlu", "--chat_template piqa: neither auto, on or off, nor among"),
         (Protocol(gen_kwargs="max_new_tokens=-1"), "mmlu", "must be a positive integer"),
     ],
 )
