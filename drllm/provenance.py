@@ -66,7 +66,8 @@ def stored_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, module in model.named_modules():
         new = {}
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            if id(parameter) not in seen and name not in tied:
+            # Offloading replaces tied parameters by one on "meta" for each name.
+            if id(parameter) not in seen and not (parameter.is_meta and name in tied):
                 new[name] = parameter
             seen.add(id(parameter))
         if any(parameter.is_meta for parameter in new.values()):

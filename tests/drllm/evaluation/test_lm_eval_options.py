@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from lm_eval.api.instance import Instance
+from transformers import LlamaForCausalLM
 
 from drllm.errors import UserError
 from drllm.provenance import fingerprint
@@ -87,6 +88,20 @@ def test_offloaded_weights_are_read_as_others_are(routed, tmp_path):
     assert actual[-1] == expected[-1]
     assert actual[:2] == pytest.approx(expected[:2], abs=2e-4)
     assert offloaded.get_model_info()["routing"] == whole.get_model_info()["routing"]
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_the_fingerprint_does_not_depend_on_offloading(is_tied, stock_checkpoint, tmp_path):
+    base = stock_checkpoint("llama", tie_word_embeddings=is_tied)
+    place = {"model.layers": "disk", "model.embed_tokens": "disk", "model.norm": "cpu", "lm_head": "disk"}
+    place |= {"model.rotary_emb": "cpu"}
+    models = [
+        LlamaForCausalLM.from_pretrained(base, device_map=place, offload_folder=tmp_path) if offload else
+        LlamaForCausalLM.from_pretrained(base)
+        for offload in (False, True)
+    ]  # fmt: skip
+    assert [any(p.is_meta for p in model.parameters()) for model in models] == [False, True]
+    assert fingerprint(models[0]) == fingerprint(models[1])
 
 
 @pytest.mark.slow
