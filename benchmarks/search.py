@@ -9,7 +9,7 @@
 
 Both sides of a ratio run in turn with the same number of threads (`benchmarks/pairs.py`); ratios that noise makes
 unusable are marked. Each benchmark writes its figures, with command, seed, versions, commit and runtime, to
-results/search_*.json.
+results/speed/search_*.json.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Router inputs once, against the full model in every epoch: wall time, block applications, metrics.
 
-    python benchmarks/training.py --data data --output results/training_speed.json
+    python benchmarks/training.py --data data --output results/speed/training_speed.json
 
 Both sides train on the same labels from the same seed with the same Trainer, in turn, with the same number of threads
 (`benchmarks/pairs.py`):

@@ -1,6 +1,6 @@
 """Peak memory of train.py at the shape of Llama-3.2-3B with 4,000 questions.
 
-    python benchmarks/training_memory.py --scratch /path/with/25GB --output results/training_memory.json
+    python benchmarks/training_memory.py --scratch /path/with/25GB --output results/speed/training_memory.json
 
 Makes a base model of that shape (or of --model's) with random weights, 4,000 random labels, and random router inputs
 with the size and in the place of those that train.py stores (computing them with a 3B model takes a GPU, or hours).

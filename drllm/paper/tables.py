@@ -257,7 +257,7 @@ def table5(evaluations: Sequence[Evaluated]) -> Document:
             rows.append([f"{model} + router", *_table5_cells({}, ours, columns)])
     notes = [
         f"Dr.LLM is {TABLE5_MODEL} + router; the other methods' numbers are FlexiDepth's, on Llama-3-8B. "
-        "We ran none of those methods.",
+        "We ran the other methods on other base models: results/miniature and results/smollm2.",
         f"{AVERAGE} is shown for ours when all benchmarks were run. ± is one standard error, that of lm-eval.",
     ]
     return Document(5, [("", (["", *paper.columns], rows))], notes, _commands(evaluations, columns))

@@ -10,13 +10,13 @@ RESULTS = Path(__file__).parents[2] / "results"
 
 
 def test_all_figures_of_a_folder_of_results(tmp_path, capsys):
-    for name in ("miniature_demo", "miniature_seeds", "ablations", "claim"):
-        shutil.copytree(RESULTS / name, tmp_path / name, ignore=shutil.ignore_patterns("*.png"))
+    for name in ("demo", "seeds", "ablations", "claim"):
+        shutil.copytree(RESULTS / "miniature" / name, tmp_path / name, ignore=shutil.ignore_patterns("*.png"))
     assert main([str(tmp_path)]) == 0
     paths = {str(Path(line).relative_to(tmp_path)) for line in capsys.readouterr().out.splitlines()}
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")} == paths
     expected = {f"figures/{name}.png" for name in ("figure1", "figure4a_figure10", "figure4bc", "figure9")}
-    expected |= {"miniature_demo/figures/accuracy_layers.png", "miniature_seeds/sweep.png", "claim/claim.png"}
+    expected |= {"demo/figures/accuracy_layers.png", "seeds/sweep.png", "claim/claim.png"}
     expected |= {"ablations/figure5.png", "ablations/figure7.png", "ablations/figure8.png", "ablations/table6.png"}
     assert expected <= paths
 

@@ -116,7 +116,13 @@ def test_other_json_has_no_figure(tmp_path):
 
 
 def test_every_checked_in_json_with_a_figure_is_drawn(tmp_path):
-    names = ("ablations/figure5", "claim/claim", "miniature_seeds/sweep", "latency_decode", "search_concurrency")
+    names = (
+        "miniature/ablations/figure5",
+        "miniature/claim/claim",
+        "miniature/seeds/sweep",
+        "speed/latency_decode",
+        "speed/search_concurrency",
+    )
     for name in names:
         paths = draw_experiment(json.loads((RESULTS / f"{name}.json").read_text()), tmp_path / f"{Path(name).name}.png")
         assert paths[0].stat().st_size > 10_000

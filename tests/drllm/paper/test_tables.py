@@ -261,9 +261,9 @@ def test_table6_beside_ours(tmp_path):
 
 def test_the_checked_in_results_make_tables(tmp_path):
     write_paper_tables(RESULTS, tmp_path)
-    row = cells_of(tmp_path / "table3.md", "miniature_demo", "+ router")
+    row = cells_of(tmp_path / "table3.md", "miniature/demo", "+ router")
     # the demo's own table was made from the files by question
-    own = cells_of(RESULTS / "miniature_demo" / "table.md", "+ router")["Total acc. (%)"]
+    own = cells_of(RESULTS / "miniature" / "demo" / "table.md", "+ router")["Total acc. (%)"]
     mean, _, error = own.partition(" ± ")
     assert row["Total Accuracy"].startswith(f"– / {float(mean):.1f} ± {float(error):.1f} (")
     for path in sorted(tmp_path.iterdir()):
