@@ -74,13 +74,15 @@ class GeneratesAlongPaths:
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in ROUTING_ARGUMENTS}
         return super()._get_candidate_generator(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if generation_config.output_attentions and generation_config.return_dict_in_generate:
             raise ValueError(
                 "output_attentions is not offered: a repeated block attends twice and a skipped one not at all; "
                 "use the stock model to look at attention"
             )
-        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+        for name in {"past_key_values", "cache"} & model_kwargs.keys():  # both are understood in every release
+            model_kwargs[CACHE_NAME] = model_kwargs.pop(name)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _get_logits_processor(self, generation_config, *args, **kwargs):
         """As in the stock model. The stream of a negative prompt always has its cache, which keeps its decision."""

@@ -186,6 +186,22 @@ def test_a_second_turn_with_assisted_decoding_is_refused(decisive):
     model.generate(turn, max_new_tokens=4, past_key_values=cache, **GREEDY)
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_both_names_of_the_cache_are_understood(name, decisive):
+    model, prompt = decisive(), prompts(2, 9)
+    expected = model.generate(prompt, max_new_tokens=8, **GREEDY)
+    cache = PathCache()
+    first = model.generate(prompt, max_new_tokens=4, **{name: cache}, **GREEDY)
+    mask = torch.ones_like(first)  # or generated tokens with the number of padding would be taken for padding
+    second = model.generate(first, attention_mask=mask, max_new_tokens=4, **{name: cache}, **GREEDY)
+    assert torch.equal(second, expected)
+    assert cache.get_seq_length() == 16
+    output = model(prompt, **{name: PathCache()})
+    assert output[CACHE_NAME].get_seq_length() == 9
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(prompt, cache=PathCache(), past_key_values=PathCache())
+
+
 # Guidance
 
 
