@@ -37,7 +37,6 @@ ROUTER_FIELDS = {
     "router_width": int,
     "router_depth": int,
     "router_input": str,
-    "router_domain": int,
 }
 DESCRIPTION_FIELDS: dict[str, tuple[type, ...]] = {
     "format": (int,),
@@ -377,7 +376,8 @@ def _read_description(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path} has format {shorten(description.get('format'))}, this version reads format {FORMAT}")
     for name, types in DESCRIPTION_FIELDS.items():
         _check_field(path, name, description, types, fix)
-    description["routers"].setdefault("router_domain", 0)  # of routers that were extracted before it existed
+    if description["routers"].pop("router_domain", 0):
+        raise UserError(f"{path}: the routers have domains, which this version does not know; train them again")
     for name, kind in ROUTER_FIELDS.items():
         _check_field(path, name, description["routers"], (kind,), fix)
     return description

@@ -55,8 +55,6 @@ def model_card(description: dict[str, Any], training: dict[str, Any] | None, is_
         front += [f"base_model: {base}", "base_model_relation: adapter"]
     front += ["tags:", "- dr-llm", "- dynamic-depth", "- layer-routing", "---", ""]
     shape = description["routers"]
-    rank = shape.get("router_domain", 0)
-    domain = f"; they execute for prompts outside of their domain (rank {rank})" if rank else ""
     lines = [
         f"# {Path(base).name} with Dr.LLM routers" if is_whole else f"# Dr.LLM routers for {Path(base).name}",
         "",
@@ -70,7 +68,7 @@ def model_card(description: dict[str, Any], training: dict[str, Any] | None, is_
         f"| base weights (fingerprint) | `{description['base_model_fingerprint']}` |",
         f"| blocks, hidden size | {description['num_hidden_layers']}, {description['hidden_size']} |",
         f"| routers | {description['num_hidden_layers']}, of {shape['router_depth']} linear layers, width "
-        f"{shape['router_width']}, {shape['num_windows']} windows, reading {_reads(shape['router_input'])}{domain} |",
+        f"{shape['router_width']}, {shape['num_windows']} windows, reading {_reads(shape['router_input'])} |",
         f"| parameters | {description['parameters']:,} in {description['dtype']} |",
         "",
     ]

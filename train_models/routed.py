@@ -37,7 +37,6 @@ class RoutedConfigFields:
         routing_control: the knob p of Appendix B; -0.5 is the pure router.
         router_width, router_depth: shape of the routers; depth counts linear layers.
         router_input: "previous_layer" (published) or "embeddings" (Table 6).
-        router_domain: rank of the routers' domains, for prompts outside of which they execute; 0: none, as published.
         base_model_name, base_model_revision, base_model_fingerprint: what was retrofitted.
     """
 
@@ -48,7 +47,6 @@ class RoutedConfigFields:
     router_width: int = 128
     router_depth: int = 2
     router_input: str = "previous_layer"
-    router_domain: int = 0
     base_model_name: str | None = None
     base_model_revision: str | None = None
     base_model_fingerprint: str | None = None
@@ -73,8 +71,8 @@ class RoutedConfigFields:
         for field in ("num_windows", "router_width", "router_depth"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
-        if self.router_domain < 0:
-            raise ValueError(f"router_domain is {self.router_domain}; it must be at least 0")
+        if getattr(self, "router_domain", 0):
+            raise ValueError("the routers have domains, which only their own code knows; pass trust_remote_code=True")
         if self.router_input not in ROUTER_INPUTS:
             raise ValueError(f"router_input is {self.router_input!r}; it must be one of {', '.join(ROUTER_INPUTS)}")
 
@@ -239,7 +237,7 @@ class RoutedModel(FollowsPaths):
         config.check_routing()  # again: from_pretrained sets fields on a configuration that is already made
         super().__init__(config)
         self.routers = nn.ModuleList(
-            RouterBlock(config.hidden_size, config.router_width, config.router_depth, config.router_domain)
+            RouterBlock(config.hidden_size, config.router_width, config.router_depth)
             for _ in range(config.num_hidden_layers)
         )
         self._has_noted_prompt = False
@@ -270,7 +268,7 @@ class RoutedModel(FollowsPaths):
             # Drawn on the CPU: routers may lie on several devices, and a seed means the same on all of them.
             with torch.device("meta"):
                 config = self.config
-                drawn = RouterBlock(config.hidden_size, config.router_width, config.router_depth, config.router_domain)
+                drawn = RouterBlock(config.hidden_size, config.router_width, config.router_depth)
             drawn.to_empty(device="cpu").to(weight.dtype).reset_parameters(generator)
             router.load_state_dict(drawn.state_dict())
 

@@ -9,8 +9,6 @@ from torch import nn
 from .paths import EXECUTE, REPEAT, SKIP
 
 NUM_ACTIONS = 3
-ANY_DISTANCE = 6e4  # a radius that every prompt is within; float16 holds it
-SURE = 1e4  # logit of an action that no control knob but that of another action changes
 
 
 class PromptWindows(NamedTuple):
@@ -70,20 +68,10 @@ class RouterBlock(nn.Module):
     """The router of one block: an MLP (Linear-GELU-Linear, 128 wide by default) over each window, one vote per window.
 
     `depth` counts linear layers: 1 is a linear probe, 2 the published router.
-
-    With a domain (not in the paper) the router executes its block for prompts that are unlike those of its training,
-    see `distance`. The domain is made of buffers: `centre` and `spread` [d], `directions` [domain_rank, d], and
-    `radius`, the largest distance at which the MLP decides. Rank 0 is a router without a domain, as published.
     """
 
-    def __init__(self, hidden_size: int, width: int = 128, depth: int = 2, domain_rank: int = 0):
+    def __init__(self, hidden_size: int, width: int = 128, depth: int = 2):
         super().__init__()
-        self.domain_rank = domain_rank
-        if domain_rank:
-            self.register_buffer("centre", torch.zeros(hidden_size))
-            self.register_buffer("spread", torch.ones(hidden_size))
-            self.register_buffer("directions", torch.zeros(domain_rank, hidden_size))
-            self.register_buffer("radius", torch.tensor(ANY_DISTANCE))
         sizes = [hidden_size, *[width] * (depth - 1), NUM_ACTIONS]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(sizes):
@@ -96,27 +84,6 @@ class RouterBlock(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight, generator=generator)
                 nn.init.zeros_(layer.bias)
-        if self.domain_rank:
-            nn.init.zeros_(self.centre)
-            nn.init.ones_(self.spread)
-            nn.init.zeros_(self.directions)
-            nn.init.constant_(self.radius, ANY_DISTANCE)
-
-    def distance(self, windows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """float32 [...]: how unlike the prompts of the domain a prompt is.
-
-        With z the standardised mean window and A the `directions`, in which these prompts vary most, it is
-        sqrt((|z|^2 - |A z|^2) / d): up to a factor the Mahalanobis distance, if the covariance is that of a few
-        principal components and alike in all others.
-
-        Args:
-            windows, valid: as in `forward`.
-        """
-        mean = mean_window(windows, valid)
-        centre, spread = (buffer.to(mean.device).float() for buffer in (self.centre, self.spread))
-        deviation = (mean - centre) / spread
-        explained = (deviation @ self.directions.to(mean.device).float().T).square().sum(-1)
-        return ((deviation.square().sum(-1) - explained).clamp(min=0) / deviation.shape[-1]).sqrt()
 
     def forward(self, windows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """float32 logits [..., 3] for skip, execute and repeat: the mean vote of the valid windows.
@@ -132,13 +99,7 @@ class RouterBlock(nn.Module):
             # An offloaded weight is on "meta" until its hook loads it to where the input is.
             device = windows.device if parameter.is_meta else parameter.device
             votes = self.layers(windows.to(device, parameter.dtype)).float()
-        logits = mean_window(votes, valid)
-        if not self.domain_rank:
-            return logits
-        distance = self.distance(windows, valid)
-        is_outside = (distance > self.radius.to(distance.device).float()).to(logits.device)
-        execute = SURE * torch.eye(NUM_ACTIONS, device=logits.device)[EXECUTE]
-        return torch.where(is_outside[..., None], execute, logits)
+        return mean_window(votes, valid)
 
 
 def action_probabilities(logits: torch.Tensor, control: float) -> torch.Tensor:

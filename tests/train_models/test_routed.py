@@ -411,3 +411,14 @@ def test_bfloat16_routes_and_decodes(stock_checkpoint):
     assert output.logits.dtype == torch.bfloat16
     assert output.router_logits.dtype == torch.float32
     assert model(prompts(3, 1), past_key_values=output.past_key_values).logits.isfinite().all()
+
+
+def test_routers_with_domains_are_refused(stock_checkpoint, tmp_path):
+    """An older version had them; without them the routers would decide where those did not."""
+    retrofit(stock_checkpoint("llama")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"router_domain": 4}))
+    with pytest.raises(ValueError, match="the routers have domains, which only their own code knows"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"router_domain": 0}))
+    AutoModelForCausalLM.from_pretrained(tmp_path)

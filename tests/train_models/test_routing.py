@@ -80,28 +80,3 @@ def test_the_knob():
     assert route(torch.tensor([[-9.0, 0.0, 9.0]])).item() == 2, "the pure router is the default"
     with pytest.raises(ValueError, match=r"1\.5.*lies in \[-1, 1\]"):
         route(logits, 1.5)
-
-
-def test_outside_of_its_domain_a_router_executes():
-    router = RouterBlock(4, width=8, domain_rank=2)
-    router.reset_parameters(torch.Generator().manual_seed(0))
-    windows, valid = torch.randn(6, 5, 4), torch.ones(6, 5, dtype=torch.bool)
-    plain = RouterBlock(4, width=8)
-    plain.load_state_dict({name: tensor for name, tensor in router.state_dict().items() if "layers" in name})
-    assert torch.equal(router(windows, valid), plain(windows, valid)), "a new domain holds every prompt"
-    router.centre.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
-    router.spread.fill_(2.0)
-    router.directions[0, 1] = 1.0  # what varies along the second dimension does not count
-    far = torch.tensor([[5.0, 0.0, 0.0, 0.0], [1.0, 99.0, 0.0, 0.0], [1.0, 0.0, 0.0, 1.0]])[:, None].expand(3, 5, 4)
-    torch.testing.assert_close(router.distance(far, valid[:3]), torch.tensor([1.0, 0.0, 0.25]))
-    unread = torch.cat([far, torch.full((3, 1, 4), 50.0)], 1)  # a window that is not valid
-    mask = torch.tensor([[True] * 5 + [False]] * 3)
-    assert torch.equal(router.distance(unread, mask), router.distance(far, valid[:3]))
-    router.radius.fill_(0.5)
-    logits = router(far, valid[:3])
-    assert torch.equal(logits[1:], plain(far, valid[:3])[1:])
-    for control, action in ((-0.7, 1), (-0.5, 1), (0.7, 1), (-0.8, 0), (0.8, 2)):
-        assert route(logits[0], control) == action, "only the other side of the knob outweighs a sure router"
-    half = router.to(torch.float16)(far.half(), valid[:3])
-    assert half.isfinite().all()
-    assert half[0].argmax() == 1
