@@ -37,6 +37,7 @@ from drllm.arguments import add_shared, check_ranges
 from drllm.checkpoints import load_config, load_tokenizer
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_file, check_output_folder
+from drllm.manifests import Manifest
 from drllm.provenance import command_line, fingerprint, write_result
 from drllm.training import features
 from drllm.training.data import load_labels, make_examples
@@ -109,41 +110,19 @@ def make_base(folder: Path, shape: Shape) -> None:
 def make_labels(folder: Path, base: Path, questions: int) -> None:
     """Random labels in the schema of data_generation.py."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    layers, model_fingerprint = model.config.num_hidden_layers, fingerprint(model)
+    layers = model.config.num_hidden_layers
     rng = random.Random(0)
     folder.mkdir(parents=True)
-    with (folder / "labels.jsonl").open("w") as file:
-        for i in range(questions):
-            path = [1] * layers
-            path[rng.randrange(layers)], path[rng.randrange(layers)] = 0, 2
-            text = " ".join(f"w{rng.randrange(100)}" for _ in range(120))
-            row = dict.fromkeys(labels.COLUMNS, "") | {
-                "question": text,
-                "prompt": text,
-                "optimal_layer_config": path,
-                "good_paths": [path],
-                "set": "dart-1",
-                "question_id": f"q{i}",
-                "kind": labels.SHORTER,
-                "base_correct": True,
-                "path_correct": True,
-                "simulations": 50,
-                "inferences": 50,
-            }
-            file.write(json.dumps(row) + "\n")
-    manifest = {
-        "format": labels.FORMAT,
-        "model": str(base),
-        "revision": None,
-        "model_fingerprint": model_fingerprint,
-        "num_layers": layers,
-        "dtype": "bfloat16",
-        "chat_template": False,
-        "arguments": {"budget": 2.0},
-        "seed": 0,
-        "labels": questions,
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    made = []
+    for i in range(questions):
+        path = [1] * layers
+        path[rng.randrange(layers)], path[rng.randrange(layers)] = 0, 2
+        text = " ".join(f"w{rng.randrange(100)}" for _ in range(120))
+        responses = {"base_correct": True, "path_correct": True, "base_response": "", "path_response": ""}
+        kind = {"kind": labels.SHORTER, "prompt": text, "good_paths": (tuple(path),)}
+        made.append(labels.Label(text, tuple(path), "", "dart-1", f"q{i}", **kind, **responses))
+    manifest = Manifest(str(base), fingerprint(model), layers, "bfloat16", arguments={"budget": 2.0}, seed=0)
+    labels.write_labels(folder, manifest, made)
 
 
 def make_features(folder: Path, data: Path, base: Path, num_windows: int = 8) -> int:

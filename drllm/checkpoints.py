@@ -25,12 +25,13 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from drllm.errors import UserError
 from drllm.files import check_output_folder, disk_errors, read_json, shorten, write_json, write_tensors, write_whole
 from drllm.loading import check_complete, check_finite, loading, one_line
+from drllm.manifests import CHECKPOINT_MANIFEST
 from drllm.model_card import missing_field, model_card
 from drllm.provenance import dtype_name, fingerprint, parse_dtype
 from train_models import retrofit, routed_classes
 
 FORMAT = 1
-WEIGHTS, CONFIG, CARD, LABELS = "routers.safetensors", "router_config.json", "README.md", "labels_manifest.json"
+WEIGHTS, CONFIG, CARD = "routers.safetensors", "router_config.json", "README.md"
 ROUTED_PREFIX = "drllm_"
 ROUTER_FIELDS = {
     "num_windows": int,
@@ -200,7 +201,7 @@ def save_checkpoint(
         routed.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     for folder in (directory, save_routers(routed, directory / "routers", training)):
-        write_json(folder / LABELS, manifest)
+        write_json(folder / CHECKPOINT_MANIFEST, manifest)
     write_whole(directory / CARD, model_card(_read_description(directory / "routers"), training, is_whole=True))
 
 
@@ -345,7 +346,8 @@ def push_routers(routers: str, repo_id: str, private: bool = False) -> str:
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(folder_path=routers, repo_id=repo_id, allow_patterns=[WEIGHTS, CONFIG, CARD, LABELS])
+        names = [WEIGHTS, CONFIG, CARD, CHECKPOINT_MANIFEST]
+        api.upload_folder(folder_path=routers, repo_id=repo_id, allow_patterns=names)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         raise UserError(f"cannot push to {repo_id}: {one_line(error)} (log in with `hf auth login`)") from None
     return f"https://huggingface.co/{repo_id}"
@@ -359,7 +361,7 @@ def router_folder(routers: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(routers), allow_patterns=[WEIGHTS, CONFIG, LABELS]))
+        return Path(snapshot_download(str(routers), allow_patterns=[WEIGHTS, CONFIG, CHECKPOINT_MANIFEST]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{routers} is neither a folder nor a reachable repository on the Hub: {one_line(error)}"
@@ -393,5 +395,5 @@ def _check_field(path: Path | str, name: str, values: dict[str, Any], types: tup
 
 def _copy_labels_manifest(source: Path, target: Path) -> None:
     # eval.sh reads in it whether prompts have the chat template.
-    if (source / LABELS).is_file() and source.resolve() != target.resolve():
-        shutil.copyfile(source / LABELS, target / LABELS)
+    if (source / CHECKPOINT_MANIFEST).is_file() and source.resolve() != target.resolve():
+        shutil.copyfile(source / CHECKPOINT_MANIFEST, target / CHECKPOINT_MANIFEST)

@@ -39,6 +39,7 @@ from drllm.checkpoints import join_routers, load_routed, load_tokenizer
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_file, check_output_folder
 from drllm.labels import LabelSet, read_labels
+from drllm.manifests import Manifest
 from drllm.paper.ablation_report import ROUTER_METRICS, ablation_table, draws_table, summarise
 from drllm.paper.experiment_figures import CURVES, draw_experiment
 from drllm.provenance import command_line, parse_dtype, write_result
@@ -110,37 +111,32 @@ def source_of(
     """
     manifests = [part.manifest for part in labels]
     if data_dir is None:
-        folders = [manifest.get("data_dir", 0) for manifest in manifests]
-        if any(not isinstance(folder, str | None) for folder in folders):
-            raise UserError(
-                "the manifest of the labels names no 'data_dir'; pass --data_dir, the folder of the questions"
-            )
+        folders = [manifest.data_dir for manifest in manifests]
         if len(set(folders)) > 1:
             raise UserError(f"the labels come from questions of {', '.join(map(str, folders))}; pass --data_dir")
         data_dir = None if folders[0] is None else Path(folders[0])
     if data_dir is not None and not data_dir.is_dir():
         raise UserError(f"the folder of questions {data_dir} does not exist; pass the one to test on as --data_dir")
-    if len({bool(manifest["chat_template"]) for manifest in manifests}) > 1:
+    if len({manifest.chat_template for manifest in manifests}) > 1:
         raise UserError("some of the labels were made with the chat template and some without; use them one by one")
-    chat = bool(manifests[0]["chat_template"])
-    formats = [ResponseFormat.of_manifest(manifest).without_defaults(chat) for manifest in manifests]
+    formats = [manifest.response_format for manifest in manifests]
     if any(response_format != formats[0] for response_format in formats):
         raise UserError("the labels were made with several response formats; use them one by one")
-    labelled = {row["set"] for part in labels for row in part.rows}
-    return QuestionSource(sets or sorted(labelled), data_dir, chat, formats[0])
+    labelled = {label.set for part in labels for label in part.labels}
+    return QuestionSource(sets or sorted(labelled), data_dir, manifests[0].chat_template, formats[0])
 
 
-def bench_of(manifest: dict[str, Any], source: QuestionSource, folder: Path, limit: int | None) -> Bench:
+def bench_of(manifest: Manifest, source: QuestionSource, folder: Path, limit: int | None) -> Bench:
     """The base model of the labels and at most `limit` test questions per set, asked as the labels were made.
 
     Raises:
         UserError: the model or the questions cannot be read, or `folder` belongs to another model.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
-    model, revision = manifest["model"], manifest.get("revision")
-    routed = load_routed(model, parse_dtype(manifest["dtype"]), revision, {}).eval().to(state.device)
+    model, revision = manifest.model, manifest.revision
+    routed = load_routed(model, parse_dtype(manifest.dtype), revision, {}).eval().to(state.device)
     test = [question for name in source.sets for question in load_questions(name, "test", source.data_dir, limit)]
-    reward = reward_named(manifest.get("reward", "generation"))
+    reward = reward_named(manifest.reward)
     protocol = (source.chat, source.response_format)
     return Bench(routed, load_tokenizer(model, revision), reward, ([], test), folder, BATCH_SIZE, protocol)
 
@@ -206,7 +202,7 @@ def run_ablation(
     seeds: Sequence[int],
     bench: Bench,
     source: QuestionSource,
-    manifest: dict[str, Any],
+    manifest: Manifest,
 ) -> dict:
     """Trains and tests every setting of an ablation on every draw of labels from every seed.
 
@@ -244,7 +240,8 @@ def run_ablation(
         "config": dataclasses.asdict(draws[0]) | {"run_name": None, "seed": None},
         "draws": [list(config.data) for config in draws],
         "labels": {
-            key: manifest.get(key) for key in ("model", "model_fingerprint", "num_layers", "dtype", "seed", "labels")
+            key: getattr(manifest, key)
+            for key in ("model", "model_fingerprint", "num_layers", "dtype", "seed", "labels")
         },
     }
 

@@ -42,7 +42,7 @@ def validation_questions(
     Raises:
         UserError: when no question is left.
     """
-    labelled = set() if labels is None else {(row["set"], row["question_id"]) for row in read_labels(labels).rows}
+    labelled = set() if labels is None else {(label.set, label.question_id) for label in read_labels(labels).labels}
     questions = []
     for name in sets:
         free = [

@@ -4,10 +4,11 @@ import random
 from collections.abc import Callable
 
 from drllm import labels
+from drllm.manifests import Manifest, begin
 from drllm.questions.prompts import Prompt
 from drllm.questions.sets import Question
 from drllm.search.pool import SearchedQuestion
-from drllm.search.progress import Progress, begin, finish, to_row
+from drllm.search.progress import Progress, finish
 from drllm.search.selection import Selection, seeded_order
 from drllm.search.tree import SearchResult
 
@@ -47,11 +48,10 @@ def new_selection(samples: int = 6, count: int = 60, seed: int = 0, share: float
     return Selection(orders, dict.fromkeys(SETS, samples), share)
 
 
-def manifest(**changes) -> dict:
+def manifest(**changes) -> Manifest:
     arguments = {"budget": 2.0, "c": 1.8, "samples": {"arc_easy": 6}} | changes.pop("arguments", {})
-    model = {"model": "m", "model_fingerprint": "f", "dtype": "float32", "chat_template": False}
-    model["num_layers"] = NUM_BLOCKS
-    return {"format": labels.FORMAT, **model, "commit": "abc", "arguments": arguments} | changes
+    model = {"model": "m", "model_fingerprint": "f", "num_layers": NUM_BLOCKS, "dtype": "float32", "commit": "abc"}
+    return Manifest(**model | {"arguments": arguments} | changes)
 
 
 def run(folder, selection, order, rank=0, stop=None):
@@ -62,7 +62,7 @@ def run(folder, selection, order, rank=0, stop=None):
     for number, asked in enumerate(order):
         if number == stop:
             break
-        progress.append(to_row(searched(asked)))
+        progress.append(searched(asked))
         progress.update()
     progress.close()
     return progress
@@ -103,7 +103,7 @@ def run_in_turns(
                 continue
             selection = progresses[rank].selection
             kind = labels.SHORTER if KINDS[kind_of(asked)][0] else labels.WRONG_TO_RIGHT
-            progresses[rank].append(to_row(searched(asked, kind_of(asked), selection.is_wanted(asked, kind))))
+            progresses[rank].append(searched(asked, kind_of(asked), selection.is_wanted(asked, kind)))
             finished += 1
             if choose.random() < share_read:
                 progresses[rank].update()
@@ -119,6 +119,5 @@ def run_in_turns(
 
 def make_finished(folder):
     """A folder of finished labels."""
-    begin(folder, manifest())
-    finish(folder, run_in_turns(folder, new_selection))
+    finish(folder, begin(folder, manifest()), run_in_turns(folder, new_selection))
     return folder

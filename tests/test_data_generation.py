@@ -101,22 +101,21 @@ def test_labels_manifest_and_table(toy, undisturbed, tmp_path, capsys):
     assert out[-1] == f"labels: {tmp_path / 'labels.jsonl'}"
     found = labels.read_labels(tmp_path)
     assert labels_of(tmp_path) == labels_of(undisturbed)
-    assert {row["kind"] for row in found.rows} == {"wrong_to_right", "shorter"}
-    for row in found.rows:
-        assert row["inferences"] <= row["simulations"] + 1 <= 9
-        if row["kind"] == "shorter":
-            assert row["base_correct"]
-            assert sum(row["optimal_layer_config"]) < 6
+    assert {label.kind for label in found.labels} == {"wrong_to_right", "shorter"}
+    for label in found.labels:
+        assert label.inferences <= label.simulations + 1 <= 9
+        if label.kind == "shorter":
+            assert label.base_correct
+            assert sum(label.path) < 6
         else:
-            assert not row["base_correct"]
-        assert row["optimal_layer_config"] in row["good_paths"]
+            assert not label.base_correct
+        assert label.path in label.good_paths
     assert "wrong-to-right" in out[-2] or len(out) == 6
     manifest = found.manifest
-    expected = {"num_layers": 6, "dtype": "float32", "chat_template": False, "seed": 0}
-    assert {key: manifest[key] for key in expected} == expected
-    assert manifest["arguments"]["num_simulations"] == 8
-    assert len(manifest["model_fingerprint"]) == 16
-    assert sum(row["sampled"] for row in manifest["table2"]) == len(found.rows)
+    assert (manifest.num_layers, manifest.dtype, manifest.chat_template, manifest.seed) == (6, "float32", False, 0)
+    assert manifest.arguments["num_simulations"] == 8
+    assert len(manifest.model_fingerprint) == 16
+    assert sum(row["sampled"] for row in manifest.results["table2"]) == len(found.labels)
 
 
 def test_response_format_is_recorded_and_used(toy, tmp_path):
@@ -365,7 +364,7 @@ def test_numbers_per_set():
 def test_the_paper_s_values_are_the_defaults():
     args = data_generation.parse_arguments([])
     assert (args.num_simulations, args.budget, args.c, args.length_penalty, args.p_rand) == (50, 2.0, 1.8, 3.0, 0.1)
-    assert (args.dataset, args.wrong_to_right_share, args.output_dir) == ("arc,dart", 0.3, "data/")
+    assert (args.dataset, args.wrong_to_right_share, args.output_dir) == (["arc,dart"], 0.3, "data/")
 
 
 @pytest.mark.slow
@@ -397,13 +396,13 @@ def test_a_log_likelihood_reward_is_recorded_and_gives_the_same_labels_at_any_ba
         assert data_generation.main(arguments) == 0
     assert (tmp_path / "a" / "labels.jsonl").read_bytes() == (tmp_path / "b" / "labels.jsonl").read_bytes()
     found = labels.read_labels(tmp_path / "a")
-    assert found.rows
-    assert found.manifest["reward"] == "likelihood"
-    assert found.manifest["chat_template"] is False
-    for row in found.rows:
-        assert row["prompt"] == f"Question: {row['question']}\nAnswer:"
-        assert row["path_response"] == row["answer"]  # the label of the chosen option
-        assert (row["base_response"] == row["answer"]) == row["base_correct"]
+    assert found.labels
+    assert found.manifest.reward == "likelihood"
+    assert found.manifest.chat_template is False
+    for label in found.labels:
+        assert label.prompt == f"Question: {label.question}\nAnswer:"
+        assert label.path_response == label.answer  # the label of the chosen option
+        assert (label.base_response == label.answer) == label.base_correct
     arguments = [*toy, *LIKELIHOOD_SEARCH, "--reward", "likelihood_norm", "--output_dir", str(tmp_path / "a")]
     assert data_generation.main(arguments) == 2
     assert 'reward was "likelihood" and is now "likelihood_norm"' in capsys.readouterr().err

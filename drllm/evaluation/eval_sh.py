@@ -35,7 +35,6 @@ from drllm.evaluation.lm_eval_command import is_batch_size
 from drllm.evaluation.lm_eval_process import run_lm_eval
 from drllm.evaluation.protocol import (
     GENERATION_TASKS,
-    LABELS,
     Protocol,
     default_tasks,
     describe_parts,
@@ -46,6 +45,7 @@ from drllm.evaluation.protocol import (
 from drllm.evaluation.results import BASE, ROUTER
 from drllm.files import check_output_folder, disk_errors, read_json
 from drllm.labels import read_labels
+from drllm.manifests import CHECKPOINT_MANIFEST
 from drllm.provenance import parse_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,7 +170,7 @@ def plan(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     common = {
         "tasks": tasks,
         "parts": [part.record for part in protocol.parts(tasks, checkpoints[0])],
-        "reward": reward_of(checkpoints[0]),
+        "reward": reward_of(checkpoints[0]).name,
         "data": None if args.data_dir is None else _digest_of_files(Path(args.data_dir)),
         "dtype": args.dtype,
         "num_fewshot": args.num_fewshot,
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         (output / "command.txt").write_text(shlex.join(["./eval.sh", *argv]) + "\n")
-        manifest = Path(args.checkpoint[0]) / LABELS
+        manifest = Path(args.checkpoint[0]) / CHECKPOINT_MANIFEST
         if manifest.is_file():
             shutil.copyfile(manifest, output / manifest.name)
         if args.base_results is not None:

@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from drllm.errors import UserError
-from drllm.files import read_json
+from drllm.manifests import CHECKPOINT_MANIFEST, COPY_AGAIN, read_checkpoint_manifests
 from drllm.questions.response_format import ResponseFormat
+from drllm.rollouts.rewards import PUBLISHED, Reward, reward_named
 
 GENERATION_TASKS = "drllm_arc,drllm_dart"
 LIKELIHOOD_PREFIX = "drllm_ll_"
-REWARDS = ("generation", "likelihood", "likelihood_norm")
-LABELS = "labels_manifest.json"
-FIX_LABELS = "copy the manifest.json of the labels there, or delete it"
 # Names for the limit on new tokens; lm-eval 0.4.13 prefers the first, which its tasks use, to the paper's spelling.
 LIMIT_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
@@ -32,32 +30,11 @@ LIMIT_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_t
 # What the labels of a checkpoint say
 
 
-def read_manifests(checkpoint: Path) -> list[dict[str, Any]]:
-    """The manifests of the labels that a checkpoint was trained on; empty when it has none.
-
-    Raises:
-        UserError: labels_manifest.json is damaged; the message names the field.
-    """
-    path = checkpoint / LABELS
-    if not path.exists():
-        return []
-    manifests = read_json(path, FIX_LABELS, object)
-    manifests = manifests if isinstance(manifests, list) else [manifests]
-    for manifest in manifests:
-        if not isinstance(manifest, dict):
-            raise UserError(f"{path}: expected an object or a list of objects; {FIX_LABELS}")
-        if not isinstance(manifest.get("chat_template", False), bool):
-            raise UserError(f"{path}: 'chat_template' is not true or false; {FIX_LABELS}")
-        if manifest.get("reward", REWARDS[0]) not in REWARDS:
-            raise UserError(f"{path}: 'reward' is not one of {', '.join(REWARDS)}; {FIX_LABELS}")
-    return manifests
-
-
 def uses_chat_template(setting: str, checkpoint: Path) -> bool:
     """Whether in-domain prompts have the chat template ("auto": as the labels of the checkpoint were made)."""
     if setting != "auto":
         return setting == "on"
-    return any(manifest.get("chat_template", False) for manifest in read_manifests(checkpoint))
+    return any(manifest.chat_template for manifest in read_checkpoint_manifests(checkpoint))
 
 
 def response_format_of(checkpoint: Path) -> ResponseFormat:
@@ -67,28 +44,30 @@ def response_format_of(checkpoint: Path) -> ResponseFormat:
         UserError: a damaged manifest, or labels of several formats.
     """
     formats = []
-    for manifest in read_manifests(checkpoint):
+    for manifest in read_checkpoint_manifests(checkpoint):
         try:
-            response_format = ResponseFormat.of_manifest(manifest)
+            formats.append(manifest.response_format)
         except UserError as error:
-            raise UserError(f"{checkpoint / LABELS}: {error}; {FIX_LABELS}") from None
-        formats.append(response_format.without_defaults(manifest.get("chat_template", False)))
+            raise UserError(f"{checkpoint / CHECKPOINT_MANIFEST}: {error}; {COPY_AGAIN}") from None
     if any(other != formats[0] for other in formats[1:]):
         texts = " and ".join(dict.fromkeys(part.describe() or "the default" for part in formats))
-        raise UserError(f"{checkpoint / LABELS}: labels of several response formats ({texts}); train on those of one")
+        file = checkpoint / CHECKPOINT_MANIFEST
+        raise UserError(f"{file}: labels of several response formats ({texts}); train on those of one")
     return formats[0] if formats else ResponseFormat()
 
 
-def reward_of(checkpoint: Path) -> str:
+def reward_of(checkpoint: Path) -> Reward:
     """The reward that the labels of a checkpoint were searched with; labels without a record have the paper's.
 
     Raises:
         UserError: labels of several rewards.
     """
-    rewards = {manifest.get("reward", REWARDS[0]) for manifest in read_manifests(checkpoint)} or {REWARDS[0]}
-    if len(rewards) > 1:
-        raise UserError(f"{checkpoint / LABELS}: labels of several rewards ({', '.join(sorted(rewards))}); train anew")
-    return rewards.pop()
+    names = {manifest.reward for manifest in read_checkpoint_manifests(checkpoint)} or {PUBLISHED}
+    if len(names) > 1:
+        raise UserError(
+            f"{checkpoint / CHECKPOINT_MANIFEST}: labels of several rewards ({', '.join(sorted(names))}); train anew"
+        )
+    return reward_named(names.pop())
 
 
 def default_tasks(checkpoint: Path) -> str:
@@ -97,14 +76,13 @@ def default_tasks(checkpoint: Path) -> str:
     Raises:
         UserError: labels with a likelihood reward that do not name their sets.
     """
-    if reward_of(checkpoint) == REWARDS[0]:
+    if reward_of(checkpoint).generates:
         return GENERATION_TASKS
     sets: list[str] = []
-    for manifest in read_manifests(checkpoint):
-        arguments = manifest.get("arguments")
-        names = arguments.get("dataset") if isinstance(arguments, dict) else None
+    for manifest in read_checkpoint_manifests(checkpoint):
+        names = manifest.arguments.get("dataset")
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{checkpoint / LABELS}: 'arguments.dataset' names no sets; pass --tasks")
+            raise UserError(f"{checkpoint / CHECKPOINT_MANIFEST}: 'arguments.dataset' names no sets; pass --tasks")
         sets += names
     return ",".join(LIKELIHOOD_PREFIX + name for name in dict.fromkeys(sets))
 
@@ -113,11 +91,11 @@ def reward_warning(checkpoint: Path, tasks: str) -> str | None:
     """One sentence when in-domain `tasks` judge another reward than the checkpoint was trained for, else None."""
     reward = reward_of(checkpoint)
     for task in filter(is_in_domain, tasks.split(",")):
-        if is_likelihood(task) != (reward != REWARDS[0]):
+        if is_likelihood(task) != reward.has_options:
             kind = "log-likelihoods of options" if is_likelihood(task) else "generated answers"
             return (
-                f"warning: {checkpoint} was trained with --reward {reward}, but {task} judges {kind}; the tasks of its "
-                f"reward are {default_tasks(checkpoint)}"
+                f"warning: {checkpoint} was trained with --reward {reward.name}, but {task} judges {kind}; the tasks "
+                f"of its reward are {default_tasks(checkpoint)}"
             )
     return None
 

@@ -18,6 +18,7 @@ from drllm.errors import UserError
 from drllm.evaluation.protocol import is_likelihood
 from drllm.files import read_json
 from drllm.questions.sets import GROUPS, SETS
+from drllm.rollouts.rewards import PUBLISHED, reward_named
 
 BASE, ROUTER = "base", "router"
 BENCHMARKS_FILE = Path(__file__).resolve().parents[2] / "eval_tasks" / "benchmarks.json"
@@ -222,7 +223,7 @@ class Run:
         scores = self.results["results"].get(task, {})
         paper = [benchmark["metric"] for benchmark in benchmarks() if benchmark["task"] == task]
         if is_likelihood(task):  # the metric that the labels were searched with
-            paper = ["acc_norm,none" if self.record["run"].get("reward") == "likelihood_norm" else "acc,none"]
+            paper = [reward_named(self.record["run"].get("reward", PUBLISHED)).metric]
         return next((metric for metric in (*paper, *METRICS) if metric in scores), None)
 
     def leaves(self, task: str) -> list[str]:

@@ -217,9 +217,9 @@ def write_label_counts(labels: Path, folder: Path) -> None:
 def count_labels(labels: Path) -> dict[str, list[int]]:
     """Set -> [skip, execute, repeat], how often the labels of a folder say each, over questions and layers."""
     counts: dict[str, np.ndarray] = {}
-    for row in read_labels(labels).rows:
-        counts.setdefault(row["set"], np.zeros(3, int))
-        counts[row["set"]] += np.bincount(row["optimal_layer_config"], minlength=3)
+    for label in read_labels(labels).labels:
+        counts.setdefault(label.set, np.zeros(3, int))
+        counts[label.set] += np.bincount(label.path, minlength=3)
     return {name: count.tolist() for name, count in counts.items()}
 
 

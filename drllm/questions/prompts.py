@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,11 +117,3 @@ class Prompt:
         text = apply_template(render_prompt(question, response_format), tokenizer, chat)
         input_ids = tokenizer(text, add_special_tokens=adds_special_tokens(text, tokenizer))["input_ids"]
         return cls(question, text, tuple(input_ids), response_format.limit(question, chat), response_format)
-
-
-def split_by_context(
-    questions: Sequence[Question], prompt_of: Callable[[Question], Prompt], context: int
-) -> tuple[list[Question], int]:
-    """The questions whose prompt and response fit into `context` tokens, and how many do not."""
-    fitting = [question for question in questions if prompt_of(question).total_tokens <= context]
-    return fitting, len(questions) - len(fitting)

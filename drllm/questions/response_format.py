@@ -31,18 +31,8 @@ class ResponseFormat:
     strict_letters: bool = False
 
     @classmethod
-    def of_manifest(cls, manifest: Mapping[str, Any]) -> ResponseFormat:
-        """The response format with which labels were made: that of manifest.json, the default for what it lacks.
-
-        Raises:
-            UserError: a field of another type.
-        """
-        recorded = manifest.get("arguments")
-        return cls.of_dict(recorded if isinstance(recorded, Mapping) else {})
-
-    @classmethod
     def of_dict(cls, recorded: Mapping[str, Any]) -> ResponseFormat:
-        """The inverse of `as_dict`: the default for what `recorded` lacks, and other entries are ignored.
+        """The inverse of `as_dict`: the default for what the arguments of a manifest lack; others are ignored.
 
         Raises:
             UserError: a field of another type, or a set that does not exist.

@@ -163,6 +163,8 @@ class Likelihood:
 
 
 Reward = Generation | Likelihood
+AnyPrompt = Prompt | LikelihoodPrompt
+AnyEngine = RolloutEngine | LikelihoodEngine
 PUBLISHED = Generation.name  # the reward of labels whose manifest names none
 _REWARDS: dict[str, Reward] = {reward.name: reward for reward in (Generation(), Likelihood(), Likelihood(True))}
 REWARDS = tuple(_REWARDS)

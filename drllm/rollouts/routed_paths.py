@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from drllm.labels import Example
 from drllm.questions.padding import pad_ids
 from drllm.questions.prompts import Prompt
 from train_models.paths import Path, path_to_layer_indices
@@ -27,37 +28,43 @@ def routed_paths(routed: PreTrainedModel, prompts: Sequence[Prompt], batch_size:
     return paths
 
 
-@torch.inference_mode()
-def router_windows(
-    routed: PreTrainedModel,
-    input_ids: Sequence[Sequence[int]],
-    paths: Sequence[Path],
-    batch_size: int,
-    title: str | None = "hidden states of the prompts",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the routers of `routed` read of each prompt along its path: [N, L, W, d] and bool [N, W], on the CPU.
+@torch.no_grad()
+def windows_in_batches(
+    routed: PreTrainedModel, examples: Sequence[Example], batch_size: int, pad_token_id: int = 0
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """What the routers of `routed` read of each prompt along its path, batch by batch, shortest prompts first.
 
-    Args:
-        input_ids: the tokens of N prompts, in any order.
-        paths: one per prompt.
-        batch_size: prompts per forward pass.
-        title: of the progress bar; None: no bar.
+    Yields:
+        The places of B examples, windows [B, L, W, d] in the model's dtype and the mask of valid windows, bool [B, W],
+        on the model's device; routers that read embeddings have the same windows in every layer.
     """
-    config = routed.config
-    windows = torch.zeros(
-        len(input_ids), config.num_hidden_layers, config.num_windows, config.hidden_size, dtype=routed.dtype
-    )
-    mask = torch.zeros(len(input_ids), config.num_windows, dtype=torch.bool)
-    order = sorted(range(len(input_ids)), key=lambda index: len(input_ids[index]))
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc=title, unit="batch", mininterval=1, disable=title is None):
-        rows = order[start : start + batch_size]
-        batch = pad_ids([input_ids[index] for index in rows], 0, routed.device)
+    order = sorted(range(len(examples)), key=lambda place: len(examples[place].token_ids))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
         output = routed.model(
-            **batch,
-            layer_indices=[path_to_layer_indices(paths[index]) for index in rows],
+            **pad_ids([examples[place].token_ids for place in places], pad_token_id, routed.device),
+            layer_indices=[path_to_layer_indices(examples[place].path) for place in places],
             use_cache=False,
             output_router_inputs=True,
         )
-        windows[rows], mask[rows] = output.router_inputs.cpu(), output.window_mask.cpu()
+        yield places, output.router_inputs, output.window_mask
+
+
+def router_windows(
+    routed: PreTrainedModel,
+    examples: Sequence[Example],
+    batch_size: int,
+    title: str | None = "hidden states of the prompts",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`windows_in_batches` as a whole, in the order of `examples`: [N, L, W, d] and bool [N, W], on the CPU.
+
+    `title` names the progress bar; None: no bar.
+    """
+    config = routed.config
+    shape = (len(examples), config.num_hidden_layers, config.num_windows, config.hidden_size)
+    windows, mask = torch.zeros(shape, dtype=routed.dtype), torch.zeros(len(examples), shape[2], dtype=torch.bool)
+    with tqdm(total=len(examples), desc=title, unit="prompt", mininterval=1, disable=title is None) as progress:
+        for places, of_batch, valid in windows_in_batches(routed, examples, batch_size):
+            windows[places], mask[places] = of_batch.cpu(), valid.cpu()
+            progress.update(len(places))
     return windows, mask

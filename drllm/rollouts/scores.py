@@ -113,10 +113,10 @@ def score_all(
     """Scores each question along its paths, as far as `store` does not hold them.
 
     Questions of one batch go through their paths together, so that paths which begin alike share their first blocks.
-    The order of the work is kept in chunks of `engine.batch_size` questions. `title` names the progress bar of the
-    first process; None: no bar.
+    `title` names the progress bar of the first process; None: no bar.
     """
     size = engine.batch_size
+    work = sorted(work, key=lambda pair: pair[0].total_tokens)  # neighbours need little padding
     chunks = [work[start : start + size] for start in range(0, len(work), size)][rank::num_processes]
 
     def missing(prompt: Prompt | LikelihoodPrompt, paths: Sequence[Path]) -> list[Path]:

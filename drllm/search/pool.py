@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from drllm.questions.prompts import Prompt
-from drllm.rollouts.engine import Request, Rollout, RolloutEngine
+from drllm.rollouts.engine import Request, Rollout
+from drllm.rollouts.rewards import AnyEngine, AnyPrompt
 from drllm.search.tree import PathSearch, SearchResult, SearchSettings, question_seed
 from train_models.paths import Path
 
@@ -16,7 +16,7 @@ from train_models.paths import Path
 class SearchedQuestion:
     """A finished search. Where a label was not wanted, only the default path was evaluated (0 simulations)."""
 
-    prompt: Prompt
+    prompt: AnyPrompt
     result: SearchResult
     base_response: str
     path_response: str | None  # along the best path
@@ -24,7 +24,7 @@ class SearchedQuestion:
 
 @dataclass
 class _OpenSearch:
-    prompt: Prompt
+    prompt: AnyPrompt
     search: PathSearch
     responses: dict[Path, str] = field(default_factory=dict)  # of right paths and of the default path
 
@@ -46,24 +46,21 @@ class SearchPool:
 
     Args:
         engine: evaluates paths.
-        settings: of every search.
+        settings: settings of every search.
         seed: together with the question's id the seed of its search.
         concurrency: most questions searched at once.
         is_wanted: called with (prompt, whether the default path is right); if False the search of the question ends.
-        after_round: called after each round of rollouts (one rollout per open search).
-
-    Attributes:
-        simulations: simulations of all searches so far.
+        after_round: called after each round of rollouts (one per open search) with the simulations of all searches.
     """
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        engine: AnyEngine,
         settings: SearchSettings,
         seed: int,
         concurrency: int,
-        is_wanted: Callable[[Prompt, bool], bool] = lambda prompt, base_correct: True,
-        after_round: Callable[[], None] = lambda: None,
+        is_wanted: Callable[[AnyPrompt, bool], bool] = lambda prompt, base_correct: True,
+        after_round: Callable[[int], None] = lambda simulations: None,
     ) -> None:
         self.engine = engine
         self.settings = settings
@@ -73,7 +70,7 @@ class SearchPool:
         self.after_round = after_round
         self.simulations = 0
 
-    def search(self, prompts: Iterable[Prompt]) -> Iterator[SearchedQuestion]:
+    def search(self, prompts: Iterable[AnyPrompt]) -> Iterator[SearchedQuestion]:
         """Yields every question as soon as its search ends.
 
         `prompts` is read lazily, so memory does not grow with their number.
@@ -101,9 +98,9 @@ class SearchPool:
                     self.engine.forget(open_search.prompt.question)
                     yield open_search.close()
             searches = still_open
-            self.after_round()
+            self.after_round(self.simulations)
 
-    def _open(self, prompt: Prompt) -> _OpenSearch:
+    def _open(self, prompt: AnyPrompt) -> _OpenSearch:
         own_seed = question_seed(self.seed, prompt.question.id)
         return _OpenSearch(prompt, PathSearch(self.engine.num_blocks, self.settings, own_seed))
 

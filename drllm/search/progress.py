@@ -13,18 +13,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from drllm.errors import UserError
-from drllm.files import disk_errors, write_json, write_whole
-from drllm.labels import read_manifest
+from drllm.files import disk_errors
+from drllm.labels import Label, write_labels
+from drllm.manifests import PROGRESS, Manifest
 from drllm.search.pool import SearchedQuestion
 from drllm.search.selection import Record, Selection
 
-MAY_DIFFER = {"model", "revision", "data_dir", "program", "versions", "commit"}
-MAY_DIFFER |= {"labels", "groups", "table2", "shortfalls"}  # known at the end of a run
 SYNC_EVERY_S = 1.0
 
 
@@ -35,7 +33,7 @@ class Progress:
     """
 
     def __init__(self, folder: Path, rank: int, selection: Selection) -> None:
-        self.folder = folder / "progress"
+        self.folder = folder / PROGRESS
         self.path = self.folder / f"{rank:05d}.jsonl"
         self.selection = selection
         self._read_up_to: dict[str, int] = {}
@@ -78,8 +76,9 @@ class Progress:
         self._file.truncate(content_end)
         self._size = content_end
 
-    def append(self, row: dict[str, Any]) -> None:
+    def append(self, searched: SearchedQuestion) -> None:
         """Writes one finished question. It survives a kill at once, and a power failure after a second."""
+        row = label_of(searched).as_row()
         line = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
         with disk_errors(self.path, f"{len(self.selection.records)} finished questions are kept"):
             try:
@@ -107,24 +106,23 @@ class Progress:
             self._file.close()
             self._file = None
 
-    def read(self, record: Record) -> dict[str, Any]:
-        """The row of a finished question."""
+    def read(self, record: Record) -> Label:
+        """A finished question; its path is None where the search found none."""
         with (self.folder / record.shard).open("rb") as file:
             file.seek(record.offset)
-            return json.loads(file.readline())
+            return Label.of_row(json.loads(file.readline()))
 
     def _note(self, line: bytes, path: Path, offset: int) -> None:
         try:
-            row = json.loads(line)
-            question_id, best = row["question_id"], row["optimal_layer_config"]
+            label = Label.of_row(json.loads(line))
             record = Record(
-                set=row["set"],
-                position=self.selection.positions[question_id],
-                kind=row["kind"],
-                base_correct=row["base_correct"],
-                inferences=row["inferences"],
-                simulations=row["simulations"],
-                layers_saved=0 if best is None else len(best) - sum(best),
+                set=label.set,
+                position=self.selection.positions[label.question_id],
+                kind=label.kind,
+                base_correct=label.base_correct,
+                inferences=label.inferences,
+                simulations=label.simulations,
+                layers_saved=0 if label.path is None else len(label.path) - sum(label.path),
                 shard=path.name,
                 offset=offset,
             )
@@ -134,80 +132,32 @@ class Progress:
             raise UserError(
                 f"{path}:{number}: not a finished question of this run; delete this line to search the question again"
             ) from None
-        self.selection.add(question_id, record)
+        self.selection.add(label.question_id, record)
 
 
-def to_row(searched: SearchedQuestion) -> dict[str, Any]:
+def label_of(searched: SearchedQuestion) -> Label:
     """A finished question as a row of its progress file, and of labels.jsonl if it is kept."""
     question, result = searched.prompt.question, searched.result
-    return {
-        "question": question.text,
-        "optimal_layer_config": None if result.best_path is None else list(result.best_path),
-        "answer": question.answer,
-        "set": question.set,
-        "question_id": question.id,
-        "kind": result.kind,
-        "prompt": searched.prompt.text,
-        "base_correct": result.base_correct,
-        "path_correct": result.best_path is not None,
-        "base_response": searched.base_response,
-        "path_response": searched.path_response,
-        "simulations": result.simulations,
-        "inferences": result.inferences,
-        "good_paths": [list(path) for path in result.good_paths],
-    }
+    return Label(
+        question=question.text,
+        path=result.best_path,
+        answer=question.answer,
+        set=question.set,
+        question_id=question.id,
+        kind=result.kind,
+        prompt=searched.prompt.text,
+        base_correct=result.base_correct,
+        path_correct=result.best_path is not None,
+        base_response=searched.base_response,
+        path_response=searched.path_response,
+        simulations=result.simulations,
+        inferences=result.inferences,
+        good_paths=result.good_paths,
+    )
 
 
-def begin(folder: Path, manifest: dict[str, Any]) -> None:
-    """Creates the label folder of a run, or checks that the run which created it had the same manifest.
-
-    The keys in `MAY_DIFFER` are not compared.
-
-    Raises:
-        UserError: the folder belongs to other arguments, another model or other questions; names the differences.
-    """
-    path = folder / "manifest.json"
-    if path.exists():
-        published = {"reward": "generation"}  # what a manifest without the field means
-        differences = _differences(published | read_manifest(folder), published | manifest)
-        if differences:
-            raise UserError(
-                f"{folder} holds labels of another run: {'; '.join(differences[:3])}; repeat that run's arguments, or "
-                "choose another --output_dir"
-            )
-        return
-    if (folder / "progress").exists():
-        raise UserError(f"{folder} has progress files but no manifest.json: move them, or choose another --output_dir")
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, manifest)
-
-
-def finish(folder: Path, progress: Progress) -> dict[str, Any]:
+def finish(folder: Path, manifest: Manifest, progress: Progress) -> Manifest:
     """Writes the labels to keep to labels.jsonl, completes the manifest, and returns it."""
     selection = progress.selection
-    kept = selection.selected()
-    manifest = read_manifest(folder)
-    manifest["labels"] = len(kept)
-    manifest["table2"] = selection.table2()
-    manifest["shortfalls"] = selection.shortfalls()
-
-    def lines() -> Iterator[bytes]:
-        for _, record in kept:
-            yield json.dumps(progress.read(record), ensure_ascii=False).encode() + b"\n"
-
-    write_whole(folder / "labels.jsonl", lines())
-    write_json(folder / "manifest.json", manifest)
-    return manifest
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """The differences between two manifests, one phrase each, in what affects the labels."""
-    differences = []
-    for key in sorted((old.keys() | new.keys()) - (set() if prefix else MAY_DIFFER)):
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            differences += _differences(before, now, f"{prefix}{key}.")
-        elif before != now:
-            differences.append(f"{prefix}{key} was {json.dumps(before)} and is now {json.dumps(now)}")
-    return differences
+    kept = (progress.read(record) for _, record in selection.selected())
+    return write_labels(folder, manifest, kept, table2=selection.table2(), shortfalls=selection.shortfalls())

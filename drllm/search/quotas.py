@@ -43,7 +43,7 @@ def apportion(
     return units
 
 
-def allocate(samples: Mapping[str, int], share: float, limits: Mapping[Cell, int]) -> dict[str, dict[str, int]]:
+def allocate(samples: Mapping[str, int], share: float, existing: Mapping[Cell, int]) -> dict[str, dict[str, int]]:
     """The number of labels to keep per set and kind: {set: {kind: number}}.
 
     In this order of importance:
@@ -55,16 +55,16 @@ def allocate(samples: Mapping[str, int], share: float, limits: Mapping[Cell, int
     Args:
         samples: wanted labels per set (Table 2 of the paper).
         share: target share of wrong-to-right labels over all sets, in [0, 1] (about 0.3 in Section 4 of the paper).
-        limits: the number of labels that exist, for cells whose questions have all been searched.
+        existing: the number of labels that exist, for cells whose questions have all been searched.
     """
-    limit = {name: {kind: limits.get((name, kind), math.inf) for kind in KINDS} for name in samples}
-    room = {name: sum(limit[name].values()) for name in samples}
+    most = {name: {kind: existing.get((name, kind), math.inf) for kind in KINDS} for name in samples}
+    room = {name: sum(most[name].values()) for name in samples}
     low = {name: min(count, room[name]) for name, count in samples.items()}
     totals = apportion(sum(samples.values()), samples, low, room)
     fixes = apportion(
         round(share * sum(totals.values())),
         totals,
-        {name: max(0, count - limit[name][SHORTER]) for name, count in totals.items()},
-        {name: min(count, limit[name][WRONG_TO_RIGHT]) for name, count in totals.items()},
+        {name: max(0, count - most[name][SHORTER]) for name, count in totals.items()},
+        {name: min(count, most[name][WRONG_TO_RIGHT]) for name, count in totals.items()},
     )
     return {name: {WRONG_TO_RIGHT: fixes[name], SHORTER: totals[name] - fixes[name]} for name in samples}

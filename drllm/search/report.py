@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from drllm.labels import SHORTER, WRONG_TO_RIGHT
-from drllm.search.pool import SearchPool
+from drllm.manifests import Manifest
 from drllm.search.progress import Progress
 
 COUNTS = ("original", "sampled", "visited", "inferences", WRONG_TO_RIGHT)
@@ -17,9 +17,9 @@ COUNTS = ("original", "sampled", "visited", "inferences", WRONG_TO_RIGHT)
 class Display:
     """The progress line of the main process: visited questions, simulations per second, labels so far, time left."""
 
-    def __init__(self, progress: Progress, pool: SearchPool, num_processes: int, is_shown: bool) -> None:
+    def __init__(self, progress: Progress, num_processes: int, is_shown: bool) -> None:
         self.progress = progress
-        self.pool = pool
+        self.simulations = 0
         self.num_processes = num_processes
         self.started = self.updated = time.monotonic()
         self.bar = tqdm(
@@ -31,8 +31,12 @@ class Display:
         )
         self.show()
 
-    def after_round(self) -> None:
-        """Reads what the other processes have finished and shows it, at most once per second."""
+    def after_round(self, simulations: int) -> None:
+        """Reads what the other processes have finished and shows it, at most once per second.
+
+        `simulations`: what the searches of this process have taken so far.
+        """
+        self.simulations = simulations
         if time.monotonic() - self.updated >= 1:
             self.progress.update()
             self.show()
@@ -45,7 +49,7 @@ class Display:
         fixed = sum(record.kind == WRONG_TO_RIGHT for record in labelled)
         saved = sum(record.layers_saved for record in labelled) / max(len(labelled), 1)
         # The simulations of the other processes are not known here; they run about as many.
-        rate = self.pool.simulations * self.num_processes / max(self.updated - self.started, 1e-9)
+        rate = self.simulations * self.num_processes / max(self.updated - self.started, 1e-9)
         self.bar.total = max(self.progress.selection.expected_visits(), len(records))
         self.bar.n = len(records)
         self.bar.set_postfix_str(
@@ -74,17 +78,17 @@ def table2_text(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def shortfall_lines(manifest: dict[str, Any]) -> list[str]:
+def shortfall_lines(manifest: Manifest) -> list[str]:
     """One line per quota that could not be filled, with the reason, then the effect on all labels; empty if none."""
     lines = []
-    for row in manifest["shortfalls"]:
+    for row in manifest.results["shortfalls"]:
         if row["kind"] == WRONG_TO_RIGHT:
             reason = f"wrong on {row['candidates']} of {row['visited']} questions, and a path fixes {row['labels']}"
         else:
             reason = f"right on {row['candidates']} of {row['visited']} questions; {row['labels']} have a shorter path"
         name = "wrong-to-right" if row["kind"] == WRONG_TO_RIGHT else SHORTER
         lines.append(f"{row['set']}: {row['labels']} of {row['quota']} {name} labels: the base model is {reason}")
-    table = manifest["table2"]
+    table = manifest.results["table2"]
     for row in table:
         if row["sampled"] != row["wanted"]:
             lines.append(f"{row['set']}: {row['sampled']} labels instead of {row['wanted']}")
@@ -93,6 +97,6 @@ def shortfall_lines(manifest: dict[str, Any]) -> list[str]:
         lines.append(f"{kept} of {wanted} labels: no question is left to search")
     if lines:
         fixed = sum(row[WRONG_TO_RIGHT] for row in table)
-        target = manifest["arguments"]["wrong_to_right_share"]
+        target = manifest.arguments["wrong_to_right_share"]
         lines.append(f"wrong-to-right: {100 * fixed / max(kept, 1):.1f}% of all labels, target {100 * target:.1f}%")
     return lines

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 
 from drllm.errors import UserError
-from drllm.labels import SHORTER, WRONG_TO_RIGHT
+from drllm.manifests import MANIFEST, Manifest, begin
 from drllm.processes import from_main
-from drllm.questions.prompts import Prompt
-from drllm.questions.sets import Question
+from drllm.rollouts.rewards import AnyPrompt
 from drllm.search.pool import SearchPool
-from drllm.search.progress import Progress, begin, finish, to_row
+from drllm.search.progress import Progress, finish
 from drllm.search.report import Display
 from drllm.search.selection import Selection, Stage
 
 
 def search_labels(
     folder: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     selection: Selection,
-    pool: SearchPool,
-    prompt_of: Callable[[Question], Prompt],
+    prompts: Mapping[str, AnyPrompt],
+    new_pool: Callable[..., SearchPool],
     state: PartialState,
-) -> dict[str, Any] | None:
+) -> Manifest | None:
     """Searches until all labels are found or no question is left, and writes them to `folder`.
 
     A stopped run is resumed from the folder's progress files. Every process of the run calls this.
@@ -36,8 +34,8 @@ def search_labels(
         folder: the label folder, shared by all processes.
         manifest: what identifies the run; a folder of another run is refused.
         selection: the questions, and which labels to keep.
-        pool: runs the searches of this process.
-        prompt_of: the prompt of a question.
+        prompts: question id -> prompt.
+        new_pool: makes what runs the searches of this process, from its callbacks `is_wanted` and `after_round`.
         state: the processes.
 
     Returns:
@@ -48,30 +46,27 @@ def search_labels(
         KeyboardInterrupt: on Ctrl-C; its message says what is kept.
     """
     if state.is_main_process:
-        begin(folder, manifest)
+        manifest = begin(folder, manifest)
     state.wait_for_everyone()
-    if not (folder / "manifest.json").exists():
+    if not (folder / MANIFEST).exists():
         raise UserError(f"{folder} is not shared by all machines; choose an --output_dir on a shared file system")
     progress = Progress(folder, state.process_index, selection)
     progress.update()
     progress.open()
-    pool.is_wanted = lambda prompt, base_correct: selection.is_wanted(
-        prompt.question, SHORTER if base_correct else WRONG_TO_RIGHT
-    )
-    display = Display(progress, pool, state.num_processes, state.is_main_process)
-    pool.after_round = display.after_round
+    display = Display(progress, state.num_processes, state.is_main_process)
+    pool = new_pool(is_wanted=selection.is_wanted_as, after_round=display.after_round)
     try:
         with display.bar:
             while not (stage := _next_stage(selection, state)).is_last:
                 remaining = selection.remaining(state.process_index, state.num_processes, stage.searched)
-                for searched in pool.search(map(prompt_of, remaining)):
-                    progress.append(to_row(searched))
+                for searched in pool.search(prompts[question.id] for question in remaining):
+                    progress.append(searched)
                 progress.sync()
                 state.wait_for_everyone()
                 progress.update()
                 display.show()
         progress.close()
-        completed = finish(folder, progress) if state.is_main_process else None
+        completed = finish(folder, manifest, progress) if state.is_main_process else None
         state.wait_for_everyone()
         return completed
     except KeyboardInterrupt:

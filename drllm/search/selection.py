@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from drllm.labels import SHORTER, WRONG_TO_RIGHT
 from drllm.questions.sets import Question
+from drllm.rollouts.rewards import AnyPrompt
 from drllm.search.quotas import KINDS, Cell, allocate
 
 
@@ -111,6 +112,10 @@ class Selection:
         positions = self._labels.get((question.set, kind), [])
         return bisect.bisect_left(positions, self.positions[question.id]) < self.quotas[question.set][kind]
 
+    def is_wanted_as(self, prompt: AnyPrompt, base_correct: bool) -> bool:
+        """Whether the question could still be kept, once it is known whether its default path is right."""
+        return self.is_wanted(prompt.question, SHORTER if base_correct else WRONG_TO_RIGHT)
+
     def remaining(
         self, rank: int = 0, num_processes: int = 1, searched: Collection[str] | None = None
     ) -> Iterator[Question]:
@@ -128,9 +133,9 @@ class Selection:
     def next_stage(self) -> Stage:
         """The stage that the records call for: the first whose quotas are not yet settled, or the last one."""
         first_open = {(name, kind): self._first_open(name, kind) for name in self.orders for kind in KINDS}
-        limits: dict[Cell, int] = {}
+        existing: dict[Cell, int] = {}
         while True:
-            quotas = allocate(self.samples, self.share, limits)
+            quotas = allocate(self.samples, self.share, existing)
             exhausted: dict[Cell, int] = {}
             is_settled = True
             for cell, position in first_open.items():
@@ -143,7 +148,7 @@ class Selection:
                     is_settled = False
             if not is_settled or not exhausted:
                 return Stage(quotas, frozenset(self._searched_ids()), is_settled)
-            limits |= exhausted
+            existing |= exhausted
 
     def selected(self) -> list[tuple[str, Record]]:
         """(question id, record) of the labels to keep, sorted by set and id."""

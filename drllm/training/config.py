@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from drllm.arguments import MAX_SEED
 from drllm.errors import UserError
 from drllm.files import check_output_folder
 from drllm.provenance import parse_dtype
 from drllm.training.losses import scaled_beta
 
 MAX_WINDOWS = 32
-MAX_SEED = 2**32 - 1  # numpy takes no larger one
 
 
 def _is_share(text: str) -> bool:

@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from drllm.errors import UserError
 from drllm.files import shorten
-from drllm.labels import LABELS, MANIFEST, plain_label_files, read_labels, read_plain_labels
+from drllm.labels import Example, Label, plain_label_files, read_labels, read_plain_labels
+from drllm.manifests import LABELS, MANIFEST, PROGRESS, Manifest
 from drllm.questions.prompts import adds_special_tokens, apply_template
-from drllm.training.features import Example
 
 OPTIONAL_SETS = {"squadv2": "with_squad", "commonsense": "with_commonsense"}
 # The folder of the authors' first step, and that of ours.
@@ -25,20 +24,22 @@ class TrainingLabels:
     """Labels of one or more folders that belong together.
 
     Attributes:
-        rows: of the sets in use.
-        manifests: one per folder; empty for labels without a manifest, and then the remaining fields but `num_layers`
-            are None.
-        model, revision, model_fingerprint, num_layers, dtype, chat_template: what all manifests agree on.
+        labels: labels of the sets in use.
+        manifests: one per folder, which agree on the model and its prompts; empty for labels without a manifest.
     """
 
-    rows: list[dict[str, Any]]
-    manifests: list[dict[str, Any]]
-    num_layers: int
-    model: str | None = None
-    revision: str | None = None
-    model_fingerprint: str | None = None
-    dtype: str | None = None
-    chat_template: bool | None = None
+    labels: list[Label]
+    manifests: list[Manifest]
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What the labels belong to; None for labels without a manifest."""
+        return self.manifests[0] if self.manifests else None
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks that each path describes."""
+        return len(self.labels[0].path)
 
 
 def holds_labels(source: Path) -> bool:
@@ -87,51 +88,40 @@ def load_labels(
     plain = [_is_plain(Path(source)) for source in sources]
     if any(plain) and not all(plain):
         raise UserError(f"{shown}: labels with and without a {MANIFEST} cannot be mixed; train on one kind at a time")
-    rows, manifests, left_out = [], [], Counter()
+    labels: list[Label] = []
+    manifests: list[Manifest] = []
+    left_out: Counter[str] = Counter()
     for source in sources:
         if plain[0]:
-            source_rows = read_plain_labels(source)
+            of_source = read_plain_labels(source)
         else:
             label_set = read_labels(source)
-            source_rows = label_set.rows
+            of_source = label_set.labels
             manifests.append(label_set.manifest)
-        for row in source_rows:
-            if wanted.get(row["set"], True):
-                rows.append(row)
+        for label in of_source:
+            if wanted.get(label.set, True):
+                labels.append(label)
             else:
-                left_out[row["set"]] += 1
+                left_out[label.set] += 1
     for set_name, count in left_out.items():
         say(f"labels: leaving out {count} rows of {set_name}; --{OPTIONAL_SETS[set_name]} uses them")
     _check_same_model(sources, manifests)
     for set_name, flag in OPTIONAL_SETS.items():
-        if wanted[set_name] and not any(row["set"] == set_name for row in rows):
+        if wanted[set_name] and not any(label.set == set_name for label in labels):
             raise UserError(
                 f"--{flag} was given, but {shown} has no rows of {set_name}; make them with "
                 f"data_generation.py --dataset {set_name}"
             )
-    if not rows:
+    if not labels:
         raise UserError(f"no labels to train on in {shown}")
-    _check_rows_together(rows, shown)
-    num_layers = len(rows[0]["optimal_layer_config"])
-    if not manifests:
-        return TrainingLabels(rows, manifests, num_layers)
-    first = manifests[0]
-    return TrainingLabels(
-        rows,
-        manifests,
-        num_layers,
-        model=first["model"],
-        revision=first.get("revision"),
-        model_fingerprint=first["model_fingerprint"],
-        dtype=first["dtype"],
-        chat_template=first["chat_template"],
-    )
+    _check_labels_together(labels, shown)
+    return TrainingLabels(labels, manifests)
 
 
 def _is_plain(source: Path) -> bool:
     """Whether `source` holds labels without a manifest; UserError when it holds none at all."""
     if source.is_dir():
-        return not (source / MANIFEST).exists() and not (source / "progress").exists() and holds_labels(source)
+        return not (source / MANIFEST).exists() and not (source / PROGRESS).exists() and holds_labels(source)
     if source.exists() and source.suffix not in (".jsonl", ".json"):
         raise UserError(f"--data {source} is a file; pass the folder that data_generation.py wrote, or a .jsonl file")
     if source.name == LABELS and (source.parent / MANIFEST).exists():
@@ -139,25 +129,26 @@ def _is_plain(source: Path) -> bool:
     return source.exists()
 
 
-def _check_same_model(sources: Sequence[str], manifests: Sequence[dict[str, Any]]) -> None:
+def _check_same_model(sources: Sequence[str], manifests: Sequence[Manifest]) -> None:
     for source, manifest in zip(sources[1:], manifests[1:], strict=False):
         for name in ("model_fingerprint", "num_layers", "dtype", "chat_template"):
-            if manifest[name] != manifests[0][name]:
+            value, first = getattr(manifest, name), getattr(manifests[0], name)
+            if value != first:
                 raise UserError(
-                    f"the labels in {source} have {name} {manifest[name]!r}, those in {sources[0]} "
-                    f"{manifests[0][name]!r}; labels of different models cannot train one set of routers"
+                    f"the labels in {source} have {name} {value!r}, those in {sources[0]} {first!r}; labels of "
+                    "different models cannot train one set of routers"
                 )
 
 
-def _check_rows_together(rows: Sequence[dict[str, Any]], shown: str) -> None:
-    identities = Counter((row["set"], row["question_id"]) for row in rows)
+def _check_labels_together(labels: Sequence[Label], shown: str) -> None:
+    identities = Counter((label.set, label.question_id) for label in labels)
     repeated = [identity for identity, count in identities.items() if count > 1]
     if repeated:
         raise UserError(
             f"question {shorten('/'.join(repeated[0]))} has labels twice in {shown}; name each folder once, and label "
             "each question once"
         )
-    lengths = {len(row["optimal_layer_config"]) for row in rows}
+    lengths = {len(label.path) for label in labels}
     if len(lengths) > 1:
         raise UserError(f"{shown}: the paths have {min(lengths)} to {max(lengths)} entries; one model has one number")
 
@@ -170,22 +161,20 @@ def make_examples(
     Prompts are tokenised as in the search: special tokens are added unless a chat template brought its own BOS.
 
     Args:
-        labels: rows with a `prompt`, or rows without one, whose question is then the prompt.
-        tokenizer: of the base model.
+        labels: labels with a `prompt`, or without one, whose question is then the prompt.
+        tokenizer: tokenizer of the base model.
         paths: "best" or "all".
-        chat_template: for rows without a prompt: whether the question is rendered as the user's turn.
+        chat_template: whether the question of labels without a prompt is rendered as the user's turn.
     """
     examples = []
-    for row in labels.rows:
-        prompt = row["prompt"] if "prompt" in row else apply_template(row["question"], tokenizer, bool(chat_template))
+    for label in labels.labels:
+        prompt = label.prompt or apply_template(label.question, tokenizer, bool(chat_template))
         special = adds_special_tokens(prompt, tokenizer)
-        token_ids = tokenizer(prompt, add_special_tokens=special)["input_ids"]
-        best = tuple(row["optimal_layer_config"])
-        chosen = [best]
+        token_ids = tuple(tokenizer(prompt, add_special_tokens=special)["input_ids"])
+        chosen = [label.path]
         if paths == "all":
-            chosen += [path for path in map(tuple, row["good_paths"]) if path != best]
-        question = f"{row['set']}/{row['question_id']}"
-        examples += [Example(question, tuple(token_ids), path) for path in chosen]
+            chosen += [path for path in label.good_paths if path != label.path]
+        examples += [Example(f"{label.set}/{label.question_id}", token_ids, path) for path in chosen]
     return examples
 
 

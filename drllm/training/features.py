@@ -27,27 +27,12 @@ from safetensors import SafetensorError, safe_open
 
 from drllm.errors import UserError
 from drllm.files import disk_errors, write_json, write_tensors
+from drllm.labels import Example
 from drllm.provenance import dtype_name, fingerprint
-from drllm.questions.padding import pad_ids
-from train_models.paths import path_to_layer_indices
+from drllm.rollouts.routed_paths import windows_in_batches
 
 FORMAT = 1
 SHARD_EXAMPLES = 64
-
-
-@dataclass(frozen=True)
-class Example:
-    """One labelled path of one question.
-
-    Attributes:
-        question: identity of the question, "set/question_id"; splits keep a question's examples together.
-        token_ids: the prompt, as the search fed it to the model.
-        path: [L] values 0/1/2.
-    """
-
-    question: str
-    token_ids: tuple[int, ...]
-    path: tuple[int, ...]
 
 
 @dataclass
@@ -238,22 +223,6 @@ def _open_store(layout: _Layout, examples: Sequence[Example], layers: int, stati
     return store
 
 
-@torch.no_grad()
-def router_inputs(model, examples: Sequence[Example], pad_token_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Teacher-forced forward pass over the prompts of a batch.
-
-    Returns:
-        windows [B, L, W, d] in the model's dtype and window_mask bool [B, W], both on the model's device.
-    """
-    output = model.model(
-        **pad_ids([e.token_ids for e in examples], pad_token_id, model.device),
-        layer_indices=[path_to_layer_indices(e.path) for e in examples],
-        use_cache=False,
-        output_router_inputs=True,
-    )
-    return output.router_inputs, output.window_mask
-
-
 @dataclass
 class _ShardPass:
     """One process's share of the pass over the examples."""
@@ -276,14 +245,12 @@ class _ShardPass:
             rows = self.layout.shards[shard]
             windows = torch.zeros((len(rows), *self.layout.shape), dtype=self.layout.dtype)
             num_valid = torch.zeros(len(rows), dtype=torch.uint8)
-            # Prompts of similar length share a batch, so that there is little padding.
-            order = sorted(rows, key=lambda i: len(self.examples[i].token_ids))
-            for b in range(0, len(order), self.batch_size):
-                indices = order[b : b + self.batch_size]
-                batch_windows, batch_valid = self._batch([self.examples[i] for i in indices])
-                where = torch.tensor([i - rows.start for i in indices])
-                windows[where, :, : batch_windows.shape[2]] = batch_windows
-                num_valid[where] = batch_valid
+            of_shard = [self.examples[row] for row in rows]
+            for places, read, mask in windows_in_batches(self.model, of_shard, self.batch_size, self.pad_token_id):
+                self._count([of_shard[place] for place in places], read)
+                read = read.masked_fill(~mask[:, None, :, None], 0)[:, : self.layout.shape[0]]
+                windows[places, :, : read.shape[2]] = read.to("cpu", self.layout.dtype)
+                num_valid[places] = mask.sum(1).to("cpu", torch.uint8)
                 self._report(start, total)
             write_shard(self.layout.path(shard), windows, num_valid, self.layout.digest)
         self.statistics.seconds = time.perf_counter() - start
@@ -291,9 +258,8 @@ class _ShardPass:
             self.say(f"features: done in {duration(self.statistics.seconds)}")
         return self.statistics
 
-    def _batch(self, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(windows [B, L, W, d], number of valid ones uint8 [B]) on the CPU."""
-        windows, mask = router_inputs(self.model, batch, self.pad_token_id)
+    def _count(self, batch: Sequence[Example], windows: torch.Tensor) -> None:
+        """Counts what a batch cost; refuses windows that are not finite."""
         if not torch.isfinite(windows).all():
             bad = (~torch.isfinite(windows)).flatten(1).any(1).nonzero()[0].item()
             raise UserError(
@@ -303,8 +269,6 @@ class _ShardPass:
         self.statistics.examples += len(batch)
         self.statistics.forward_passes += 1
         self.statistics.block_applications += int(self.model.block_applications.sum())
-        windows = windows.masked_fill(~mask[:, None, :, None], 0)[:, : self.layout.shape[0]]
-        return windows.to("cpu", self.layout.dtype), mask.sum(1).to("cpu", torch.uint8)
 
     def _report(self, start: float, total: int) -> None:
         now = time.perf_counter()

@@ -16,10 +16,10 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from drllm.errors import UserError
 from drllm.files import disk_errors
+from drllm.labels import Example
 from drllm.questions.padding import pad_ids
 from drllm.training.config import RouterTrainingConfig
 from drllm.training.data import split_by_question
-from drllm.training.features import Example
 from drllm.training.losses import NUM_CLASSES, class_counts, effective_number_weights, routing_loss
 from drllm.training.metrics import confusion_matrix, metrics_of_counts, routing_metrics
 from drllm.training.router_modules import StackedRouters

@@ -17,10 +17,10 @@ from accelerate import PartialState
 
 from drllm.errors import UserError
 from drllm.files import disk_errors, is_whole, read_json, write_whole
+from drllm.labels import Example
 from drllm.processes import from_main
 from drllm.training.config import RouterTrainingConfig
 from drllm.training.data import TrainingLabels
-from drllm.training.features import Example
 
 RECORD, RUN, LOCK = "training.json", "run.json", "lock"
 # Fields that do not change the trained weights.
@@ -45,10 +45,11 @@ def run_identity(
         digest.update(json.dumps([example.question, example.token_ids, example.path]).encode())
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_IDENTITY}
     # With a manifest the fingerprint identifies the model, under whatever name.
-    settings["model_id"] = None if labels.model_fingerprint else config.model_id
+    model = labels.manifest and labels.manifest.model_fingerprint
+    settings["model_id"] = None if model else config.model_id
     settings["dtype"] = dtype
     return settings | {
-        "model": labels.model_fingerprint,
+        "model": model,
         "labels": digest.hexdigest()[:16],
         "processes": processes,
     }

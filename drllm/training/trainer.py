@@ -26,13 +26,14 @@ from transformers.utils import logging
 from drllm.checkpoints import load_config, load_routed, load_tokenizer, save_checkpoint
 from drllm.errors import UserError
 from drllm.files import check_output_folder, write_json, write_whole
-from drllm.labels import FORMAT
+from drllm.labels import Example
+from drllm.manifests import Manifest, checkpoint_record
 from drllm.processes import process_state
 from drllm.provenance import commit, dtype_name, fingerprint, parse_dtype, versions
 from drllm.questions.prompts import wants_chat_template
 from drllm.training.config import RouterTrainingConfig
 from drllm.training.data import TrainingLabels, default_folder, load_labels, make_examples
-from drllm.training.features import Example, FeatureStore, compute_features, duration
+from drllm.training.features import FeatureStore, compute_features, duration
 from drllm.training.fitting import FitResult, FitSettings, PromptCollator, Split, evaluate_logits, fit
 from drllm.training.losses import paper_alpha
 from drllm.training.resuming import RECORD, finished_run, locked, prepare_folder, run_identity
@@ -206,19 +207,20 @@ def _silence(message: str) -> None:
 
 def _base_of(config: RouterTrainingConfig, labels: TrainingLabels, say: Callable[[str], None]) -> BaseModel:
     """The base model of the labels; refuses a dtype other than theirs."""
-    if not labels.manifests:
+    made_with = labels.manifest
+    if made_with is None:
         return _assumed_base(config, say)
-    if config.dtype is not None and dtype_name(config.dtype) != dtype_name(labels.dtype):
+    if config.dtype is not None and dtype_name(config.dtype) != dtype_name(made_with.dtype):
         raise UserError(
-            f"--dtype {dtype_name(config.dtype)} differs from that of the labels, {labels.dtype}: in another dtype the "
-            "model answers other questions right; omit --dtype, or make the labels again with it"
+            f"--dtype {dtype_name(config.dtype)} differs from that of the labels, {made_with.dtype}: in another dtype "
+            "the model answers other questions right; omit --dtype, or make the labels again with it"
         )
-    name, revision = labels.model, labels.revision
-    if config.model_id is not None and config.model_id != labels.model:
+    name, revision = made_with.model, made_with.revision
+    if config.model_id is not None and config.model_id != made_with.model:
         name, revision = config.model_id, None
     tokenizer = load_tokenizer(name, revision)
     base_config = load_config(name, revision)
-    return BaseModel(name, revision, base_config, tokenizer, parse_dtype(labels.dtype), labels.chat_template)
+    return BaseModel(name, revision, base_config, tokenizer, parse_dtype(made_with.dtype), made_with.chat_template)
 
 
 def _assumed_base(config: RouterTrainingConfig, say: Callable[[str], None]) -> BaseModel:
@@ -260,11 +262,11 @@ def _load_base(config: RouterTrainingConfig, labels: TrainingLabels, base: BaseM
     """The base model with new routers, frozen; refuses a model other than that of the labels."""
     routed = load_routed(base.name, base.dtype, base.revision, config.router_fields)
     model_fingerprint = fingerprint(routed)
-    if labels.model_fingerprint is not None and model_fingerprint != labels.model_fingerprint:
+    if labels.manifest is not None and model_fingerprint != labels.manifest.model_fingerprint:
         raise UserError(
             f"the labels in {' '.join(config.data)} were made with another model: their weights have the fingerprint "
-            f"{labels.model_fingerprint}, those of {base.name} {model_fingerprint}; pass the model they were made with "
-            "(--model_id), or make the labels again"
+            f"{labels.manifest.model_fingerprint}, those of {base.name} {model_fingerprint}; pass the model they were "
+            "made with (--model_id), or make the labels again"
         )
     routed.config.base_model_name, routed.config.base_model_revision = base.name, base.revision
     routed.config.base_model_fingerprint = model_fingerprint
@@ -322,20 +324,19 @@ def _record(
 def _export(
     routed, base: BaseModel, config: RouterTrainingConfig, labels: TrainingLabels, record: dict, steps_log: list[dict]
 ) -> None:
-    manifests: dict | list = labels.manifests[0] if len(labels.manifests) == 1 else labels.manifests
-    if not manifests:
-        manifests = {
-            "format": FORMAT,
-            "model": base.name,
-            "revision": base.revision,
-            "model_fingerprint": routed.config.base_model_fingerprint,
-            "num_layers": labels.num_layers,
-            "dtype": dtype_name(base.dtype),
-            "chat_template": base.chat_template,
-            "arguments": {"budget": 2.0},
-            "labels": len(labels.rows),
-            "assumed": "the labels came without a manifest",
-        }
-    save_checkpoint(routed, base.tokenizer, config.checkpoint, manifests, record)
+    manifests = labels.manifests or [
+        Manifest(
+            model=base.name,
+            revision=base.revision,
+            model_fingerprint=routed.config.base_model_fingerprint,
+            num_layers=labels.num_layers,
+            dtype=dtype_name(base.dtype),
+            chat_template=base.chat_template,
+            arguments={"budget": 2.0},
+            labels=len(labels.labels),
+            results={"assumed": "the labels came without a manifest"},
+        )
+    ]
+    save_checkpoint(routed, base.tokenizer, config.checkpoint, checkpoint_record(manifests), record)
     write_whole(config.checkpoint / STEPS_LOG, "".join(json.dumps(entry) + "\n" for entry in steps_log))
     write_json(config.checkpoint / RECORD, record)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 
 from drllm.checkpoints import checkpoint_info, load_tokenizer
 from drllm.errors import UserError
-from drllm.evaluation.protocol import read_manifests
 from drllm.files import read_json
+from drllm.manifests import Manifest, read_checkpoint_manifests
 from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
 from drllm.provenance import dtype_on, parse_dtype
 from drllm.questions.overlap import load_training_questions
-from drllm.questions.prompts import wants_chat_template
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import Question, expand_sets, load_questions
 from drllm.rollouts.rewards import Reward, reward_named
@@ -51,36 +49,34 @@ class Protocol:
         folders = [checkpoint.partition("=")[2] for checkpoint in arguments.checkpoint]
         for folder in folders:
             checkpoint_info(folder).require_routers()
-        labels = [(folder, manifest) for folder in folders for manifest in read_manifests(Path(folder))]
-        first: dict[str, Any] = labels[0][1] if labels else {}
+        labels = [(folder, manifest) for folder in folders for manifest in read_checkpoint_manifests(Path(folder))]
+        first = labels[0][1] if labels else Manifest()
         for folder, manifest in labels[1:]:
             for name in ("dtype", "reward", "chat_template"):
-                if manifest.get(name) != first.get(name):
+                value, of_first = getattr(manifest, name), getattr(first, name)
+                if value != of_first:
                     raise UserError(
-                        f"the labels of {folder} have {name} {manifest.get(name)!r}, those of {labels[0][0]} "
-                        f"{first.get(name)!r}; compare checkpoints of one kind of labels"
+                        f"the labels of {folder} have {name} {value!r}, those of {labels[0][0]} {of_first!r}; compare "
+                        "checkpoints of one kind of labels"
                     )
-        model = arguments.model or first.get("model") or str(MINIATURE_MODEL)
-        reward = reward_named(arguments.reward or first.get("reward", "generation"))
-        if "chat_template" in first:
-            chat = bool(first["chat_template"])
-        else:
-            chat = reward.generates and wants_chat_template("auto", model, load_tokenizer(model))
-        dtype = arguments.dtype or first.get("dtype")
-        sets = expand_sets(arguments.dataset or ",".join(first.get("arguments", {}).get("dataset", [])) or DEFAULT_SETS)
+        model = arguments.model or first.model or str(MINIATURE_MODEL)
+        reward = reward_named(arguments.reward or first.reward)
+        chat = first.chat_template if labels else reward.uses_chat_template("auto", model, load_tokenizer(model))
+        dtype = arguments.dtype or first.dtype
+        sets = expand_sets(arguments.dataset or ",".join(first.arguments.get("dataset", [])) or DEFAULT_SETS)
         reward.check_sets(sets)
         data_dir = arguments.data_dir
         if data_dir is None and labels:
-            data_dir = None if first.get("data_dir") is None else Path(first["data_dir"])
+            data_dir = None if first.data_dir is None else Path(first.data_dir)
         elif data_dir is None and model == str(MINIATURE_MODEL):
             data_dir = MINIATURE_DATA
         return cls(
             model,
-            None if arguments.model else first.get("revision"),
+            None if arguments.model else first.revision,
             parse_dtype(dtype) if dtype else dtype_on(state.device, "auto"),
             reward,
             chat,
-            ResponseFormat.of_manifest(first).without_defaults(chat) if labels else ResponseFormat(),
+            first.response_format,
             data_dir,
             tuple(sets),
         )

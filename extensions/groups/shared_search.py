@@ -31,12 +31,12 @@ class SharedSettings:
     """How the path of a group is searched and chosen.
 
     Attributes:
-        tree: of the search. `stop_when_right` is always off: no single answer ends the search of a group.
+        tree: settings of the search. `stop_when_right` is always off: no single answer ends the search of a group.
         search_questions: most questions of a group whose mean reward the tree sees; at most half of a group.
         finalists: paths that are measured on all questions of the group.
         price: reward that one block application less may cost, and that one more must gain.
         caution: standard errors by which a path's gain must exceed its price.
-        seed: of the choice of questions and of the searches.
+        seed: seed for the choice of questions and for the searches.
     """
 
     tree: SearchSettings = field(default_factory=SearchSettings)
@@ -52,7 +52,7 @@ class GroupLabel:
     """The path of a group, and how it was found.
 
     Attributes:
-        questions: of the group, as the caller numbers them.
+        questions: questions of the group, as the caller numbers them.
         path: the label of all of them.
         gain, error: mean reward along `path` less that along the default path, over all questions of the group, and its
             standard error; 0 for the default path.
@@ -98,7 +98,7 @@ def search_groups(
     Args:
         groups: number of a group -> its questions, at least one.
         num_blocks: L of the model.
-        settings: of every group.
+        settings: settings of every group.
         measure: rewards of questions along paths; it is asked for some of them twice and should remember them.
         after_round: called after each round with the steps that it took: simulations, then finalists; `num_simulations`
             and `finalists` for each group.

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from drllm.errors import UserError
-from drllm.labels import COLUMNS, MANIFEST_FIELDS, read_labels, read_plain_labels
+from drllm.labels import COLUMNS, read_labels, read_plain_labels
+from drllm.manifests import OPTIONAL, REQUIRED
 from drllm.training.data import load_labels
 
 MANY = settings(
@@ -31,7 +32,7 @@ JSON = st.recursive(
     lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(max_size=4), values, max_size=3),
     max_leaves=8,
 )
-FIELDS = sorted({*COLUMNS, *MANIFEST_FIELDS, "format", "labels", "revision", "budget"})
+FIELDS = sorted({*COLUMNS, *REQUIRED, *OPTIONAL, "format", "budget"})
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def check(files: dict[str, bytes]) -> bool:
             assert str(folder) in message
             return False
         labels = read_labels(folder)
-        assert len(labels.rows) == labels.manifest["labels"]
+        assert len(labels.labels) == labels.manifest.labels
         return True
     finally:
         shutil.rmtree(folder)
@@ -140,7 +141,7 @@ def test_labels_of_three_fields(rows, suffix, tail):
             if (message := refusal(lambda source=source: read_plain_labels(source))) is not None:
                 assert str(folder) in message
             else:
-                rows = read_plain_labels(source)
-                assert all(row["question"] and set(row["optimal_layer_config"]) <= {0, 1, 2} for row in rows)
+                labels = read_plain_labels(source)
+                assert all(label.question and set(label.path) <= {0, 1, 2} for label in labels)
     finally:
         shutil.rmtree(folder)

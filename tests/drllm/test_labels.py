@@ -6,7 +6,7 @@ import pytest
 
 from drllm import labels
 from drllm.errors import UserError
-from drllm.search.progress import to_row
+from drllm.search.progress import label_of
 from tests.label_toys import make_finished, question, searched
 
 
@@ -18,10 +18,23 @@ def finished(tmp_path):
 
 def test_labels_are_read_back(finished):
     found = labels.read_labels(finished)
-    assert found.manifest["labels"] == len(found.rows) == 12
-    for row in found.rows:
-        assert set(row) == set(labels.COLUMNS)
-        assert to_row(searched(question(row["set"], int(row["question_id"][-3:])))) == row
+    assert found.manifest.labels == len(found.labels) == 12
+    for label in found.labels:
+        assert label_of(searched(question(label.set, int(label.question_id[-3:])))) == label
+    rows = [json.loads(line) for line in (finished / "labels.jsonl").read_text().split("\n")[:-1]]
+    assert all(list(row) == list(labels.COLUMNS) for row in rows)
+    assert [labels.Label.of_row(row) for row in rows] == found.labels
+
+
+def test_a_manifest_is_read_back_with_the_entries_that_it_does_not_know(finished):
+    path = finished / "manifest.json"
+    written = json.loads(path.read_text())
+    assert labels.read_labels(finished).manifest.as_dict() == written
+    old = {name: value for name, value in written.items() if name not in ("reward", "program", "questions", "seed")}
+    path.write_text(json.dumps(old | {"later": [1]}))
+    manifest = labels.read_labels(finished).manifest
+    assert (manifest.reward, manifest.program, manifest.seed) == ("generation", "data_generation.py", None)
+    assert manifest.as_dict()["later"] == manifest.results["later"] == [1]
 
 
 def spoil(folder, number, change):
@@ -50,7 +63,7 @@ def spoil(folder, number, change):
     ],
 )
 def test_bad_rows_are_named_with_file_and_line(finished, change, message):
-    first = labels.read_labels(finished).rows[0]
+    first = labels.read_labels(finished).labels[0].as_row()
     spoil(finished, 1, lambda row: json.dumps(first | {"question_id": "arc_easy-000"}))
     labels.read_labels(finished)
     spoil(finished, 3, change)
@@ -61,7 +74,7 @@ def test_bad_rows_are_named_with_file_and_line(finished, change, message):
 def test_a_label_of_a_group_may_be_wrong_on_a_question_or_the_default_path(finished):
     group = {"kind": "group", "path_correct": False, "optimal_layer_config": [1, 1, 1, 1], "good_paths": []}
     spoil(finished, 3, lambda row: json.dumps(row | group))
-    assert labels.read_labels(finished).rows[2]["path_correct"] is False
+    assert labels.read_labels(finished).labels[2].path_correct is False
     spoil(finished, 3, lambda row: json.dumps(row | {"path_correct": None}))
     with pytest.raises(UserError, match=r":3: 'path_correct' is null, expected true or false"):
         labels.read_labels(finished)

@@ -6,8 +6,9 @@ import pytest
 
 from drllm import files
 from drllm.errors import UserError
+from drllm.manifests import begin
 from drllm.search import progress as progress_module
-from drllm.search.progress import Progress, begin, finish, to_row
+from drllm.search.progress import Progress, finish, label_of
 from tests.label_toys import make_finished, manifest, new_selection, run, searched
 
 
@@ -38,10 +39,10 @@ def test_lines_appear_at_once_for_other_processes(tmp_path):
     writing, reading = Progress(tmp_path, 0, selection), Progress(tmp_path, 1, other)
     writing.open()
     for number, asked in enumerate(list(selection.remaining())[:3], start=1):
-        writing.append(to_row(searched(asked)))
+        writing.append(searched(asked))
         reading.update()
         assert len(other.records) == number
-        assert reading.read(other.records[asked.id]) == to_row(searched(asked))
+        assert reading.read(other.records[asked.id]) == label_of(searched(asked))
 
 
 def test_a_spoiled_line_is_named(tmp_path):
@@ -104,12 +105,12 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
     progress._file = FullDisk(progress._file)
     with pytest.raises(UserError, match=r"no space left to write .*2 finished questions are kept: free some space"):
-        progress.append(to_row(searched(next(selection.remaining()))))
+        progress.append(searched(next(selection.remaining())))
     progress._file.close()
     assert progress.path.read_bytes() == before
     monkeypatch.setattr(files.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(errno.EDQUOT, "Disk quota")))
     with pytest.raises(UserError, match=r"no space left to write .*labels\.jsonl"):
-        finish(tmp_path, progress)
+        finish(tmp_path, manifest(), progress)
     assert not (tmp_path / "labels.jsonl").exists()
 
 
@@ -137,5 +138,5 @@ def test_finishing_again_gives_the_same_file(finished):
     progress = Progress(finished, 0, selection)
     progress.update()
     assert list(selection.remaining()) == []
-    finish(finished, progress)
+    finish(finished, manifest(), progress)
     assert (finished / "labels.jsonl").read_bytes() == before

@@ -6,8 +6,9 @@ import random
 import pytest
 
 from drllm import labels
+from drllm.manifests import begin, read_manifest
 from drllm.questions.sets import Question
-from drllm.search.progress import begin, finish, to_row
+from drllm.search.progress import finish, label_of
 from drllm.search.quotas import allocate, apportion
 from drllm.search.report import shortfall_lines
 from drllm.search.selection import Record, Selection, digest_of, seeded_order
@@ -48,16 +49,16 @@ def test_digests_notice_other_questions_and_other_answers():
 
 
 def test_the_selection_is_the_first_of_each_kind_in_the_seeded_order(finished):
-    rows = labels.read_labels(finished).rows
+    kept = labels.read_labels(finished).labels
     for name in SETS:
         order = seeded_order([question(name, number) for number in range(60)], 0)
         expected = set()
         for kind in (labels.WRONG_TO_RIGHT, labels.SHORTER):
-            of_kind = [asked.id for asked in order if to_row(searched(asked))["kind"] == kind]
+            of_kind = [asked.id for asked in order if label_of(searched(asked)).kind == kind]
             assert len(of_kind) > 3
             expected |= set(of_kind[:3])
-        assert {row["question_id"] for row in rows if row["set"] == name} == expected
-    assert [row["question_id"] for row in rows] == sorted(row["question_id"] for row in rows)
+        assert {label.question_id for label in kept if label.set == name} == expected
+    assert [label.question_id for label in kept] == sorted(label.question_id for label in kept)
 
 
 @pytest.mark.parametrize(("samples", "share"), [(6, 0.5), (20, 0.9), (20, 0.05), (45, 0.3)])
@@ -72,10 +73,10 @@ def test_the_selection_does_not_depend_on_processes_arrival_or_stops(tmp_path, s
     for path in (expected, folder):
         begin(path, manifest())
     undisturbed = run_in_turns(expected, new)
-    finish(expected, undisturbed)
+    finish(expected, manifest(), undisturbed)
     assert run_in_turns(folder, new, num_processes=2, seed=seed, stop=10) is None
     progress = run_in_turns(folder, new, num_processes=3, seed=seed)
-    finish(folder, progress)
+    finish(folder, manifest(), progress)
     assert (folder / "labels.jsonl").read_bytes() == (expected / "labels.jsonl").read_bytes()
     if samples == 6:  # it did not search everything to get there
         assert len(progress.selection.records) < 2 * 60
@@ -158,10 +159,10 @@ def test_four_thousand_labels_of_a_base_that_is_right_on_one_dart_question_in_ei
         for asked in order:
             counts[asked.set][kind_of(asked)] += 1
     exist = {name: count[W2R] + count[SHORTER] for name, count in counts.items()}
-    begin(tmp_path / "full", manifest(arguments={"wrong_to_right_share": 0.3}))
-    completed = finish(tmp_path / "full", run_in_turns(tmp_path / "full", new, kind_of, share_read=0.01))
-    table = {row["set"]: row for row in completed["table2"]}
-    assert completed["labels"] == 4000
+    begun = begin(tmp_path / "full", manifest(arguments={"wrong_to_right_share": 0.3}))
+    completed = finish(tmp_path / "full", begun, run_in_turns(tmp_path / "full", new, kind_of, share_read=0.01))
+    table = {row["set"]: row for row in completed.results["table2"]}
+    assert completed.labels == 4000
     assert exist["dart-5"] < 1000
     for name, row in table.items():
         assert row["sampled"] >= min(samples[name], exist[name])
@@ -175,10 +176,10 @@ def test_four_thousand_labels_of_a_base_that_is_right_on_one_dart_question_in_ei
     assert f"dart-5: {exist['dart-5']} labels instead of 1000" in said
     assert "of all labels, target 30.0%" in said
     # A quarter of the questions: not 4,000 labels, but all that exist.
-    begin(tmp_path / "few", manifest(arguments={"wrong_to_right_share": 0.3}))
-    completed = finish(tmp_path / "few", run_in_turns(tmp_path / "few", lambda: new(4), kind_of, share_read=0.1))
+    begun = begin(tmp_path / "few", manifest(arguments={"wrong_to_right_share": 0.3}))
+    completed = finish(tmp_path / "few", begun, run_in_turns(tmp_path / "few", lambda: new(4), kind_of, share_read=0.1))
     exist = sum(kind_of(asked) in (W2R, SHORTER) for order in new(4).orders.values() for asked in order)
-    assert completed["labels"] == exist < 4000
+    assert completed.labels == exist < 4000
     assert f"{exist} of 4000 labels: no question is left to search" in shortfall_lines(completed)
 
 
@@ -213,7 +214,7 @@ def test_a_question_that_was_not_searched_is_searched_when_its_kind_becomes_want
 
 
 def test_table_2_counts_what_was_done(finished):
-    table = labels.read_manifest(finished)["table2"]
+    table = read_manifest(finished).results["table2"]
     for row in table:
         assert (row["original"], row["sampled"], row["wanted"], row["wrong_to_right"]) == (60, 6, 6, 3)
         assert row["inferences"] == row["visited"] + row["simulations"]

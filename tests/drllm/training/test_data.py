@@ -2,25 +2,26 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 
 from drllm.checkpoints import load_tokenizer
 from drllm.errors import UserError
+from drllm.labels import Example
 from drllm.training.data import load_labels, make_examples, split_by_question
-from drllm.training.features import Example
 
 
 def test_optional_sets_are_left_out_unless_asked_for(tiny_base, labels_maker, tmp_path):
     data = str(labels_maker(tmp_path, tiny_base, 12, sets=("arc_easy", "squadv2", "commonsense")))
     said = []
-    assert {r["set"] for r in load_labels([data], say=said.append).rows} == {"arc_easy"}
+    assert {label.set for label in load_labels([data], say=said.append).labels} == {"arc_easy"}
     assert said == [
         "labels: leaving out 4 rows of squadv2; --with_squad uses them",
         "labels: leaving out 4 rows of commonsense; --with_commonsense uses them",
     ]
-    assert {r["set"] for r in load_labels([data], with_squad=True).rows} == {"arc_easy", "squadv2"}
-    assert len(load_labels([data], True, True).rows) == 12
+    assert {label.set for label in load_labels([data], with_squad=True).labels} == {"arc_easy", "squadv2"}
+    assert len(load_labels([data], True, True).labels) == 12
 
 
 def test_an_optional_set_without_labels(tiny_labels):
@@ -36,7 +37,7 @@ def test_nothing_left_to_train_on(tiny_base, labels_maker, tmp_path):
 def test_folders_are_merged_when_they_belong_together(tiny_base, labels_maker, tmp_path):
     folders = [str(labels_maker(tmp_path / name, tiny_base, 5, sets=(name,))) for name in ("arc_easy", "dart-1")]
     labels = load_labels(folders)
-    assert len(labels.rows) == 10
+    assert len(labels.labels) == 10
     assert len(labels.manifests) == 2
     manifest = tmp_path / "dart-1" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"dtype": "bfloat16"}))
@@ -52,10 +53,10 @@ def test_the_same_labels_twice_are_refused(tiny_labels):
 def test_examples_of_best_and_of_all_paths(tiny_base, tiny_labels):
     labels, tokenizer = load_labels([str(tiny_labels)]), load_tokenizer(str(tiny_base))
     best = make_examples(labels, tokenizer)
-    assert [e.path for e in best] == [tuple(r["optimal_layer_config"]) for r in labels.rows]
-    assert [list(e.token_ids) for e in best] == [tokenizer(r["prompt"])["input_ids"] for r in labels.rows]
+    assert [e.path for e in best] == [label.path for label in labels.labels]
+    assert [list(e.token_ids) for e in best] == [tokenizer(label.prompt)["input_ids"] for label in labels.labels]
     every = make_examples(labels, tokenizer, "all")
-    assert len(every) == sum(len({tuple(p) for p in r["good_paths"]}) for r in labels.rows) == 48
+    assert len(every) == sum(len(set(label.good_paths)) for label in labels.labels) == 48
 
 
 def test_special_tokens_are_added_unless_a_chat_template_brought_them(tiny_labels):
@@ -69,10 +70,11 @@ def test_special_tokens_are_added_unless_a_chat_template_brought_them(tiny_label
 
     labels = load_labels([str(tiny_labels)])
     for chat_template in (False, True):
-        object.__setattr__(labels, "chat_template", chat_template)
-        for row, begins in zip(labels.rows, itertools.cycle((True, False))):
-            row["prompt"] = ("<s>" if begins else "") + row["prompt"].removeprefix("<s>")
-        examples = make_examples(labels, Recorder())
+        given = [
+            replace(label, prompt=("<s>" if begins else "") + label.prompt)
+            for label, begins in zip(labels.labels, itertools.cycle((True, False)))
+        ]
+        examples = make_examples(replace(labels, labels=given), Recorder(), chat_template=chat_template)
         assert [len(each.token_ids) for each in examples] == [1, 2] * (len(examples) // 2)
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from drllm.errors import UserError
+from drllm.labels import Example
 from drllm.provenance import fingerprint
 from drllm.training import features
-from drllm.training.features import Example, compute_features
+from drllm.training.features import compute_features
 from drllm.training.losses import routing_loss
 from drllm.training.router_modules import StackedRouters
 from train_models import retrofit
@@ -179,18 +180,18 @@ def test_a_stale_shard_under_this_name_is_refused(stock_checkpoint, tmp_path):
 
 def test_an_interrupted_pass_continues(stock_checkpoint, tmp_path, monkeypatch):
     model, examples = make_model(stock_checkpoint("llama")), make_examples(70)
-    real, calls = features.router_inputs, []
+    real = features.windows_in_batches
 
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) > 4:  # in the second shard
-            raise KeyboardInterrupt
-        return real(*args)
+    def interrupted(model, examples, *arguments):
+        for number, batch in enumerate(real(model, examples, *arguments)):
+            if number == 0 and len(examples) == 6:  # in the second shard
+                raise KeyboardInterrupt
+            yield batch
 
-    monkeypatch.setattr(features, "router_inputs", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        store_of(model, examples, tmp_path)
-    monkeypatch.setattr(features, "router_inputs", real)
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "windows_in_batches", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store_of(model, examples, tmp_path)
     assert store_of(model, examples, tmp_path)[0].statistics.examples == 6
 
 

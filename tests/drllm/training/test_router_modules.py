@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from drllm.training.features import pad_ids
+from drllm.questions.padding import pad_ids
 from drllm.training.losses import routing_loss
 from drllm.training.router_modules import FullModelRouters, StackedRouters, init_final_biases
 from train_models import RouterBlock, retrofit

@@ -80,7 +80,7 @@ def test_checkpoint_holds_all_it_should(run, tiny_base, tiny_labels):
 
     assert json.loads((checkpoint / "training.json").read_text()) == json.loads(json.dumps(record))
     manifest = json.loads((checkpoint / "labels_manifest.json").read_text())
-    assert manifest == json.loads((tiny_labels / "manifest.json").read_text())
+    assert manifest.items() >= json.loads((tiny_labels / "manifest.json").read_text()).items()
     assert {p.name for p in (checkpoint / "routers").iterdir()} == {
         "routers.safetensors",
         "router_config.json",

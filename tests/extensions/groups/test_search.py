@@ -27,16 +27,14 @@ def test_labels_of_groups_are_labels_that_train(tmp_path, capsys):
     assert main([*SMALL, "--output_dir", str(folder)]) == 0
     assert "24 labels: " in capsys.readouterr().out
     labels = read_labels(folder)
-    groups = labels.manifest["groups"]
-    assert sum(sum(group["questions"].values()) for group in groups) == len(labels.rows) == 24
-    paths = {"".join(map(str, row["optimal_layer_config"])) for row in labels.rows}
+    groups = labels.manifest.results["groups"]
+    assert sum(sum(group["questions"].values()) for group in groups) == len(labels.labels) == 24
+    paths = {"".join(map(str, label.path)) for label in labels.labels}
     assert paths == {group["path"] for group in groups}
     assert "1" * 10 in paths, "a group that nothing helps keeps the default path, and its questions stay"
     assert len(paths) > 1
-    assert {row["kind"] for row in labels.rows} == {"group"}
-    assert all(
-        row["path_correct"] == row["base_correct"] for row in labels.rows if 0 not in row["optimal_layer_config"]
-    )
+    assert {label.kind for label in labels.labels} == {"group"}
+    assert all(label.path_correct == label.base_correct for label in labels.labels if 0 not in label.path)
     arguments = ["--data", str(folder), "--num_epochs", "1", "--output_dir", str(tmp_path), "--run_name", "routed"]
     assert train.main(arguments) == 0
     record = json.loads((tmp_path / "routed" / "training.json").read_text())
@@ -84,16 +82,16 @@ def test_the_reward_may_be_the_probability_of_the_right_option(tmp_path):
     command = f"--data_dir {MINIATURE_DATA} --dataset arc_easy --reward likelihood --limit 8 --groups 2".split()
     assert main([*command, "--num_simulations", "3", "--output_dir", str(tmp_path / "labels")]) == 0
     labels = read_labels(tmp_path / "labels")
-    assert len(labels.rows) == 8
-    assert labels.manifest["reward"] == "likelihood"
+    assert len(labels.labels) == 8
+    assert labels.manifest.reward == "likelihood"
     scores = [json.loads(line)[2] for line in (tmp_path / "labels-measured" / "00000.jsonl").read_text().splitlines()]
     assert {len(of_options) for of_options in scores} == {4}
 
 
 def test_bad_arguments_end_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(group_search, "load_base", lambda *given: pytest.fail("the model was loaded"))
-    assert main(["--budget", "inf", "--output_dir", str(tmp_path / "out")]) == 2
-    assert "budget is inf; it must be at least 1" in capsys.readouterr().err
+    monkeypatch.setattr(group_search, "load_model", lambda *given: pytest.fail("the model was loaded"))
+    assert main(["--price", "nan", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "--price is nan; it must be a number" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,5 +110,5 @@ def test_collections_are_groups_and_sets_have_numbers_of_their_own(tmp_path):
     command = f"--data_dir {MINIATURE_DATA} --dataset arc,dart-5 --limit arc_easy=4,arc_challenge=3,dart-5=5"
     command += f" --group_by collection --num_simulations 2 --output_dir {tmp_path / 'labels'}"
     assert main(command.split()) == 0
-    groups = read_labels(tmp_path / "labels").manifest["groups"]
+    groups = read_labels(tmp_path / "labels").manifest.results["groups"]
     assert [group["questions"] for group in groups] == [{"arc_easy": 4, "arc_challenge": 3}, {"dart-5": 5}]
