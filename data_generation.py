@@ -37,9 +37,7 @@ DEFAULT_SAMPLES = 1000  # of sets that are not in Table 2
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; defaults are the paper's."""
-    parser = argparse.ArgumentParser(
-        description="Search routing labels.", formatter_class=HelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Search routing labels.", formatter_class=HelpFormatter)
     add, paper = parser.add_argument, SearchSettings()
     add_arguments(parser, paper)
     add("--budget", type=float, default=paper.budget, help="longest path, in multiples of the number of blocks")

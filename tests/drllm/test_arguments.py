@@ -16,11 +16,9 @@ DECLARES_ITSELF = {
     "experiments.paper_figures": "a folder of figures, not a JSON file",
     "experiments.ablations": "a folder of results, not a JSON file",
     "miniature.make": "pre-training, whose batch size changes the weights",
-    "data_generation": "on its way to the shared ones",
-    "extensions.groups.search": "on its way to the shared ones",
 }
 MOST_ARGUMENTS = 20
-THE_PAPERS = ("data_generation.py", "train.py", "group_search")  # whose arguments are the paper's and the authors'
+THE_PAPERS = ("data_generation.py", "train.py")  # whose arguments are the paper's and the authors'
 
 
 def declared(module: str) -> set[str]:
