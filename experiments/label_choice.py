@@ -17,7 +17,7 @@ from typing import Any
 from drllm.arguments import add_shared
 from drllm.errors import main_guard
 from drllm.files import check_output_file
-from drllm.labels import read_labels
+from drllm.labels import Label, read_labels
 from drllm.provenance import command_line, write_result
 from drllm.questions.sets import GROUPS
 from drllm.text_tables import markdown
@@ -42,7 +42,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def choice(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def choice(labels: Sequence[Label]) -> dict[str, Any]:
     """What the labels of some questions leave to choice.
 
     Returns:
@@ -50,13 +50,13 @@ def choice(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         right paths per question that the search found; as_short: those of them that are as short as the label, the
         label included (means over questions).
     """
-    labels = [row["optimal_layer_config"] for row in rows]
-    as_short = [sum(sum(path) == sum(row["optimal_layer_config"]) for path in row["good_paths"]) for row in rows]
+    blocks = list(zip(*(label.path for label in labels), strict=True))
+    as_short = [sum(sum(path) == sum(label.path) for path in label.good_paths) for label in labels]
     return {
-        "questions": len(rows),
-        "skipped": [statistics.mean(action == SKIP for action in block) for block in zip(*labels, strict=True)],
-        "repeated": [statistics.mean(action == REPEAT for action in block) for block in zip(*labels, strict=True)],
-        "right_paths": statistics.mean(len(row["good_paths"]) for row in rows),
+        "questions": len(labels),
+        "skipped": [statistics.mean(action == SKIP for action in block) for block in blocks],
+        "repeated": [statistics.mean(action == REPEAT for action in block) for block in blocks],
+        "right_paths": statistics.mean(len(label.good_paths) for label in labels),
         "as_short": statistics.mean(as_short),
     }
 
@@ -91,11 +91,13 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     counted = []
     for folder in arguments.labels:
-        labels = read_labels(folder)
-        sets = {row["set"] for row in labels.rows}
+        labels = read_labels(folder).labels
+        sets = {label.set for label in labels}
         groups = {group: members for group, members in GROUPS.items() if sets & set(members)}
         for group, members in (groups or {"all": sets}).items():
-            counted.append({"labels": folder, "group": group} | choice([r for r in labels.rows if r["set"] in members]))
+            counted.append(
+                {"labels": folder, "group": group} | choice([label for label in labels if label.set in members])
+            )
     seconds = time.perf_counter() - start
     table = choice_table(counted)
     command = command_line(PROGRAM, argv)

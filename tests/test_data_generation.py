@@ -364,7 +364,7 @@ def test_numbers_per_set():
 def test_the_paper_s_values_are_the_defaults():
     args = data_generation.parse_arguments([])
     assert (args.num_simulations, args.budget, args.c, args.length_penalty, args.p_rand) == (50, 2.0, 1.8, 3.0, 0.1)
-    assert (args.dataset, args.wrong_to_right_share, args.output_dir) == (["arc,dart"], 0.3, "data/")
+    assert (args.dataset, args.wrong_to_right_share, args.output_dir) == ("arc,dart", 0.3, "data/")
 
 
 @pytest.mark.slow

@@ -40,6 +40,13 @@ TREE = {
 }
 
 
+class _Joined(argparse.Action):
+    """Stores several values as one text, as if commas stood between them."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, ",".join(values))
+
+
 def add_arguments(parser: argparse.ArgumentParser, defaults: SearchSettings) -> None:
     """Adds the arguments that every search has; `defaults` are those of its trees."""
     add = parser.add_argument
@@ -47,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: SearchSettings) -> 
     add_shared(parser, "revision")
     add_shared(parser, "dtype", "auto", "bfloat16 on a GPU, else float32")
     add_shared(parser, "data_dir", says="the Hub")
-    add_shared(parser, "dataset", ["arc,dart"], "arc,dart", nargs="+", about=": " + ", ".join(GROUPS | SETS))
+    add_shared(parser, "dataset", "arc,dart", nargs="+", action=_Joined, about=": " + ", ".join(GROUPS | SETS))
     add_shared(parser, "unlike", "")
     add_shared(parser, "reward", PUBLISHED, choices=REWARDS, about=f"; {HELP}")
     add("--num_simulations", type=int, default=defaults.num_simulations, help="simulations per tree search")
@@ -64,7 +71,6 @@ def check_arguments(args: argparse.Namespace, defaults: SearchSettings) -> Searc
     Raises:
         UserError: a value out of range, an unknown set, a set that the reward cannot judge, an unwritable folder.
     """
-    args.dataset = ",".join(args.dataset)
     ranges = dict.fromkeys(("num_simulations", "budget", "batch_size"), (1, math.inf)) | {"c": (0, math.inf)}
     ranges |= {"p_rand": (0, 1), "seed": (0, MAX_SEED)}
     check_ranges(args, **{name: limits for name, limits in ranges.items() if hasattr(args, name)})

@@ -8,7 +8,8 @@ import pytest
 
 from drllm.checkpoints import join_routers, load_tokenizer
 from drllm.errors import UserError
-from drllm.labels import LabelSet
+from drllm.labels import Label, LabelSet
+from drllm.manifests import Manifest
 from drllm.paper.ablation_report import draws_table, summarise
 from drllm.questions.prompts import Prompt
 from drllm.questions.response_format import ResponseFormat
@@ -144,7 +145,7 @@ def test_a_static_model_answers_as_its_base(tiny_base, questions, tmp_path):
     routed = retrofit(str(tiny_base))
     routed.model.is_static_routing = True
     source = ablations.QuestionSource(["arc_easy"], questions, False)
-    bench = ablations.bench_of({"model": str(tiny_base), "dtype": "float32"}, source, tmp_path / "answers", None)
+    bench = ablations.bench_of(Manifest(model=str(tiny_base), dtype="float32"), source, tmp_path / "answers", None)
     result = ablations.evaluate(routed, bench)
     assert result["accuracy"] == result["base_accuracy"]
     assert result["layers"] == result["base_layers"] == 5
@@ -210,8 +211,8 @@ def test_the_defaults_are_the_papers():
 
 
 def labels_from(**manifest) -> LabelSet:
-    rows = [{"set": "dart-2"}, {"set": "arc_easy"}, {"set": "dart-2"}]
-    return LabelSet(rows, {"chat_template": False, **manifest})
+    labels = [Label("q", (1,), "a", name, str(n)) for n, name in enumerate(("dart-2", "arc_easy", "dart-2"))]
+    return LabelSet(labels, Manifest(**manifest))
 
 
 def test_test_questions_are_those_of_the_labels_manifest(tmp_path):
@@ -230,8 +231,6 @@ def test_test_questions_are_those_of_the_labels_manifest(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "sentence"),
     [
-        ([labels_from()], "names no 'data_dir'; pass --data_dir"),
-        ([labels_from(data_dir=[7])], "names no 'data_dir'; pass --data_dir"),
         ([labels_from(data_dir="/nowhere")], "/nowhere does not exist; pass the one to test on as --data_dir"),
         ([labels_from(data_dir="a"), labels_from(data_dir="b")], "come from questions of"),
         ([labels_from(data_dir=None), labels_from(data_dir=None, chat_template=True)], "some of the labels"),
@@ -240,7 +239,7 @@ def test_test_questions_are_those_of_the_labels_manifest(tmp_path):
             "several response",
         ),
     ],
-    ids=["no folder", "a number", "missing folder", "two folders", "two templates", "two formats"],
+    ids=["missing folder", "two folders", "two templates", "two formats"],
 )
 def test_labels_that_do_not_name_their_test_questions_are_refused(labels, sentence):
     with pytest.raises(UserError, match=sentence):

@@ -2,15 +2,14 @@
 
 import json
 
+from drllm.labels import Label
 from experiments.label_choice import choice, main
 
 
 def test_choice_by_hand():
-    rows = [
-        {"optimal_layer_config": [0, 1, 1], "good_paths": [[0, 1, 1], [1, 0, 1], [1, 1, 2]]},
-        {"optimal_layer_config": [0, 1, 2], "good_paths": [[0, 1, 2]]},
-    ]
-    assert choice(rows) == {
+    paths = [((0, 1, 1), (1, 0, 1), (1, 1, 2)), ((0, 1, 2),)]
+    labels = [Label("q", right[0], "a", "arc_easy", str(n), good_paths=right) for n, right in enumerate(paths)]
+    assert choice(labels) == {
         "questions": 2,
         "skipped": [1, 0, 0],
         "repeated": [0, 0, 0.5],

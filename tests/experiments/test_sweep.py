@@ -103,7 +103,7 @@ def test_the_chosen_knob_keeps_base_accuracy_with_the_fewest_layers():
 
 def test_labelled_questions_are_left_out(data, monkeypatch):
     questions = load_questions("arc_easy", "train", data)
-    labels = SimpleNamespace(rows=[{"set": "arc_easy", "question_id": questions[0].id}])
+    labels = SimpleNamespace(labels=[SimpleNamespace(set="arc_easy", question_id=questions[0].id)])
     monkeypatch.setattr(sweep, "read_labels", lambda folder: labels)
     left = sweep.validation_questions(["arc_easy"], data, data, None)
     assert [question.id for question in left] == [question.id for question in questions[1:]]

@@ -119,7 +119,7 @@ def test_chat_template_follows_the_labels(checkpoint):
 
 
 def test_default_tasks_are_those_of_the_reward(checkpoint):
-    assert (reward_of(checkpoint), default_tasks(checkpoint)) == ("generation", "drllm_arc,drllm_dart")
+    assert (reward_of(checkpoint).name, default_tasks(checkpoint)) == ("generation", "drllm_arc,drllm_dart")
     arguments = {"dataset": ["arc_easy", "openbookqa"]}
     checkpoint([{"reward": "likelihood", "arguments": arguments}] * 2)
     assert default_tasks(checkpoint) == "drllm_ll_arc_easy,drllm_ll_openbookqa"
@@ -151,13 +151,13 @@ def test_another_reward_triggers_a_warning(checkpoint, reward, tasks, is_warned)
         ("", "not valid JSON"),
         ("3", "expected an object or a list of objects"),
         ("[3]", "expected an object or a list of objects"),
-        ('{"chat_template": "yes"}', "'chat_template' is not true or false"),
-        ('{"reward": "luck"}', "'reward' is not one of generation, likelihood"),
+        ('{"chat_template": "yes"}', "'chat_template' is \"yes\", expected true or false"),
+        ('{"reward": "luck"}', "'reward' is \"luck\", expected one of generation, likelihood"),
         ('{"arguments": {"max_new_tokens": 3}}', "'max_new_tokens' does not give a positive integer"),
         ('{"arguments": {"max_new_tokens": {"arc_easy": 0}}}', "'max_new_tokens' does not give a positive integer"),
         ('{"arguments": {"max_new_tokens": {"arc": 3}}}', "'max_new_tokens' does not give a positive integer"),
         ('{"arguments": {"inject_boxed": "no"}}', "'inject_boxed' is not true or false"),
-        ('{"reward": []}', "'reward' is not one of generation, likelihood"),
+        ('{"reward": []}', r"'reward' is \[\], expected one of generation, likelihood"),
         ("[" * 100_000, "not valid JSON"),
     ],
 )

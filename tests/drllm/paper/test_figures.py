@@ -85,12 +85,9 @@ def test_boxes_are_of_early_middle_and_late_layers(folder, drawn):
 
 
 def test_labels_are_counted_per_set(tmp_path, monkeypatch, drawn):
-    rows = [
-        {"set": "dart-1", "optimal_layer_config": [0, 1, 1, 2]},
-        {"set": "arc_easy", "optimal_layer_config": [2, 1, 1, 1]},
-        {"set": "dart-1", "optimal_layer_config": [1, 1, 1, 1]},
-    ]
-    monkeypatch.setattr(figures, "read_labels", lambda folder: SimpleNamespace(rows=rows))
+    paths = [("dart-1", (0, 1, 1, 2)), ("arc_easy", (2, 1, 1, 1)), ("dart-1", (1, 1, 1, 1))]
+    labels = [SimpleNamespace(set=name, path=path) for name, path in paths]
+    monkeypatch.setattr(figures, "read_labels", lambda folder: SimpleNamespace(labels=labels))
     figures.write_label_counts(tmp_path, tmp_path)
     counts = figures.read_label_counts(tmp_path)
     assert counts == {"dart-1": [1, 6, 1], "arc_easy": [0, 3, 1]}
