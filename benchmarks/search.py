@@ -50,9 +50,9 @@ from drllm.errors import UserError, main_guard  # noqa: E402
 from drllm.files import check_output_folder  # noqa: E402
 from drllm.paper.experiment_figures import draw_search_concurrency  # noqa: E402
 from drllm.provenance import command_line, write_result  # noqa: E402
-from drllm.questions.likelihood import require_choices  # noqa: E402
 from drllm.questions.sets import expand_sets  # noqa: E402
 from drllm.rollouts.engine import Request  # noqa: E402
+from drllm.rollouts.rewards import reward_named  # noqa: E402
 from drllm.search.tree import POLICIES, SearchSettings  # noqa: E402
 
 
@@ -65,7 +65,9 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     """
     model, tokenizer, device = load(args)
     prompts = load_prompts(args, tokenizer, args.questions)[: args.published_questions]
-    respond = functools.partial(generate_one if args.reward == "generation" else score_options, model, tokenizer)
+    respond = functools.partial(
+        generate_one if reward_named(args.reward).generates else score_options, model, tokenizer
+    )
     settings = SearchSettings(num_simulations=args.num_simulations)
     blocks = model.config.num_hidden_layers
     published = functools.partial(search_published, respond, blocks, prompts, settings, args.seed)
@@ -99,7 +101,7 @@ def _speed_at(
             against_published = run_pairs(published, functools.partial(batched, "simulations"), args.pairs, title)
         figures: dict[str, Any] = {"engine_over_published": against_published.record()}
         same = same_results(results["batched"], results["published"])
-        if args.reward == "generation":
+        if reward_named(args.reward).generates:
             title = f"{threads} threads, plain generation and engine"
             against_plain = run_pairs(plain, functools.partial(batched, "rollouts"), args.pairs, title)
             figures["engine_over_plain"] = against_plain.record()
@@ -111,7 +113,7 @@ def _speed_at(
     print(f"{threads} threads: {len(results['published'])} questions, {published_rate:.1f} simulations/s published")
     print(f"  {len(results['batched'])} questions, {engine_rate:.1f} simulations/s with the engine")
     print(f"  engine / published         {against_published}")
-    if args.reward == "generation":
+    if reward_named(args.reward).generates:
         print(f"  engine / plain generation  {against_plain}   (rollouts/s over responses/s)")
     print(f"  same results               {same} of {len(results['published'])} questions")
     return figures | {
@@ -149,7 +151,7 @@ def shortcuts(args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer, device = load(args)
     prompts = load_prompts(args, tokenizer, args.questions)
     settings = SearchSettings(num_simulations=args.num_simulations)
-    off = {"reuse_default_states": False} if args.reward == "generation" else {"state_bytes": 0}
+    off = {"reuse_default_states": False} if reward_named(args.reward).generates else {"state_bytes": 0}
     options = {"whole_prefill": off, "from_first_edit": {}}
     results, cost, figures = {}, {}, {}
 
@@ -268,8 +270,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     ranges = dict.fromkeys(some, (1, math.inf)) | {"seed": (0, MAX_SEED), "least_seconds": (0, math.inf)}
     check_ranges(args, **ranges)
     sets = expand_sets(args.dataset)
-    if args.reward == "likelihood":
-        require_choices(sets)
+    reward_named(args.reward).check_sets(sets)
     provenance.parse_dtype(args.dtype)
     if unknown := set(args.policies.split(",")) - set(POLICIES):
         raise UserError(f"--policies: {sorted(unknown)[0]!r} is not a policy; choose from {', '.join(POLICIES)}")
@@ -286,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     for name in ("model", "data_dir", "output_dir"):  # relative to the repository
         shown[name] = shown[name] and shown[name].removeprefix(f"{ROOT}/")
-    parts = ["search", args.benchmark, args.shape, None if args.reward == "generation" else args.reward]
+    parts = ["search", args.benchmark, args.shape, None if reward_named(args.reward).generates else args.reward]
     path = args.output_dir / f"{'_'.join(part for part in parts if part)}.json"
     result = {"arguments": shown, "figures": figures, "threads": torch.get_num_threads()}
     command = command_line("python benchmarks/search.py", arguments)

@@ -23,6 +23,7 @@ from drllm.questions.prompts import Prompt, wants_chat_template
 from drllm.questions.sets import expand_sets, load_questions
 from drllm.rollouts.engine import RolloutEngine
 from drllm.rollouts.likelihood import LikelihoodEngine
+from drllm.rollouts.rewards import reward_named
 from drllm.search.pool import SearchedQuestion, SearchPool
 from drllm.search.selection import seeded_order
 from drllm.search.tree import PathSearch, SearchResult, SearchSettings, question_seed
@@ -48,7 +49,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, torch.device]:
 
 def load_prompts(args: argparse.Namespace, tokenizer: Any, count: int) -> list[Prompt] | list[LikelihoodPrompt]:
     """`count` training questions, as evenly from the sets as they allow, in seeded order."""
-    if args.reward == "generation":
+    if reward_named(args.reward).generates:
         chat = wants_chat_template("auto", args.model, tokenizer)
         prompt_of = functools.partial(Prompt.of, tokenizer=tokenizer, chat=chat)
     else:
@@ -61,7 +62,7 @@ def load_prompts(args: argparse.Namespace, tokenizer: Any, count: int) -> list[P
 
 def make_engine(args: argparse.Namespace, model: Any, tokenizer: Any, **options: Any) -> Any:
     """The engine of --reward."""
-    kind = RolloutEngine if args.reward == "generation" else LikelihoodEngine
+    kind = RolloutEngine if reward_named(args.reward).generates else LikelihoodEngine
     return kind(model, tokenizer, args.batch_size, **options)
 
 
