@@ -93,7 +93,7 @@ def normalised(question: Question) -> tuple:
 
 
 def test_the_files_of_the_comparison_with_controls_share_no_content():
-    """`make compare_methods` searches, trains and validates on 1,900 questions per set, and tests on 1,900 others."""
+    """`make compare` searches, trains and validates on 1,900 questions per set, and tests on 1,900 others."""
     keys = {part: {q.key for name in SETS for q in questions(name, part, 1900, seed=0)} for part in ("train", "test")}
     assert len(keys["test"]) > 10_000
     assert not keys["train"] & keys["test"]
