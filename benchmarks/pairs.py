@@ -92,7 +92,7 @@ def run_pairs(
 
     Args:
         reference, ours: run one side and return its seconds per unit of work.
-        title: of the progress bar.
+        title: title of the progress bar.
         warm_up: runs one more pair first, whose times are dropped.
     """
     sides = {"reference": reference, "ours": ours}

@@ -28,8 +28,8 @@ def load_path_model(
 
     Args:
         name_or_path: a folder or a name on the Hub.
-        dtype: of the weights, as in `from_pretrained`; the same in all three steps of the pipeline.
-        revision: of the checkpoint on the Hub.
+        dtype: dtype of the weights, as in `from_pretrained`; the same in all three steps of the pipeline.
+        revision: revision of the checkpoint on the Hub.
         from_pretrained_arguments: device_map, attn_implementation, quantization_config, ...
 
     Raises:

@@ -84,7 +84,7 @@ def parse_list(name: str, text: str, of: Callable[[str], Number], example: str) 
     """The comma-separated numbers of an argument.
 
     Args:
-        name: of the argument.
+        name: name of the argument.
         text: what the user gave.
         of: `int` or `float`.
         example: shown in the error message.

@@ -131,7 +131,7 @@ def load_routed_checkpoint(
 
     Args:
         name_or_path: a folder or a name on the Hub.
-        dtype: of the weights; "auto" is that of the checkpoint.
+        dtype: dtype of the weights; "auto" is that of the checkpoint.
         device: where the model goes; None: a GPU if there is one.
 
     Raises:
@@ -190,7 +190,7 @@ def save_checkpoint(
     """Write a routed checkpoint, with its routers alone in the subfolder `routers`.
 
     Args:
-        manifest: of the labels; eval.sh reads there whether prompts have the chat template.
+        manifest: manifest of the labels; eval.sh reads there whether prompts have the chat template.
         training: see `save_routers`.
 
     Raises:
@@ -254,8 +254,8 @@ def join_routers(
     Args:
         routers: folder, or Hub name, of a router checkpoint.
         base: folder or Hub name of the base; default: the one named in the router checkpoint, at its revision.
-        revision: of a base on the Hub.
-        dtype: of the joined model; default: that of the routers, which is the one they were trained for.
+        revision: revision of a base on the Hub.
+        dtype: dtype of the joined model; default: that of the routers, which is the one they were trained for.
 
     Raises:
         UserError: a missing or damaged router checkpoint, a base with another layer count, hidden size or weights.

@@ -39,7 +39,7 @@ def convert(source: Path, output_dir: Path, sha256: str | None, dtype: torch.dty
         source: the GGUF file.
         output_dir: created; there only when it is complete.
         sha256: digest that the file must have; None accepts any file.
-        dtype: of the de-quantised weights.
+        dtype: dtype of the de-quantised weights.
 
     Raises:
         UserError: no such file, another digest, a damaged file or an architecture that transformers cannot read, a

@@ -22,8 +22,8 @@ def require_hub(name_or_path: str | Path, revision: str | None = None, timeout: 
 
     Args:
         name_or_path: a folder or a name on the Hub.
-        revision: of the model on the Hub.
-        timeout: of the one request, in seconds.
+        revision: revision of the model on the Hub.
+        timeout: seconds that the one request may take.
 
     Raises:
         UserError: the model is not here and the Hub cannot be reached.

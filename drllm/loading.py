@@ -49,7 +49,7 @@ def check_complete(report: Mapping[str, Any], name_or_path: str | Path) -> None:
 
     Args:
         report: what `from_pretrained(..., output_loading_info=True)` returns beside the model.
-        name_or_path: of the checkpoint, for the sentence.
+        name_or_path: name or folder of the checkpoint, for the sentence.
     """
     if incomplete := sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])}):
         raise UserError(
@@ -72,8 +72,8 @@ def loading(name_or_path: str | Path, kind: str, revision: str | None = None) ->
 
     Args:
         name_or_path: a folder or a name on the Hub, which is asked for once and not with transformers' retries.
-        kind: of what is loaded, for the sentence.
-        revision: of a model on the Hub.
+        kind: kind of what is loaded, for the sentence.
+        revision: revision of a model on the Hub.
 
     Raises:
         UserError: in place of any of `LOADING_ERRORS`, or because the model is not there.

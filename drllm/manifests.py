@@ -86,7 +86,7 @@ class Manifest:
         arguments: values of the command line that affect the labels, with the response format and the sets ("dataset").
         reward: name of the reward.
         seed: seed of the search.
-        data_dir: folder of the question files; None: the Hub.
+        data_dir: folder of the question files; None: the Hub; "": not said.
         questions: set -> digest of its questions.
         program: what made the labels.
         versions, commit: libraries and code that made them.
@@ -103,7 +103,7 @@ class Manifest:
     reward: str = PUBLISHED
     revision: str | None = None
     seed: int | None = None
-    data_dir: str | None = None
+    data_dir: str | None = ""
     questions: dict[str, str] | None = None
     program: str = PROGRAM
     versions: dict[str, str] | None = None

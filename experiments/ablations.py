@@ -102,7 +102,7 @@ def source_of(
     """The test questions that belong to labels, by their manifests.
 
     Args:
-        labels: of one run each.
+        labels: labels of one run each.
         sets: in place of the sets of the labels.
         data_dir: in place of the folder that the manifests name.
 
@@ -112,6 +112,10 @@ def source_of(
     manifests = [part.manifest for part in labels]
     if data_dir is None:
         folders = [manifest.data_dir for manifest in manifests]
+        if "" in folders:
+            raise UserError(
+                "the manifest of the labels names no 'data_dir'; pass --data_dir, the folder of the questions"
+            )
         if len(set(folders)) > 1:
             raise UserError(f"the labels come from questions of {', '.join(map(str, folders))}; pass --data_dir")
         data_dir = None if folders[0] is None else Path(folders[0])

@@ -91,7 +91,7 @@ def with_doubled_blocks(model: Any, doubled: tuple[int, ...]) -> Any:
     Its path that skips one of the two copies everywhere computes what `model` computes.
 
     Args:
-        model: of a stock family; not changed.
+        model: model of a stock family; not changed.
         doubled: blocks of `model`, each at most once.
 
     Raises:

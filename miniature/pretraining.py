@@ -56,10 +56,10 @@ class PretrainingSettings:
         steps: optimiser steps.
         batch_size: questions per step, over all processes.
         learning_rate: peak, of both optimisers.
-        processes: of one thread each; changes the result, since each draws questions of its own.
+        processes: number of processes, of one thread each; changes the result, since each draws questions of its own.
         muon_dtype: dtype of Muon's orthogonalisation.
         save_steps: steps between checkpoints.
-        seed: of weights, questions and paths.
+        seed: seed of weights, questions and paths.
     """
 
     output_dir: Path

@@ -199,7 +199,7 @@ def reuse_base(run: dict[str, Any], earlier: Path, folder: Path, fingerprint: st
         run: the baseline that `plan` asks for. The earlier one may be of another checkpoint.
         earlier: --output_dir of the earlier eval.sh.
         folder: where the copy goes; a baseline that is already there is kept.
-        fingerprint: of the base weights.
+        fingerprint: fingerprint of the base weights.
 
     Returns:
         The earlier baseline's record, which says what was run.

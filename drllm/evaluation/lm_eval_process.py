@@ -25,7 +25,7 @@ def run_lm_eval(name: str, run: dict[str, Any], folder: Path, args: argparse.Nam
     """Runs lm-eval for one run, unless `folder` already holds it. A stopped run resumes with the answers it has.
 
     Args:
-        name: of the run, for messages.
+        name: name of the run, for messages.
         run: everything that its results depend on, see `drllm.evaluation.eval_sh.plan`.
         folder: see `drllm.evaluation.eval_sh`.
         args: the command line of eval.sh; batch size, device and processes, on which results do not depend.

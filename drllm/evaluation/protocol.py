@@ -122,7 +122,7 @@ class Part:
         tasks: comma-separated.
         chat_template: whether prompts have the model's chat template.
         gen_kwargs: overrides the tasks' generation settings; None keeps them.
-        response_format: of in-domain responses, as JSON (`ResponseFormat.as_dict`); None: the default.
+        response_format: format of in-domain responses, as JSON (`ResponseFormat.as_dict`); None: the default.
     """
 
     tasks: str

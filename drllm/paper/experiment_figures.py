@@ -126,9 +126,9 @@ def _bars(axis: Axes, rows: Sequence[Mapping], name: str, colour: str, scale: fl
 
     Args:
         axis: to draw on.
-        rows: of the ablation's summary.
-        name: of the number.
-        colour: of the bars.
+        rows: rows of the ablation's summary.
+        name: name of the number.
+        colour: colour of the bars.
         scale: factor of the number.
         style: width and offset of the bars; digits: writes the value into each bar; more for `Axes.bar`.
     """
@@ -250,7 +250,7 @@ def draw_search_concurrency(points: Sequence[Mapping[str, float]], path: Path) -
     """Throughput of the search against the number of questions that are searched at once.
 
     Args:
-        points: with questions_at_once and simulations_per_s, from benchmarks/search.py.
+        points: measurements with questions_at_once and simulations_per_s, from benchmarks/search.py.
         path: PNG file to write.
     """
     with new_figure(path, (5, 3.2)) as (_, axes):

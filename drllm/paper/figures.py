@@ -133,7 +133,7 @@ def usage(runs: Sequence[Run]) -> tuple[list[str], np.ndarray]:
     """(tasks, mean usage [tasks, L]): how often each layer runs per forward pass, 0 skip, 1 execute, 2 repeat.
 
     Args:
-        runs: of one model's checkpoints on the same tasks; the mean over them is returned.
+        runs: runs of one model's checkpoints on the same tasks; the mean over them is returned.
     """
     tasks = sorted(runs[0].tasks, key=task_order)
     usages = []
@@ -206,7 +206,7 @@ def write_label_counts(labels: Path, folder: Path) -> None:
 
     Args:
         labels: folder of labels.
-        folder: of eval.sh, of routers that these labels trained.
+        folder: folder of eval.sh, of routers that these labels trained.
 
     Raises:
         UserError: `labels` holds no labels, or damaged ones.

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from drllm.errors import UserError
-from drllm.evaluation.results import BASE, ROUTER, RUN_AGAIN, Run, load_runs
+from drllm.evaluation.results import BASE, ROUTER, Run, load_runs
 from drllm.files import read_json
+from drllm.manifests import CHECKPOINT_MANIFEST, Manifest, read_checkpoint_manifests
 from drllm.paper.numbers import paper_models
 
 # Files of eval.sh, which `find_evaluations` reads.
@@ -64,34 +65,31 @@ def find_evaluations(results: Path) -> list[Evaluated]:
     return evaluations
 
 
-def find_searches(evaluations: list[Evaluated]) -> list[dict[str, Any]]:
+def find_searches(evaluations: list[Evaluated]) -> list[Manifest]:
     """The manifests of the labels behind `evaluations`, each search once."""
-    searches: dict[str, dict[str, Any]] = {}
+    searches: dict[str, Manifest] = {}
     for evaluated in evaluations:
-        path = evaluated.folder / "labels_manifest.json"
-        if not path.is_file():
-            continue
-        manifest = read_json(path, f"delete it, or {RUN_AGAIN}", object)
-        for part in manifest if isinstance(manifest, list) else [manifest]:
-            if isinstance(part, dict) and "table2" in part:
-                with reading_result(path):  # everything that is read of it later
-                    search_command(part)
-                    for row in part["table2"]:
+        for manifest in read_checkpoint_manifests(evaluated.folder):
+            if "table2" in manifest.results:
+                table = manifest.results["table2"]
+                with reading_result(evaluated.folder / CHECKPOINT_MANIFEST):  # everything that is read of it later
+                    search_command(manifest)
+                    for row in table:
                         sum(value for name, value in row.items() if name != "set") + len(row["set"])
-                identity = [part.get(name) for name in ("model_fingerprint", "arguments", "seed", "table2")]
-                searches.setdefault(json.dumps(identity), part)
+                identity = [manifest.model_fingerprint, manifest.arguments, manifest.seed, table]
+                searches.setdefault(json.dumps(identity), manifest)
     return list(searches.values())
 
 
-def search_command(manifest: dict[str, Any]) -> str | None:
+def search_command(manifest: Manifest) -> str | None:
     """The command that repeats the search of a labels' manifest, None for manifests without arguments."""
-    if "arguments" not in manifest:
+    if not manifest.arguments:
         return None
-    options = dict(manifest["arguments"])
+    options = dict(manifest.arguments)
     options["dataset"] = ",".join(options["dataset"])
-    options |= {name: manifest.get(name) for name in ("revision", "data_dir", "seed", "dtype")}
-    options["chat_template"] = "on" if manifest["chat_template"] else "off"
-    command = ["python", "data_generation.py", "--model", manifest["model"]]
+    options |= {"revision": manifest.revision, "data_dir": manifest.data_dir or None, "seed": manifest.seed}
+    options |= {"dtype": manifest.dtype or None, "chat_template": "on" if manifest.chat_template else "off"}
+    command = ["python", manifest.program, "--model", manifest.model]
     for name, value in options.items():
         if isinstance(value, dict):  # a number per set
             value = ",".join(f"{key}={number}" for key, number in value.items())

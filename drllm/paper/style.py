@@ -92,7 +92,7 @@ def new_figure(
     Args:
         path: PNG file; missing folders are created.
         size: width and height in inches.
-        rows, columns: of the grid.
+        rows, columns: size of the grid.
         options: further arguments of `Figure.subplots`, e.g. sharey.
     """
     with matplotlib.rc_context(_RC):

@@ -12,6 +12,7 @@ from typing import Any
 from drllm.evaluation.comparison_table import mean_over_sets
 from drllm.evaluation.results import BASE, Estimate, Run, benchmarks, in_domain_columns
 from drllm.files import write_whole
+from drllm.manifests import Manifest
 from drllm.paper.numbers import Cell, paper_models, paper_sets, paper_table, printed
 from drllm.paper.result_files import (
     Evaluated,
@@ -92,12 +93,12 @@ def _by_model(evaluations: Sequence[Evaluated]) -> dict[str, list[Evaluated]]:
 TABLE2_COUNTS = {"Original": "original", "Sampled": "sampled", "Visited": "visited", "#Inferences": "inferences"}
 
 
-def _searched(manifest: dict[str, Any], rows: Iterable[str]) -> dict[str, dict[str, int]]:
+def _searched(manifest: Manifest, rows: Iterable[str]) -> dict[str, dict[str, int]]:
     """Row -> column -> count of one search; "Total" over the rows of the paper."""
     sets = paper_sets()
     found = {
         sets.get(row["set"], row["set"]): {column: row[key] for column, key in TABLE2_COUNTS.items() if key in row}
-        for row in manifest["table2"]
+        for row in manifest.results["table2"]
     }
     parts = [counts for name, counts in found.items() if name in rows]
     total = {column: sum(part[column] for part in parts) for column in (parts[0] if parts else ())}
@@ -107,10 +108,10 @@ def _searched(manifest: dict[str, Any], rows: Iterable[str]) -> dict[str, dict[s
 def table2(evaluations: Sequence[Evaluated]) -> Document:
     """Original, Sampled, Visited and #Inferences per set and in total, one part per search."""
     paper = paper_table(2)
-    searches = find_searches(evaluations) or [{"table2": []}]
+    searches = find_searches(evaluations) or [Manifest(results={"table2": []})]
     parts, notes = [], []
     for manifest in searches:
-        model, ours = manifest.get("model", ""), _searched(manifest, paper.rows)
+        model, ours = manifest.model, _searched(manifest, paper.rows)
         rows = []
         for name in [*paper.rows, *(name for name in ours if name not in paper.rows)]:
             cells = [name]
@@ -123,7 +124,7 @@ def table2(evaluations: Sequence[Evaluated]) -> Document:
         if visited := ours["Total"].get("Visited"):
             rate = ours["Total"]["#Inferences"] / visited
             notes.append(f"#Inferences / Visited of {model}: {rate:.1f} (39.5 in the paper).")
-        if (limit := manifest.get("arguments", {}).get("limit")) is not None:
+        if (limit := manifest.arguments.get("limit")) is not None:
             notes.append(f"The search of {model} was limited to the first {limit} questions of each set (Original).")
     notes.append("Original is the number of questions to choose from: distinct questions in ours, rows in the paper.")
     return Document(2, parts, notes, [search_command(manifest) for manifest in searches])

@@ -23,7 +23,6 @@ from transformers import PreTrainedTokenizerBase
 from drllm.errors import UserError
 from drllm.questions.sets import SETS, Question
 
-REWARDS = ("generation", "likelihood", "likelihood_norm")  # the paper's; lm-eval's acc; its acc_norm
 DELIMITER = " "  # lm-eval's target_delimiter
 
 # The question-answer prompt of TruthfulQA's authors, as lm-eval's truthfulqa_mc1 has it.
@@ -79,8 +78,8 @@ class LikelihoodPrompt:
 
     Attributes:
         text, input_ids: the context, which is all that routers read.
-        rows: for each option the tokens of context and option together.
-        scored: for each option, how many of its last tokens are the option.
+        rows: tokens of context and option together, one row per option.
+        scored: number of last tokens in each row that are the option.
         lengths: characters of each option, by which `acc_norm` divides.
         gold: index of the right option.
     """

@@ -42,8 +42,8 @@ def wants_chat_template(setting: str, name: str, tokenizer: Any) -> bool:
 
     Args:
         setting: "on", "off" or "auto", which depends on the model's name, because base models may have a template too.
-        name: of the model.
-        tokenizer: of the model.
+        name: name of the model.
+        tokenizer: tokenizer of the model.
 
     Raises:
         UserError: "on", but the tokenizer has no template.

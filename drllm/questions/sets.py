@@ -50,10 +50,10 @@ class TaskSpec:
     """The source of a set and the form of its questions.
 
     Attributes:
-        name: of the set.
+        name: name of the set.
         hub_path, hub_config: the data set on the Hub.
         splits: maps "train" and "test" to the split names of the source.
-        stem: of the names of local files.
+        stem: start of the names of local files.
         kind: "choice", "math" or "span"; decides prompt and grader.
         parse: turns a row into the fields of `Question`, or into None for a row that belongs to another set; raises
             ValueError for a row that cannot be used.

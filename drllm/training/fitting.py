@@ -62,12 +62,12 @@ class FitSettings:
     """How to run `fit`, beyond what the result depends on.
 
     Attributes:
-        trainer_dir: for the Trainer's checkpoints, one per epoch.
+        trainer_dir: folder of the Trainer's checkpoints, one per epoch.
         processes: data-parallel processes.
         use_cpu: train on the CPU.
         bf16: mixed precision.
         resume_from: one of the Trainer's checkpoints.
-        callbacks: of the Trainer.
+        callbacks: callbacks of the Trainer.
         say: prints a line.
     """
 
@@ -85,13 +85,13 @@ class FitResult:
     """What `fit` returns.
 
     Attributes:
-        metrics: of the kept epoch, on `Split.evaluated`.
+        metrics: metrics of the kept epoch, on `Split.evaluated`.
         epochs: one entry per epoch: step, epoch and its metrics as eval_NAME.
         steps_log: one entry per `logging_steps` optimizer steps: loss, learning rate, gradient norm and the metrics of
             the decisions on the training batches since the previous entry.
         best_step, kept_step: last step of the epoch with the best macro-F1, and of the one whose weights are kept.
         steps: optimizer steps.
-        seconds: of the optimisation, in this process.
+        seconds: time of the optimisation, in this process.
     """
 
     metrics: dict[str, float]

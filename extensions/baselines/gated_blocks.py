@@ -95,7 +95,7 @@ class GateTraining:
     Attributes:
         epochs: passes over the training questions.
         batch_size: questions per optimiser step.
-        learning_rate: of AdamW, with cosine decay.
+        learning_rate: learning rate of AdamW, with cosine decay.
         gain: how far the price would rise over the training if nothing were saved.
         calibration_questions: on which the budget is met exactly after the training; 0 leaves it as trained.
     """

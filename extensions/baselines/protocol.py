@@ -67,7 +67,7 @@ class Protocol:
         reward.check_sets(sets)
         data_dir = arguments.data_dir
         if data_dir is None and labels:
-            data_dir = None if first.data_dir is None else Path(first.data_dir)
+            data_dir = Path(first.data_dir) if first.data_dir else None
         elif data_dir is None and model == str(MINIATURE_MODEL):
             data_dir = MINIATURE_DATA
         return cls(

@@ -56,7 +56,7 @@ class GroupLabel:
         path: the label of all of them.
         gain, error: mean reward along `path` less that along the default path, over all questions of the group, and its
             standard error; 0 for the default path.
-        simulations, inferences: of the group's search; an inference is one path along all questions of the search.
+        simulations, inferences: cost of the group's search; an inference is one path along all questions of the search.
     """
 
     questions: tuple[int, ...]

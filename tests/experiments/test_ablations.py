@@ -211,7 +211,7 @@ def test_the_defaults_are_the_papers():
 
 
 def labels_from(**manifest) -> LabelSet:
-    labels = [Label("q", (1,), "a", name, str(n)) for n, name in enumerate(("dart-2", "arc_easy", "dart-2"))]
+    labels = [Label("", (1,), "", name, str(place)) for place, name in enumerate(("dart-2", "arc_easy", "dart-2"))]
     return LabelSet(labels, Manifest(**manifest))
 
 
@@ -231,6 +231,7 @@ def test_test_questions_are_those_of_the_labels_manifest(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "sentence"),
     [
+        ([labels_from()], "names no 'data_dir'; pass --data_dir"),
         ([labels_from(data_dir="/nowhere")], "/nowhere does not exist; pass the one to test on as --data_dir"),
         ([labels_from(data_dir="a"), labels_from(data_dir="b")], "come from questions of"),
         ([labels_from(data_dir=None), labels_from(data_dir=None, chat_template=True)], "some of the labels"),
@@ -239,7 +240,7 @@ def test_test_questions_are_those_of_the_labels_manifest(tmp_path):
             "several response",
         ),
     ],
-    ids=["missing folder", "two folders", "two templates", "two formats"],
+    ids=["no folder", "missing folder", "two folders", "two templates", "two formats"],
 )
 def test_labels_that_do_not_name_their_test_questions_are_refused(labels, sentence):
     with pytest.raises(UserError, match=sentence):
