@@ -142,6 +142,23 @@ class FollowsPaths(ChecksItself):
     def __init__(self, config):
         super().__init__(config)
         self._last_call = _LastCall()
+        self._layer_indices: LayerIndices | None = None
+
+    @property
+    def layer_indices(self) -> LayerIndices | None:
+        """The path of the next prompts, one for all rows or one per row, where none is given as an argument.
+
+        None, the default, leaves it to the model: every block once, or what routers decide. It belongs to this object
+        and is not saved. A cache that holds tokens keeps the path it was filled along. Setting raises ValueError for
+        what is not a path.
+        """
+        return self._layer_indices
+
+    @layer_indices.setter
+    def layer_indices(self, value: LayerIndices | None) -> None:
+        if value is not None:
+            self._paths_of(value, len(value) if has_a_path_per_row(value) else 1)
+        self._layer_indices = value
 
     def forward(
         self,
@@ -168,7 +185,7 @@ class FollowsPaths(ChecksItself):
             past_key_values, cache: two names of one argument, the second since transformers 5.24: a `PathCache`, or an
                 empty `DynamicCache`, which becomes one. Once it holds tokens, its paths are followed.
             layer_indices: a non-decreasing list of block indices for the whole batch ([0, 1, 1, 3]), or one such list
-                per row. None: the cache's paths, else what `decide` says.
+                per row. None: the cache's paths, else the attribute of that name, else what routers decide, if any.
             advances_cache: False where the caller counts the pass itself, outside of compiled code (`note_pass`).
 
         Raises:
@@ -283,6 +300,8 @@ class FollowsPaths(ChecksItself):
         """(schedule, decider): known paths and, where decisions or router inputs are wanted, who makes them."""
         decided = cache.schedule if cache is not None else None
         batch_size = inputs_embeds.shape[0]
+        if layer_indices is None and decided is None:
+            layer_indices = self.layer_indices
         if torch.compiler.is_exporting() and not (layer_indices is not None and has_a_path_per_row(layer_indices)):
             batch_size = 1  # one path for all rows, whose number may be symbolic
         if decided is not None and decided.batch_size != batch_size:

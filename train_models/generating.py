@@ -120,6 +120,9 @@ class GeneratesAlongPaths:
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, layer_indices=None, **kwargs):
         # The stock method repeats tensors for beams and return sequences; a list of paths needs the same.
+        cache = kwargs.get(CACHE_NAME)
+        if layer_indices is None and expand_size > 1 and (cache is None or cache.get_seq_length() == 0):
+            layer_indices = self.model.layer_indices
         if layer_indices is not None and has_a_path_per_row(layer_indices):
             layer_indices = [row for row in layer_indices for _ in range(expand_size)]
         input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
@@ -191,6 +194,7 @@ class GeneratesAlongDecisions:
         is_path_known = (
             self.model.is_static_routing
             or model_kwargs.get("layer_indices") is not None
+            or self.model.layer_indices is not None
             or (cache is not None and cache.get_seq_length() > 0)
         )
         if generation_config.prefill_chunk_size is not None and not is_path_known:
