@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import string
 
+from drllm.questions.labels_of_options import find_label
 from drllm.questions.math_answers import grade_math, math_can_still_be_right
 from drllm.questions.sets import SETS, Question
 
@@ -42,66 +43,20 @@ def can_still_be_right(question: Question, partial_response: str) -> bool:
 # --------------------------------------------------------------------------------------------------------
 # Multiple choice by label
 
-# One word with everything joined to it: "A-frame", "D'accord", "3.5" and "U.S.A" are single words, so that their
-# parts are not mistaken for labels.
-_WORD = re.compile(r"\w+(?:['’\-]\w+|\.\d+|\.\w\b)*")
-# Characters after a word that `_WORD` needs to see to decide where the word ends (".x" and one more).
-_WORD_LOOKAHEAD = 3
-# Labels that are also English words or numbers: "A good answer", "I think", "3 apples" name no option, while
-# "A because ..." and "1 is right" do.
-_ALSO_A_WORD = re.compile(r"[AaIi]|\d+")
-_MAY_FOLLOW = frozenset({"because", "since", "is", "as"})
-_ARITHMETIC = tuple("%/+-*=^°$<>")
-_NEXT_WORD = re.compile(r"[ \t]+([a-z]\w*)")
-_ANNOUNCED = re.compile(r"\b(?:answer|option|choice|label)(?:\s+is)?\W{0,4}\Z", re.IGNORECASE)
-
-
-def _find_label(text: str, labels: tuple[str, ...]) -> tuple[str | None, int]:
-    """The label that `text` gives as its answer, and the number of characters on which that decision depends.
-
-    A decision that depends on more characters than `text` has may change when the text continues.
-    """
-    text = text.lstrip()
-    line, newline, _ = text.partition("\n")
-    lower = {label.lower(): label for label in labels}
-    alone = line.strip(string.punctuation + string.whitespace)
-    if alone not in labels and alone in lower:
-        return lower[alone], len(line) + 1 if newline else len(text) + 1
-    for word in _WORD.finditer(text):
-        token, end = word.group(), word.end()
-        if token in labels:
-            label = token
-        elif token in lower and _ANNOUNCED.search(text, 0, word.start()):
-            label = lower[token]
-        else:
-            continue
-        needed = end + _WORD_LOOKAHEAD
-        if _ALSO_A_WORD.fullmatch(token):
-            following = _NEXT_WORD.match(text, end)
-            if following and following.group(1) not in _MAY_FOLLOW:
-                continue
-            if token.isdigit() and (text[end : end + 1] in _ARITHMETIC or text[: word.start()][-1:] in _ARITHMETIC):
-                continue
-            rest = text[end:]
-            blank = len(rest) - len(rest.lstrip(" \t"))
-            needed = max(needed, following.end() + 1 if following else end + blank + 1)
-        return label, needed
-    return None, len(text) + 1
-
 
 def extract_label(response: str, labels: tuple[str, ...]) -> str | None:
     """The first of `labels` that `response` gives as its answer, or None.
 
-    Understands "B", " B.", "(B)", "**B**", "B because ...", "The answer is B", "Option b" and a lone "b". A
-    label that is an English word or a number counts only where it does not continue as ordinary text: "A good
-    answer" and "3 apples" name no option.
+    Understands "B", " B.", "(B)", "**B**", "$4$", "B because ...", "The answer is B", "答案是B", "Option b" and a lone
+    "b", after a thinking block, too. Labels that continue as ordinary text ("A good answer", "3 apples") name no
+    option, and neither do alternatives ("A or B").
 
     >>> extract_label(" B.", ("A", "B", "C"))
     'B'
     >>> extract_label("A good answer is (C)", ("A", "B", "C"))
     'C'
     """
-    return _find_label(response, labels)[0]
+    return find_label(response, labels)[0]
 
 
 def grade_label(response: str, labels: tuple[str, ...], answer: str) -> bool:
@@ -111,8 +66,8 @@ def grade_label(response: str, labels: tuple[str, ...], answer: str) -> bool:
 
 def label_can_still_be_right(partial: str, labels: tuple[str, ...], answer: str) -> bool:
     """False once `partial` gives a label other than `answer`, regardless of its continuation."""
-    label, needed = _find_label(partial, labels)
-    return label is None or label == answer or needed > len(partial.lstrip())
+    label, is_final = find_label(partial, labels)
+    return label is None or label == answer or not is_final
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,12 @@ import threading
 from pathlib import Path
 
 _BOX = re.compile(r"\\boxed\s*\{")
-_SOLUTION_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[^\s{}$.,\\]+))")  # MATH also has "\boxed 5"
+_SOLUTION_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(?P<brace>\{)?")
+# What belongs to a box without braces: a fraction, a root, a command, or a number or word.
+_BARE_ANSWER = re.compile(
+    r"\\d?t?frac\s*(?:\d\s*\d|(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d))|\\sqrt\s*(?:\{[^{}]*\}|\d+)|\\[a-zA-Z]+(?:\{[^{}]*\})?"
+    r"|[^\s{}$,\\]+(?:,\d{3}(?!\d))*(?:\\%)?"
+)
 # Answers that are longer or nested deeper than any gold answer of MATH (159 characters, depth 5) are compared as
 # strings only: the parser's time grows fast with depth.
 _MAX_LENGTH = 300
@@ -42,15 +47,20 @@ def first_box(text: str) -> str | None:
 def last_box(text: str) -> str | None:
     r"""Content of the last \boxed{...} or \fbox{...} of `text`: the answer of a worked solution of MATH.
 
+    A box without braces ends with its number, fraction or command.
+
     >>> last_box(r"so $x=\boxed{3}$ or rather $x=\boxed{\text{odd}}$.")
     '\\text{odd}'
+    >>> last_box(r"so it is $\boxed 3.5$.")
+    '3.5'
     """
     openings = list(_SOLUTION_BOX.finditer(text))
     if not openings:
         return None
-    if openings[-1]["bare"] is not None:
-        return openings[-1]["bare"]
-    return _closed(text, openings[-1].end())
+    if openings[-1]["brace"]:
+        return _closed(text, openings[-1].end())
+    bare = _BARE_ANSWER.match(text, openings[-1].end())
+    return (bare[0].rstrip(".,;:!?") or None) if bare else None
 
 
 def _closed(text: str, start: int) -> str | None:

@@ -19,7 +19,10 @@ QUESTIONS = (
     Question("dart-1", "c", "?", (), (), "7"),
     Question("squadv2", "d", "?", ("red tower", "tower"), (), "red tower"),
 )
-LABEL_PIECES = (*"ABCabc123", " ", "\n", ".", "(", ")", "*", "'", "-", "answer is ", "because", "the ", "tower", "red")
+LABEL_PIECES = (
+    *"ABCabc123", " ", "\n", ".", "(", ")", "*", "'", "-", "_", "$", "/", "Ｂ", "answer is ", "because", "the ",
+    "tower", "red", "or ", "答案是", "<think>", "</think>", "</s>", "would be ", "vitamin ", "option ", "Réponse : ",
+)  # fmt: skip
 LATEX_PIECES = (
     r"\boxed{", "{", "}", "$", "\\", r"\frac", r"\sqrt", r"\text{", r"\left(", r"\right)", "^", "_", "!", "%", "&", "#",
     "+", "-", "*", "/", "=", ",", ".", "(", ")", "[", "]", "|", "0", "1", "7", "99", "x", "y", r"\pi", "e", "i", " ",

@@ -42,7 +42,6 @@ DIGITS = ("1", "2", "3", "4")
         ("A\nthe rest", "A"),
         ("A because it is hot", "A"),
         ("A: the sun", "A"),
-        ("B or C", "B"),
         # no option is named
         ("", None),
         ("A good answer", None),
@@ -97,6 +96,14 @@ def test_first_closed_box(text, content):
     [
         (r"so $\boxed{3}$, no, $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
         (r"The answer is $\boxed 5$.", "5"),
+        (r"It is $\boxed 3.5$.", "3.5"),
+        (r"It is $\boxed 1,000$.", "1,000"),
+        (r"It is $\boxed 12\%$, or $\fbox 7, 8$", "7"),
+        (r"$\boxed\frac{1}{2}$", r"\frac{1}{2}"),
+        (r"$\boxed \frac12.$", r"\frac12"),
+        (r"$\boxed\sqrt{5}$", r"\sqrt{5}"),
+        (r"$\boxed\text{odd}$", r"\text{odd}"),
+        (r"$\boxed{1}$, see \boxedfigure 2", "1"),
         (r"\fbox{\text{odd}}", r"\text{odd}"),
         (r"\boxed{3", None),
         ("3", None),
