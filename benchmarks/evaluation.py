@@ -91,7 +91,7 @@ def seconds_per_question(lm: HFLM, requests: list[Instance], questions: int) -> 
 
 
 def largest_difference(reference: HFLM, contestants: list[HFLM], requests: list[Instance]) -> float:
-    """Of log-likelihoods with static routing, in nats."""
+    """Largest difference of log-likelihoods with static routing, in nats."""
     answers = []
     for lm in (reference, *contestants):
         lm.model.model.is_static_routing = True
@@ -131,9 +131,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_shared(parser, "model", required=True, about=", or of a routed checkpoint")
     add_shared(parser, "data_dir", ROOT / "miniature" / "data", "the miniature's")
-    parser.add_argument("--questions", type=int, default=100)
-    parser.add_argument("--words", type=int, default=12, help="of a many-token option")
-    parser.add_argument("--batch_sizes", default="1,8,32")
+    parser.add_argument("--questions", type=int, default=100, help="ARC-Easy test questions")
+    parser.add_argument("--words", type=int, default=12, help="length of a many-token option")
+    parser.add_argument("--batch_sizes", default="1,8,32", help="questions per forward pass, comma-separated")
     parser.add_argument("--threads", default="1", help="CPU threads of both sides, comma-separated, e.g. 1,2")
     parser.add_argument("--pairs", type=int, default=LEAST_PAIRS, help="runs of each side, in turn")
     add_shared(parser, "dtype", "float32")

@@ -80,20 +80,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default="sdpa",
         help="attn_implementation",
     )
-    add("--batch_sizes", default="1,16", help="comma-separated")
+    add("--batch_sizes", default="1,16", help="rows of a batch, comma-separated")
     add("--skip", default="0,1,2,4", help="numbers of skipped blocks, comma-separated")
     add("--repeat", default="0", help="numbers of repeated blocks, comma-separated")
-    add("--rows", default=",".join(ROWS), help=f"of {', '.join(ROWS)}; comma-separated")
+    add("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)}; comma-separated")
     add(
         "--measure",
         default="path,router,static",
-        help="in addition to the stock model: path (the given path), router (deciding routers), static (static "
+        help="models beside the stock model: path (the given path), router (deciding routers), static (static "
         "routing), stock_again (the stock model once more: the noise), compiled (the path with compiled blocks), "
         "compiled_whole (the path with the decoding step compiled whole), stock_compiled (the stock model compiled "
         "whole), the last three with a static cache; comma-separated",
     )
     add("--compile_mode", default="default", help="torch.compile's mode")
-    add("--prompt_tokens", type=int, default=64)
+    add("--prompt_tokens", type=int, default=64, help="tokens of a prompt")
     add("--new_tokens", type=int, default=64, help="the paper reports 1,000")
     add("--rounds", type=int, default=LEAST_PAIRS, help="timed rounds; medians are reported")
     add("--threads", default="1", help="CPU threads of both sides, comma-separated, e.g. 1,2")

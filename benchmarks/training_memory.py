@@ -48,7 +48,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the base model; the defaults are those of Llama-3.2-3B."""
+    """Sizes of the base model; the defaults are those of Llama-3.2-3B."""
 
     layers: int = 28
     hidden: int = 3072
@@ -176,10 +176,10 @@ def main(argv: list[str] | None = None) -> None:
     """Prepares, runs, prints, and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scratch", type=Path, required=True, help="folder for about 25 GB, emptied afterwards")
-    parser.add_argument("--questions", type=int, default=4000)
+    parser.add_argument("--questions", type=int, default=4000, help="number of labels")
     add_shared(parser, "model", about=", a Llama, whose shape replaces the arguments below")
     for name, value in asdict(Shape()).items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{name} of the base model")
     add_shared(parser, "output")
     args = parser.parse_args(argv)
     check_ranges(args, **dict.fromkeys(("questions", *asdict(Shape())), (1, math.inf)))

@@ -12,7 +12,7 @@ import torch
 
 from drllm.errors import UserError
 
-MAX_SEED = 2**32 - 1  # of numpy
+MAX_SEED = 2**32 - 1  # the largest that numpy takes
 Number = TypeVar("Number", int, float)
 
 # What many programs take: name -> (help text, type).

@@ -103,8 +103,8 @@ def source_of(
 
     Args:
         labels: labels of one run each.
-        sets: in place of the sets of the labels.
-        data_dir: in place of the folder that the manifests name.
+        sets: question sets that replace those of the labels.
+        data_dir: folder of questions that replaces the one that the manifests name.
 
     Raises:
         UserError: a manifest that does not name its questions, or manifests that differ.
@@ -260,17 +260,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("name", choices=tuple(ABLATIONS))
+    add("name", choices=tuple(ABLATIONS), help="the ablation")
     add("--data", nargs="+", default=["data"], help="folders of labels (default: data)")
     add("--draws", nargs="+", help="folders of labels of equal size, in place of --data: routers are trained on each")
     add_shared(parser, "data_dir", says="the one that the labels were made from")
     add("--test_sets", help="sets to test on, e.g. arc,dart (default: those of the labels)")
     add("--limit", type=int, help="most test questions per set (default: all)")
-    add("--seeds", default="0,1,2", help="comma-separated (default: %(default)s)")
-    add("--num_epochs", type=int, default=25, help="default: %(default)s, as in the paper")
-    add("--warmup_steps", type=int, default=500, help="default: %(default)s, as in the paper")
+    add("--seeds", default="0,1,2", help="seeds of router training, comma-separated (default: %(default)s)")
+    add("--num_epochs", type=int, default=25, help="passes over the labels (default: %(default)s, as in the paper)")
+    add("--warmup_steps", type=int, default=500, help="steps of linear warm-up (default: %(default)s, as in the paper)")
     add_shared(parser, "work_dir", Path("out/ablations"))
-    add("--output", type=Path, default=Path("results/ablations"), help="folder (default: %(default)s)")
+    add("--output", type=Path, default=Path("results/ablations"), help="folder of the results (default: %(default)s)")
     arguments = parser.parse_args(argv)
     arguments.seeds = parse_list("seeds", arguments.seeds, int, "0,1,2")
     if len(set(arguments.seeds)) < len(arguments.seeds):

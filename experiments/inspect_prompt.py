@@ -83,8 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("checkpoint", help="a routed checkpoint of train.py")
-    add("prompt", nargs="?", help="default: standard input")
-    add("--max_new_tokens", type=int, default=15, help="default: %(default)s")
+    add("prompt", nargs="?", help="the question (default: standard input)")
+    add("--max_new_tokens", type=int, default=15, help="tokens of the response (default: %(default)s)")
     add("--routing_control", type=float, help="the knob p in [-1, 1]; default: the checkpoint's")
     add(
         "--chat_template",

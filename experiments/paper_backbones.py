@@ -142,7 +142,7 @@ class Costs:
         return rows / batch * (self.a_pass(batch * prompt) + max(new - 1, 0) * self.a_pass(batch))
 
     def search(self) -> tuple[float, float]:
-        """Of the labels: seconds of one GPU, bytes on disk."""
+        """Cost of the labels: seconds of one GPU, bytes on disk."""
         # Table 2: of the sampled labels a quarter is ARC's, whose answers are short.
         mean_tokens = 0.25 * 10 + 0.75 * self.args.dart_max_new_tokens
         return (
@@ -151,7 +151,7 @@ class Costs:
         )
 
     def training(self) -> tuple[float, float]:
-        """Of the routers: seconds of one GPU, bytes on disk."""
+        """Cost of the routers: seconds of one GPU, bytes on disk."""
         backbone, labels = self.backbone, self.labels
         features = self.batches(labels, TRAIN_ROWS, PROMPT_TOKENS, 1)
         products = 6 * backbone.router_parameters * WINDOWS * labels / (PEAK_FLOPS * self.args.mfu)
@@ -161,7 +161,7 @@ class Costs:
         return features + steps, stored + checkpoint
 
     def evaluation(self, tasks: Sequence[dict[str, Any]], rows: int) -> tuple[float, float]:
-        """Of base and router on `tasks` of benchmarks.json with answers of full length: seconds of one GPU, bytes."""
+        """Cost of base and router on `tasks` of benchmarks.json, answers at full length: seconds of one GPU, bytes."""
         seconds = disk = 0.0
         for task in tasks:
             count, prompt, options = task["size"]
@@ -324,15 +324,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--dry_run", action="store_true", help="print commands and costs (default)")
     what.add_argument("--run", action="store_true", help="run the steps, one after the other")
     what.add_argument("--slurm", action="store_true", help="print a Slurm array script that runs them")
-    add("--gpus", type=int, default=8, help="of this machine; 0: the CPU (default: 8)")
+    add("--gpus", type=int, default=8, help="GPUs of this machine; 0: the CPU (default: 8)")
     add("--output_dir", default="out/backbones", help="gets one folder per model (default: out/backbones)")
     add("--steps", default=",".join(STEPS), help="comma-separated (default: %(default)s)")
     add_shared(parser, "data_dir", says="the Hub")
     add("--samples", type=int, help="labels per set (default: the paper's)")
     add("--limit", type=int, help="questions searched per set and evaluated per task, for a quick trial")
-    add("--num_simulations", type=int, default=50, help="of the search, per question (default: 50)")
-    add("--num_epochs", type=int, default=25, help="of the training (default: 25, the paper's)")
-    add("--warmup_steps", type=int, default=500, help="of the training (default: 500, the paper's)")
+    add("--num_simulations", type=int, default=50, help="simulations per question (default: 50)")
+    add("--num_epochs", type=int, default=25, help="epochs of the training (default: 25, the paper's)")
+    add("--warmup_steps", type=int, default=500, help="warm-up steps of the training (default: 500, the paper's)")
     add(
         "--dart_max_new_tokens",
         type=int,

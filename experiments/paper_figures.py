@@ -44,9 +44,11 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("results", type=Path, nargs="?", default=Path("results"), help="default: %(default)s")
     parser.add_argument(
-        "--output", type=Path, help="of the figures over base models; default: figures/ below the results"
+        "results", type=Path, nargs="?", default=Path("results"), help="folder of results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder of the figures over base models; default: figures/ below the results"
     )
     args = parser.parse_args(argv)
     if not args.results.is_dir():

@@ -20,8 +20,10 @@ from drllm.paper.tables import write_paper_tables
 def main(argv: list[str] | None = None) -> None:
     """Writes the tables and prints them."""
     parser = argparse.ArgumentParser(prog="python -m experiments.paper_tables", description=__doc__.split("\n")[0])
-    parser.add_argument("results", type=Path, nargs="?", default=Path("results"), help="default: %(default)s")
-    parser.add_argument("--output", type=Path, help="default: tables/ below the results")
+    parser.add_argument(
+        "results", type=Path, nargs="?", default=Path("results"), help="folder of results (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, help="folder of the tables (default: tables/ below the results)")
     args = parser.parse_args(argv)
     if not args.results.is_dir():
         raise UserError(f"{args.results} does not exist; eval.sh writes results")

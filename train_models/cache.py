@@ -128,7 +128,7 @@ class PathCache(DynamicCache):
     def __init__(self, config: PreTrainedConfig | None = None, max_cache_len: int | None = None):
         """
         Args:
-            config: of the model; None leaves making the slots to the first forward pass.
+            config: the model's configuration; None leaves making the slots to the first forward pass.
             max_cache_len: tokens to allocate a slot for at its first use, for compiled blocks; None grows as needed.
         """
         super().__init__()

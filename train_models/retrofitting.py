@@ -39,9 +39,9 @@ def retrofit(
 
     Args:
         name_or_path: a folder or a name on the Hub.
-        dtype: of the base weights and the routers, as in `from_pretrained`.
-        revision: of the checkpoint on the Hub.
-        seed: of the routers' weights.
+        dtype: dtype of the base weights and the routers, as in `from_pretrained`.
+        revision: branch, tag or commit of the checkpoint on the Hub.
+        seed: seed for the routers' weights.
         router_config: fields of `RoutedConfigFields`, e.g. {"num_windows": 8, "router_width": 128}.
         from_pretrained_arguments: device_map, attn_implementation, quantization_config, ...
 

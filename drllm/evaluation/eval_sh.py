@@ -70,7 +70,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "the label sets for a checkpoint with a likelihood reward",
     )
     add_shared(parser, "data_dir", says="the Hub")
-    add("--output_dir", default=None, help="default: results/NAME, NAME that of the checkpoint's folder")
+    add(
+        "--output_dir",
+        default=None,
+        help="folder of the results (default: results/NAME, NAME that of the checkpoint's folder)",
+    )
     add("--path", action="append", default=[], help="also run this static path, one digit per block; repeatable")
     add(
         "--chat_template",

@@ -125,7 +125,7 @@ def _bars(axis: Axes, rows: Sequence[Mapping], name: str, colour: str, scale: fl
     """One bar per setting with its standard deviation.
 
     Args:
-        axis: to draw on.
+        axis: axes that are drawn on.
         rows: rows of the ablation's summary.
         name: name of the number.
         colour: colour of the bars.

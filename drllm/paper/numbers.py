@@ -19,7 +19,7 @@ class PaperTable:
 
     Attributes:
         caption: the paper's.
-        columns: in the paper's order.
+        columns: names in the paper's order.
         rows: row -> column -> cell, or row -> "base" and "+ router" -> column -> cell (Tables 3 and 4).
         note: what was derived from the numbers, and where they contradict each other.
     """

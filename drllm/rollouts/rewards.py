@@ -169,7 +169,7 @@ PUBLISHED = Generation.name  # the reward of labels whose manifest names none
 _REWARDS: dict[str, Reward] = {reward.name: reward for reward in (Generation(), Likelihood(), Likelihood(True))}
 REWARDS = tuple(_REWARDS)
 HELP = (
-    "what counts as a right answer; generation: the response is graded, as published; likelihood: the right option of "
+    "generation: the response is graded, as published; likelihood: the right option of "
     "a multiple-choice question is the most probable one, as in lm-eval's acc (_norm: acc_norm)"
 )
 

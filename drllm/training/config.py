@@ -53,7 +53,7 @@ class RouterTrainingConfig:
     output_dir: str = _argument("checkpoints", "folder of checkpoints")
     num_epochs: int = _argument(25, "passes over the labels; 25 in the paper, 15 in the authors' script")
     learning_rate: float = _argument(1e-3, "peak learning rate, reached at the end of the warm-up")
-    weight_decay: float = _argument(0.01, "of AdamW, on weights and not on biases")
+    weight_decay: float = _argument(0.01, "weight decay of AdamW, on weights and not on biases")
     warmup_steps: int = _argument(500, "steps of linear warm-up, followed by a cosine schedule to 0")
     gradient_accumulation: int = _argument(16, "effective batch size: examples per optimizer step, over all processes")
     micro_batch_size: int | None = _argument(
@@ -97,7 +97,7 @@ class RouterTrainingConfig:
     keep: Literal["best", "last"] = _argument(
         "last", "routers to keep: those of the last epoch, or those of the epoch with the best held-out macro-F1"
     )
-    seed: int = _argument(0, "of the routers' weights, the held-out split and the order of the data")
+    seed: int = _argument(0, "seed for the routers' weights, the held-out split and the order of the data")
     logging_steps: int = _argument(1, "optimizer steps per log entry")
     report_to: Literal["none", "wandb", "tensorboard"] = _argument("none", "where the Trainer logs")
     overwrite: bool = _argument(False, "train again even if {run_name} exists")

@@ -74,7 +74,7 @@ class FeatureStore:
 
     Attributes:
         directory: the folder of the shards.
-        examples: in the order of the entries.
+        examples: one per entry, in their order.
         layers: L, the number of routers.
         statistics: cost of the pass that opened this store.
     """

@@ -213,7 +213,7 @@ def fit(
 
     Args:
         module: maps a batch, without its labels, to {"logits": [B, L, 3]}.
-        collator: from example indices to a batch with "labels" [B, L].
+        collator: turns example indices into a batch with "labels" [B, L].
 
     Raises:
         UserError: a NaN loss, a full disk.

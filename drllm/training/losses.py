@@ -39,7 +39,7 @@ def effective_number_weights(counts: torch.Tensor, beta: float = 0.999) -> torch
 
     Args:
         counts: [3] labels per class, from the training split.
-        beta: in [0, 1].
+        beta: a number in [0, 1].
 
     Returns:
         float32 [3], mean 1 over the classes that occur.

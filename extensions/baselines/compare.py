@@ -99,7 +99,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--test_questions", type=int, help="test questions per set (default: all)")
     add("--train_questions", type=int, default=120, help="training questions per set (default: 120)")
     add_shared(parser, "unlike", "")
-    add("--methods", default="static,shortgpt,layerskip", help=f"of {','.join(METHODS)} (default: %(default)s)")
+    add("--methods", default="static,shortgpt,layerskip", help=f"some of {','.join(METHODS)} (default: %(default)s)")
     add("--skips", type=int, default=1, help="blocks to save on average: the budget (default: 1)")
     add("--static_paths", default="", help='further static paths, by edits: "skip 19; skip 18, repeat 27"')
     add("--known_paths", type=Path, help="JSON, kind of question -> path, of a base trained along known paths")

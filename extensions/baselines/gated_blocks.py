@@ -97,7 +97,7 @@ class GateTraining:
         batch_size: questions per optimiser step.
         learning_rate: learning rate of AdamW, with cosine decay.
         gain: how far the price would rise over the training if nothing were saved.
-        calibration_questions: on which the budget is met exactly after the training; 0 leaves it as trained.
+        calibration_questions: questions on which the budget is met exactly after the training; 0: as trained.
     """
 
     epochs: int = 6

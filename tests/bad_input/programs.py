@@ -16,6 +16,7 @@ from drllm import evaluate, gguf_checkpoint, router_checkpoint
 from drllm.evaluation import eval_sh
 from experiments import (
     ablations,
+    fresh_questions,
     inspect_prompt,
     label_choice,
     paper_backbones,
@@ -37,6 +38,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "ablations": ablations.main,
     "compare": compare.main,
     "group_search": group_search.main,
+    "fresh_questions": fresh_questions.main,
     "inspect_prompt": inspect_prompt.main,
     "label_choice": label_choice.main,
     "paper_backbones": paper_backbones.main,

@@ -13,8 +13,16 @@ from tests.bad_input.hostile import Mark, hostile_checkpoint
 from tests.bad_input.programs import PROGRAMS, World, command_line
 
 # Programs that read no model from a folder: paper_backbones prints or starts commands of the others, paper_figures and
-# paper_tables read results, gguf_checkpoint a GGUF file, make.py its own weights, training_memory.py makes its own.
-WITHOUT_MODELS = {"paper_backbones", "paper_figures", "paper_tables", "gguf_checkpoint", "miniature/make.py"}
+# paper_tables read results, fresh_questions lists questions, gguf_checkpoint reads a GGUF file, make.py its own weights,
+# training_memory.py makes its own.
+WITHOUT_MODELS = {
+    "fresh_questions",
+    "paper_backbones",
+    "paper_figures",
+    "paper_tables",
+    "gguf_checkpoint",
+    "miniature/make.py",
+}
 WITHOUT_MODELS |= {"benchmarks/training_memory.py", "label_choice"}
 # (program, arguments): `base` and `checkpoint` are hostile.
 CASES = [
