@@ -13,8 +13,8 @@ from tests.bad_input.hostile import Mark, hostile_checkpoint
 from tests.bad_input.programs import PROGRAMS, World, command_line
 
 # Programs that read no model from a folder: paper_backbones prints or starts commands of the others, paper_figures and
-# paper_tables read results, fresh_questions lists questions, gguf_checkpoint reads a GGUF file, make.py its own weights,
-# training_memory.py makes its own.
+# paper_tables read results, fresh_questions lists questions, gguf_checkpoint reads a GGUF file, make.py its own
+# weights, training_memory.py makes its own.
 WITHOUT_MODELS = {
     "fresh_questions",
     "paper_backbones",
