@@ -69,6 +69,7 @@ OPTIONAL: Schema = {
     "revision": (lambda value: value is None or is_text(value), "text or null"),
     "data_dir": (lambda value: value is None or is_text(value), "text or null"),
     "program": (is_name, "text"),
+    "grader_version": (lambda value: value is None or is_count(value), "a whole number or null"),
     "labels": (lambda value: value is None or is_count(value), "a count"),
 }
 
@@ -89,6 +90,7 @@ class Manifest:
         data_dir: folder of the question files; None: the Hub; "": not said.
         questions: set -> digest of its questions.
         program: what made the labels.
+        grader_version: version of the graders (`drllm.questions.grading.GRADER_VERSION`); None: not said.
         versions, commit: libraries and code that made them.
         labels: number of labels; None while the run is unfinished.
         results: what the run found besides labels, e.g. Table 2, and any other entry of the file.
@@ -106,6 +108,7 @@ class Manifest:
     data_dir: str | None = ""
     questions: dict[str, str] | None = None
     program: str = PROGRAM
+    grader_version: int | None = None
     versions: dict[str, str] | None = None
     commit: str | None = None
     labels: int | None = None

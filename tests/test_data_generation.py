@@ -17,6 +17,7 @@ import pytest
 
 import data_generation
 from drllm import labels
+from drllm.questions.grading import GRADER_VERSION
 from drllm.questions.per_set import numbers_per_set
 from drllm.questions.prompts import wants_chat_template
 from tests import search_toys
@@ -114,6 +115,7 @@ def test_labels_manifest_and_table(toy, undisturbed, tmp_path, capsys):
     manifest = found.manifest
     assert (manifest.num_layers, manifest.dtype, manifest.chat_template, manifest.seed) == (6, "float32", False, 0)
     assert manifest.arguments["num_simulations"] == 8
+    assert manifest.grader_version == GRADER_VERSION
     assert len(manifest.model_fingerprint) == 16
     assert sum(row["sampled"] for row in manifest.results["table2"]) == len(found.labels)
 

@@ -15,6 +15,7 @@ from typing import Any
 from drllm import provenance
 from drllm.errors import UserError
 from drllm.files import disk_errors, read_json, write_json
+from drllm.questions.grading import GRADER_VERSION
 
 SAFE = "the answers so far are kept"
 # Parts of lm-eval's results JSON that map tasks or groups to something.
@@ -59,7 +60,8 @@ def run_lm_eval(name: str, run: dict[str, Any], folder: Path, args: argparse.Nam
                 raise UserError(f"lm-eval ended with status {status}: {_reason(log)} (see {log}); {SAFE}")
         _collect(folder, [parts / str(number) for number in range(len(commands))])
     details = {"run": run, "seconds": round(time.monotonic() - started, 1), "batch_size": args.batch_size}
-    write_json(record, details | {"versions": provenance.versions(), "commit": provenance.commit()})
+    code = {"grader_version": GRADER_VERSION, "versions": provenance.versions(), "commit": provenance.commit()}
+    write_json(record, details | code)
     shutil.rmtree(parts, ignore_errors=True)
     for leftover in folder.glob("answers.db*"):
         leftover.unlink()

@@ -19,6 +19,9 @@ from drllm.questions.labels_of_options import find_label
 from drllm.questions.math_answers import grade_math, math_can_still_be_right
 from drllm.questions.sets import SETS, Question
 
+# Goes up by one with every change that grades a response differently; labels and results record it.
+GRADER_VERSION = 2
+
 
 def grade(question: Question, response: str) -> bool:
     """Whether `response`, the text after the prompt, is a right answer to `question`."""

@@ -83,15 +83,20 @@ def _text(row: dict[str, Any], column: str) -> str:
     return value.strip()
 
 
+def _texts(values: list[Any], column: str) -> tuple[str, ...]:
+    """A column of texts or numbers as texts; ValueError for anything else, e.g. null."""
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError(f"column '{column}' holds {value!r} in its list, expected text")
+    return tuple(str(value).strip() for value in values)
+
+
 def _parse_choice(row: dict[str, Any], column: str = "question") -> dict[str, Any]:
     """A row of ai2_arc or commonsense_qa: question (in `column`), choices {text, label}, answerKey."""
     text, answer, choices = _text(row, column), _text(row, "answerKey"), row.get("choices")
-    if not isinstance(choices, dict) or not {"text", "label"} <= choices.keys():
+    if not isinstance(choices, dict) or not all(isinstance(choices.get(name), list) for name in ("text", "label")):
         raise ValueError("column 'choices' must hold {'text': [...], 'label': [...]}")
-    if not isinstance(choices["text"], list) or not isinstance(choices["label"], list):
-        raise ValueError("column 'choices' must hold {'text': [...], 'label': [...]}")
-    texts = tuple(str(choice).strip() for choice in choices["text"])
-    labels = tuple(str(label).strip() for label in choices["label"])
+    texts, labels = _texts(choices["text"], "choices.text"), _texts(choices["label"], "choices.label")
     if len(texts) != len(labels) or len(texts) < 2 or len(set(labels)) != len(labels):
         raise ValueError(f"{len(texts)} choices with labels {list(labels)}: every choice needs its own label")
     if answer not in labels:
@@ -136,10 +141,9 @@ def _parse_hellaswag(row: dict[str, Any]) -> dict[str, Any]:
     def clean(text: str) -> str:
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
-    context = f"{_text(row, 'ctx_a')} {str(row.get('ctx_b', '')).capitalize()}"
-    return _lettered(
-        clean(f"{_text(row, 'activity_label')}: {context}"), [clean(str(e)) for e in endings], row.get("label")
-    )
+    context = f"{_text(row, 'ctx_a')} {str(row.get('ctx_b') or '').capitalize()}"
+    options = [clean(ending) for ending in _texts(endings, "endings")]
+    return _lettered(clean(f"{_text(row, 'activity_label')}: {context}"), options, row.get("label"))
 
 
 def _parse_truthfulqa(row: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +151,7 @@ def _parse_truthfulqa(row: dict[str, Any]) -> dict[str, Any]:
     targets = row.get("mc1_targets")
     if not isinstance(targets, dict) or not isinstance(targets.get("choices"), list) or len(targets["choices"]) < 2:
         raise ValueError("column 'mc1_targets' must hold {'choices': [...], 'labels': [...]}")
-    return _lettered(_text(row, "question"), [str(choice) for choice in targets["choices"]], 0)
+    return _lettered(_text(row, "question"), _texts(targets["choices"], "mc1_targets.choices"), 0)
 
 
 def _parse_dart(level: int) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
@@ -192,7 +196,7 @@ def _parse_squad(row: dict[str, Any]) -> dict[str, Any]:
     answers = row.get("answers")
     if not isinstance(answers, dict) or not isinstance(answers.get("text"), list):
         raise ValueError("column 'answers' must hold {'text': [...], ...}")
-    spans = tuple(dict.fromkeys(str(span).strip() for span in answers["text"])) or (UNANSWERABLE,)
+    spans = tuple(dict.fromkeys(_texts(answers["text"], "answers.text"))) or (UNANSWERABLE,)
     question, context = _text(row, "question"), _text(row, "context")
     return {"text": question, "context": context, "choices": spans, "labels": (), "answer": spans[0]}
 
@@ -201,14 +205,9 @@ _TRAIN_TEST = {"train": "train", "test": "test"}
 _TRAIN_VALIDATION = {"train": "train", "test": "validation"}  # their test splits carry no answers
 _DART_SAMPLES = {1: 200, 2: 400, 3: 600, 4: 800, 5: 1000}
 _MATH_SUBJECTS = (
-    "algebra",
-    "counting_and_probability",
-    "geometry",
-    "intermediate_algebra",
-    "number_theory",
-    "prealgebra",
+    "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
     "precalculus",
-)
+)  # fmt: skip
 
 
 def _arc(name: str, hub_config: str, samples: int) -> TaskSpec:
@@ -400,15 +399,24 @@ def _local_rows(spec: TaskSpec, folder: Path, split: str) -> Iterable[tuple[str,
     raise UserError(f"data folder {folder} has no {stem}.jsonl (nor .json, .parquet) with rows of {spec.hub_path}")
 
 
+_ICONV = "iconv -f ENCODING -t UTF-8 FILE > NEW_FILE"
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
+        encoding = json.detect_encoding(file.read(4))
+        if not encoding.startswith("utf-8"):
+            raise UserError(f"{path}: the file is {encoding.upper()}, expected UTF-8; convert it: {_ICONV}")
+        file.seek(0)
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             location = f"{path}:{number}"
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # ValueError includes text that is not UTF-8
+            except UnicodeDecodeError as error:
+                raise UserError(f"{location}: not UTF-8 ({error}); convert the file: {_ICONV}") from None
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{location}: not valid JSON ({error}); is the file cut off?") from None
             yield location, row
 
@@ -416,6 +424,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         rows = json.loads(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); convert the file: {_ICONV}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); name it .jsonl if it holds one object per line") from None
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):

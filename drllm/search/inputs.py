@@ -21,6 +21,7 @@ from drllm.manifests import Manifest
 from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
 from drllm.processes import process_state
 from drllm.provenance import commit, dtype_name, dtype_on, fingerprint, parse_dtype, versions
+from drllm.questions.grading import GRADER_VERSION
 from drllm.questions.overlap import load_training_questions
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import GROUPS, SETS, expand_sets
@@ -177,6 +178,7 @@ class SearchInputs:
             data_dir=None if self.args.data_dir is None else str(self.args.data_dir),
             questions={name: digest_of([p.question for p in of_set]) for name, of_set in self.prompts.items()},
             program=program,
+            grader_version=GRADER_VERSION,
             versions=versions(),
             commit=commit(),
         )

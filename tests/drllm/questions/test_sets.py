@@ -120,6 +120,8 @@ def test_json_and_parquet_and_limit(tmp_path):
         ({**_arc(), "choices": ["a", "b"]}, "column 'choices' must hold"),
         ({**_arc(), "choices": {"text": ["a", "b"], "label": ["A"]}}, "every choice needs its own label"),
         ({**_arc(), "choices": {"text": None, "label": 3}}, "column 'choices' must hold"),
+        ({**_arc(), "choices": {"text": ["a", None], "label": ["A", "B"]}}, "'choices.text' holds None in its list"),
+        ({**_arc(), "choices": {"text": ["a", "b"], "label": ["A", None]}}, "'choices.label' holds None in its list"),
         ({**_arc(), "question": ""}, "column 'question' holds '', expected text"),
         ([1], "expected an object"),
     ],
@@ -144,6 +146,46 @@ def test_bad_dart_rows(tmp_path, row, message):
     with pytest.raises(UserError, match=r"dart_math_train\.jsonl:1: ") as error:
         load_questions("dart-1", "train", tmp_path)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stem", "row"),
+    [
+        ("truthfulqa_mc_validation", {"question": "q", "mc1_targets": {"choices": ["a", None], "labels": [1, 0]}}),
+        ("squad_v2_train", _squad(["Paris", None])),
+        ("hellaswag_train", {"activity_label": "l", "ctx_a": "c", "ctx_b": "", "endings": ["a", None], "label": 0}),
+    ],
+)
+def test_null_is_no_option(tmp_path, stem, row):
+    _write(tmp_path / f"{stem}.jsonl", [row])
+    name = {"truthfulqa_mc_validation": "truthfulqa_mc1", "squad_v2_train": "squadv2"}.get(stem, "hellaswag")
+    with pytest.raises(UserError, match=rf"{stem}\.jsonl:1: column '.*' holds None in its list, expected text"):
+        load_questions(name, "test" if stem.endswith("validation") else "train", tmp_path)
+
+
+def test_null_is_no_context(tmp_path):
+    row = {"activity_label": "l", "ctx_a": "c", "ctx_b": None, "endings": ["a", "b"], "label": 0}
+    _write(tmp_path / "hellaswag_train.jsonl", [row])
+    assert "None" not in load_questions("hellaswag", "train", tmp_path)[0].text
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_files_of_another_encoding_are_named(tmp_path, encoding):
+    (tmp_path / "arc_easy_train.jsonl").write_text(json.dumps(_arc()) + "\n", encoding=encoding)
+    with pytest.raises(UserError, match=rf"arc_easy_train\.jsonl: the file is {encoding.upper()}.*, expected UTF-8"):
+        load_questions("arc_easy", "train", tmp_path)
+
+
+def test_other_encodings(tmp_path):
+    (tmp_path / "arc_easy_train.jsonl").write_text(json.dumps(_arc()) + "\n", encoding="utf-8-sig")
+    assert len(load_questions("arc_easy", "train", tmp_path)) == 1
+    accented = json.dumps([_arc("où ?")], ensure_ascii=False).encode("latin-1")
+    (tmp_path / "arc_easy_train.jsonl").write_bytes(accented)
+    with pytest.raises(UserError, match=r"arc_easy_train\.jsonl:1: not UTF-8 .*convert the file"):
+        load_questions("arc_easy", "train", tmp_path)
+    (tmp_path / "arc_easy_train.jsonl").rename(tmp_path / "arc_easy_train.json")
+    with pytest.raises(UserError, match=r"arc_easy_train\.json: not UTF-8 .*convert the file"):
+        load_questions("arc_easy", "train", tmp_path)
 
 
 def test_missing_and_cut_off_files(tmp_path):
