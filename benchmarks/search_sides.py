@@ -15,6 +15,7 @@ import torch
 from benchmarks.shapes import SHAPES
 from data_models import load_path_model, path_model_class
 from drllm import provenance
+from drllm.attention import kernels_without_plans
 from drllm.checkpoints import load_tokenizer
 from drllm.loading import loading
 from drllm.questions.grading import grade
@@ -117,6 +118,7 @@ def search_published(
     return results, sum(result.simulations for result, _ in results.values())
 
 
+@kernels_without_plans()  # every side of a ratio has the same
 @torch.inference_mode()
 def generate_one(model: Any, tokenizer: Any, prompt: Prompt, path: Path) -> tuple[str, bool]:
     """One response with stock `generate`, and whether it is right."""
@@ -133,6 +135,7 @@ def generate_one(model: Any, tokenizer: Any, prompt: Prompt, path: Path) -> tupl
     return response, grade(prompt.question, response)
 
 
+@kernels_without_plans()  # every side of a ratio has the same
 @torch.inference_mode()
 def score_options(model: Any, tokenizer: Any, prompt: LikelihoodPrompt, path: Path) -> tuple[str, bool]:
     """The label of the most likely option and whether it is right, with one forward pass per option, as lm-eval's `hf`
@@ -162,6 +165,7 @@ def same_results(
     return same
 
 
+@kernels_without_plans()  # every side of a ratio has the same
 @torch.inference_mode()
 def plain_generation(model: Any, tokenizer: Any, prompts: list[Prompt], batch_size: int) -> None:
     """The ceiling: stock `generate` on the default path, in full batches of similar lengths and equal limits."""

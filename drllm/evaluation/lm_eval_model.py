@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from data_models import path_model_class
+from drllm.attention import kernels_without_plans
 from drllm.checkpoints import CheckpointInfo, checkpoint_info
 from drllm.errors import UserError
 from drllm.evaluation.layer_counts import LayerCounts, Measurement
@@ -189,6 +190,7 @@ class RoutedLM(HFLM):
         """(log-likelihood, is greedy) of each continuation; see `_score`."""
         return self._answer("loglikelihood", requests, disable_tqdm, super().loglikelihood)
 
+    @kernels_without_plans()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As lm-eval's `hf`, with the layers of each row counted until that row has ended."""
         return self._answer("generate_until", requests, disable_tqdm, super().generate_until)
@@ -289,6 +291,7 @@ class RoutedLM(HFLM):
     # ----------------------------------------------------------------------------------------------------
     # Log-likelihoods
 
+    @kernels_without_plans()
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
@@ -306,9 +309,7 @@ class RoutedLM(HFLM):
             groups[tuple(kept[: len(kept) - len(continuation)])][tuple(continuation)].append(position)
         contexts = sorted(groups, key=lambda context: (-len(context), context))
         answers: list[tuple[float, bool] | None] = [None] * len(requests)
-        progress = tqdm(
-            total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests"
-        )
+        progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="log-likelihood requests")
         batch_size = self._context_batch_size(contexts, groups, override_bs)
         for start in range(0, len(contexts), batch_size):
             chunk = contexts[start : start + batch_size]

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from drllm.attention import kernels_without_plans
 from drllm.errors import UserError
 from drllm.questions.prompts import Prompt
 from drllm.questions.sets import Question
@@ -135,6 +136,7 @@ class RolloutEngine:
         self._settled.pop(question.id, None)
         self._graded.pop(question.id, None)
 
+    @kernels_without_plans()
     @torch.inference_mode()
     def _run(self, batch: list[_Row]) -> None:
         """Greedy decoding of one batch; fills `tokens` of each row."""

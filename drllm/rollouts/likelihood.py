@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from drllm.attention import kernels_without_plans
 from drllm.errors import UserError
 from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.sets import Question
@@ -224,6 +225,7 @@ class LikelihoodEngine:
             self._packed[prompt.question.id] = PackedRow.of(prompt)
         return self._packed[prompt.question.id]
 
+    @kernels_without_plans()
     @torch.inference_mode()
     def _run(self, requests: list[Request]) -> list[tuple[float, ...]]:
         """Scores one batch."""

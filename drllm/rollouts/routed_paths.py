@@ -8,12 +8,14 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from drllm.attention import kernels_without_plans
 from drllm.labels import Example
 from drllm.questions.padding import pad_ids
 from drllm.questions.prompts import Prompt
 from train_models.paths import Path, path_to_layer_indices
 
 
+@kernels_without_plans()
 @torch.no_grad()
 def routed_paths(routed: PreTrainedModel, prompts: Sequence[Prompt], batch_size: int = 64) -> list[Path]:
     """The path that the routers of `routed` decide on for each prompt, in the order of `prompts`."""
@@ -41,12 +43,13 @@ def windows_in_batches(
     order = sorted(range(len(examples)), key=lambda place: len(examples[place].token_ids))
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
-        output = routed.model(
-            **pad_ids([examples[place].token_ids for place in places], pad_token_id, routed.device),
-            layer_indices=[path_to_layer_indices(examples[place].path) for place in places],
-            use_cache=False,
-            output_router_inputs=True,
-        )
+        with kernels_without_plans():
+            output = routed.model(
+                **pad_ids([examples[place].token_ids for place in places], pad_token_id, routed.device),
+                layer_indices=[path_to_layer_indices(examples[place].path) for place in places],
+                use_cache=False,
+                output_router_inputs=True,
+            )
         yield places, output.router_inputs, output.window_mask
 
 
