@@ -46,6 +46,7 @@ test-llm: $(VENV)/.installed-dev $(if $(MODEL),,out/llm/model)
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean-demo:
 	rm -rf out/demo

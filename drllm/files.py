@@ -121,7 +121,8 @@ def read_json(path: Path, fix: str, kind: type = dict) -> Any:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); {fix}") from None
     if not isinstance(value, kind):
-        expected = {dict: "an object", list: "a list"}.get(kind, kind.__name__)
+        names: dict[type, str] = {dict: "an object", list: "a list"}
+        expected = names.get(kind, kind.__name__)
         raise UserError(f"{path}: expected {expected}, found {shorten(value)}; {fix}")
     return value
 

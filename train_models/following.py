@@ -260,7 +260,8 @@ class FollowsPaths(ChecksItself):
                     else hidden_states.to(output.device).index_copy(0, rows.to(output.device), output)
                 )
             for _ in range(elsewhere):
-                first_row = views.of(*schedule.first_row(), kinds[block])
+                row_set, rows = schedule.first_row()
+                first_row = views.of(row_set, rows, kinds[block])
                 output = run(hidden_states[:1], use_cache=False, **{CACHE_NAME: None}, **first_row, **kwargs)
                 hidden_states = in_step(hidden_states, output)
             all_hidden_states.append(hidden_states if output_hidden_states else None)

@@ -312,11 +312,11 @@ def layers_difference(base: Run, other: Run, tasks: Sequence[str]) -> Estimate |
     """Layers per query of `other` minus those of `base`, paired by query where both logged their queries."""
     if not (base.queries and other.queries):
         return _unpaired(base.layers(tasks), other.layers(tasks))
-    blocks = [
+    of_base, of_other = (
         {task: {document: query["blocks"] for document, query in rows.items()} for task, rows in run.queries.items()}
         for run in (base, other)
-    ]
-    return _paired(*blocks, tasks)
+    )
+    return _paired(of_base, of_other, tasks)
 
 
 def in_domain_columns(run: Run) -> dict[str, list[str]]:
