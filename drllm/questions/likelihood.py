@@ -118,16 +118,17 @@ class LikelihoodPrompt:
 
     def margin(self, log_likelihoods: Sequence[float], normalised: bool) -> float:
         """The right option's log-likelihood minus that of its best rival, in nats (per character if `normalised`)."""
-        values = self._values(log_likelihoods, normalised)
+        values = self.values(log_likelihoods, normalised)
         gold = values.pop(self.gold)
         return gold - max(values)
 
     def probability(self, log_likelihoods: Sequence[float], normalised: bool) -> float:
         """The right option's share of the likelihood of all options (its logarithm per character if `normalised`)."""
-        values = self._values(log_likelihoods, normalised)
+        values = self.values(log_likelihoods, normalised)
         return 1 / sum(math.exp(min(700.0, value - values[self.gold])) for value in values)
 
-    def _values(self, log_likelihoods: Sequence[float], normalised: bool) -> list[float]:
+    def values(self, log_likelihoods: Sequence[float], normalised: bool) -> list[float]:
+        """What options are ranked by: log-likelihoods in nats, per character if `normalised`."""
         if not normalised:
             return list(log_likelihoods)
         return [value / length for value, length in zip(log_likelihoods, self.lengths, strict=True)]

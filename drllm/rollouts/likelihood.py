@@ -137,6 +137,13 @@ class PackedBatch:
         return scores
 
 
+def choice_of(prompt: LikelihoodPrompt, scores: Sequence[float], normalised: bool) -> Rollout:
+    """What the scores of a question say: the label of the most probable option, and whether the question is right."""
+    values = prompt.values(scores, normalised)
+    chosen = prompt.question.labels[max(range(len(values)), key=values.__getitem__)]
+    return Rollout(chosen, prompt.is_right(scores, normalised))
+
+
 class LikelihoodEngine:
     """Scores the options of questions along paths; the counterpart of `RolloutEngine` for a log-likelihood reward.
 
@@ -184,16 +191,8 @@ class LikelihoodEngine:
 
     def respond(self, requests: Sequence[Request]) -> list[Rollout]:
         """One rollout per request, in the order of `requests`: the label of the chosen option, and the reward."""
-        rollouts = []
-        for request, scores in zip(requests, self.score(requests), strict=True):
-            prompt = request.prompt
-            values = [
-                score / length if self.normalised else score
-                for score, length in zip(scores, prompt.lengths, strict=True)
-            ]
-            chosen = prompt.question.labels[max(range(len(values)), key=values.__getitem__)]
-            rollouts.append(Rollout(chosen, prompt.is_right(scores, self.normalised)))
-        return rollouts
+        pairs = zip(requests, self.score(requests), strict=True)
+        return [choice_of(request.prompt, scores, self.normalised) for request, scores in pairs]
 
     def score(self, requests: Sequence[Request]) -> list[tuple[float, ...]]:
         """Summed log-probabilities in nats, one tuple per request with one value per option."""

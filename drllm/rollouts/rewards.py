@@ -22,8 +22,8 @@ from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.prompts import Prompt, wants_chat_template
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import SETS, Question
-from drllm.rollouts.engine import RolloutEngine
-from drllm.rollouts.likelihood import LikelihoodEngine
+from drllm.rollouts.engine import Rollout, RolloutEngine
+from drllm.rollouts.likelihood import LikelihoodEngine, choice_of
 from drllm.rollouts.scores import Scores
 
 
@@ -84,6 +84,10 @@ class Generation:
     def is_right(self, prompt: Prompt, scores: Scores) -> bool:
         """Whether the response was right."""
         return scores[0] == 1
+
+    def rollout(self, prompt: Prompt, scores: Scores) -> Rollout | None:
+        """None: the response is not kept, so it has to be generated again."""
+        return None
 
     def value(self, prompt: Prompt, scores: Scores) -> float:
         """1 for a right response, 0 for a wrong one."""
@@ -152,6 +156,10 @@ class Likelihood:
     def is_right(self, prompt: LikelihoodPrompt, scores: Scores) -> bool:
         """Whether the right option alone has the highest score."""
         return prompt.is_right(scores, self.normalised)
+
+    def rollout(self, prompt: LikelihoodPrompt, scores: Scores) -> Rollout | None:
+        """What the engine's `respond` says, from its scores."""
+        return choice_of(prompt, scores, self.normalised)
 
     def value(self, prompt: LikelihoodPrompt, scores: Scores) -> float:
         """The probability of the right option among the options."""

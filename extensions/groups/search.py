@@ -34,7 +34,7 @@ from drllm.processes import from_main
 from drllm.questions.per_set import numbers_per_set
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import collections_of, expand_sets
-from drllm.rollouts.engine import Request
+from drllm.rollouts.engine import Request, Rollout
 from drllm.rollouts.rewards import AnyEngine, AnyPrompt, Reward
 from drllm.rollouts.routed_paths import router_windows
 from drllm.rollouts.scores import ScoreStore, path_text, score_all
@@ -129,7 +129,7 @@ class Measured:
         for start in range(0, len(found.questions), self.engine.batch_size):
             prompts = [self.prompts[index] for index in found.questions[start : start + self.engine.batch_size]]
             requests = [Request(prompt, path, True) for prompt in prompts for path in (default, found.path)]
-            rollouts = iter(self.engine.respond(requests))
+            rollouts = iter(self._rollouts(requests))
             for prompt, base, routed in zip(prompts, rollouts, rollouts, strict=True):
                 question = prompt.question
                 self.engine.forget(question)
@@ -149,6 +149,16 @@ class Measured:
                     inferences=found.inferences,
                     good_paths=() if found.path == default else (found.path,),
                 )
+
+    def _rollouts(self, requests: Sequence[Request]) -> list[Rollout]:
+        """The answers of `requests`; only those run that the store does not tell."""
+        known: list[Rollout | None] = []
+        for request in requests:
+            scores = self.store.get(request.prompt.question.id, request.path)
+            known.append(None if scores is None else self.reward.rollout(request.prompt, scores))
+        unknown = [request for request, rollout in zip(requests, known, strict=True) if rollout is None]
+        answers = iter(self.engine.respond(unknown))
+        return [rollout or next(answers) for rollout in known]
 
     def report(self, found: GroupLabel) -> dict:
         """How a group did, for the manifest."""

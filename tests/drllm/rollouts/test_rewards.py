@@ -33,6 +33,8 @@ def test_scores_judge_as_the_engine_does(toy, name):
     assert [reward.is_right(r.prompt, row) for r, row in zip(requests, scores, strict=True)] == [
         rollout.is_right for rollout in rollouts
     ]
+    known = [reward.rollout(r.prompt, row) for r, row in zip(requests, scores, strict=True)]
+    assert known == (rollouts if reward.has_options else [None] * len(requests))
     assert all(0 <= reward.value(r.prompt, row) <= 1 for r, row in zip(requests, scores, strict=True))
 
 

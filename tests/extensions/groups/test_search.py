@@ -11,6 +11,7 @@ import train
 from drllm.errors import UserError
 from drllm.labels import read_labels
 from drllm.miniature import MINIATURE_DATA, ROOT
+from drllm.rollouts.likelihood import LikelihoodEngine
 from drllm.rollouts.scores import ScoreStore
 from extensions.groups import search as group_search
 from extensions.groups.search import main
@@ -78,12 +79,20 @@ def test_a_folder_of_other_labels_is_refused(tmp_path, capsys):
     assert "arguments.caution was 1.0 and is now 0.5; repeat that run's arguments" in capsys.readouterr().err
 
 
-def test_the_reward_may_be_the_probability_of_the_right_option(tmp_path):
+def test_the_reward_may_be_the_probability_of_the_right_option(tmp_path, monkeypatch):
+    def respond(engine, requests):
+        assert requests == [], "labels are written from the scores that were measured"
+        return []
+
+    monkeypatch.setattr(LikelihoodEngine, "respond", respond)
     command = f"--data_dir {MINIATURE_DATA} --dataset arc_easy --reward likelihood --limit 8 --groups 2".split()
     assert main([*command, "--num_simulations", "3", "--output_dir", str(tmp_path / "labels")]) == 0
     labels = read_labels(tmp_path / "labels")
     assert len(labels.labels) == 8
     assert labels.manifest.reward == "likelihood"
+    for label in labels.labels:
+        assert label.path_correct == (label.path_response == label.answer)
+        assert label.base_correct == (label.base_response == label.answer)
     scores = [json.loads(line)[2] for line in (tmp_path / "labels-measured" / "00000.jsonl").read_text().splitlines()]
     assert {len(of_options) for of_options in scores} == {4}
 
