@@ -46,21 +46,16 @@ Q: Where were the 1992 Olympics held?
 A: The 1992 Olympics were held in Barcelona, Spain."""
 
 
-def require_choices(sets: Sequence[str]) -> None:
-    """Raises UserError when a set is not multiple choice, for programs to call before they load anything."""
-    if others := [name for name in sets if SETS[name].kind != "choice"]:
-        raise UserError(
-            f"{others[0]} is not multiple choice, so it has no log-likelihood reward; use --reward generation"
-        )
-
-
 def likelihood_text(question: Question) -> tuple[str, tuple[str, ...]]:
     """(context, continuations) of a multiple-choice question; each continuation begins with lm-eval's delimiter.
 
     Raises:
         UserError: for sets that are not multiple choice.
     """
-    require_choices([question.set])
+    if SETS[question.set].kind != "choice":
+        raise UserError(
+            f"{question.set} is not multiple choice, so it has no log-likelihood reward; use --reward generation"
+        )
     if question.set in ("openbookqa", "hellaswag"):
         context = question.text
     elif question.set == "siqa":

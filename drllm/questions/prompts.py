@@ -77,11 +77,6 @@ def adds_special_tokens(text: str, tokenizer: Any) -> bool:
     return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
-def response_limit(question: Question | str, chat: bool) -> int:
-    """Most new tokens of a response by default: ARC 2 for base models and 10 with a chat template, DART 15."""
-    return ResponseFormat().limit(question, chat)
-
-
 @dataclass(frozen=True)
 class Prompt:
     """A question as the model receives it.

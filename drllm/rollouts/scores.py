@@ -67,13 +67,6 @@ class ScoreStore:
         """What the engine left (log-likelihoods in nats, or whether a response is right); None where it is unknown."""
         return self._scores.get((question_id, path_text(path)))
 
-    def by_question(self) -> dict[str, dict[Path, Scores]]:
-        """All scores: question id -> path -> scores in nats, one per option."""
-        scores: dict[str, dict[Path, Scores]] = {}
-        for (question_id, digits), values in self._scores.items():
-            scores.setdefault(question_id, {})[tuple(map(int, digits))] = values
-        return scores
-
     def add(self, rows: Iterable[tuple[str, Path, Scores]]) -> None:
         """Appends (question id, path, scores); they outlive this process at once."""
         lines = []

@@ -4,7 +4,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from drllm.errors import UserError
-from drllm.questions.prompts import Prompt, render_prompt, response_limit
+from drllm.questions.prompts import Prompt, render_prompt
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import load_questions
 from drllm.rollouts.engine import Request, RolloutEngine
@@ -58,7 +58,7 @@ def test_tasks_ask_the_questions_of_the_search(folder):
             for request, question in zip(requests, questions, strict=True):
                 prompt, generation = request.args
                 assert prompt == (f"<{render_prompt(question)}>" if chat else render_prompt(question))
-                assert generation["max_gen_toks"] == response_limit(question, chat)
+                assert generation["max_gen_toks"] == ResponseFormat().limit(question, chat)
                 assert generation["until"] == []
                 assert generation["do_sample"] is False
 

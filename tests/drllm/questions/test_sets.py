@@ -4,7 +4,8 @@ import pytest
 
 from drllm.errors import UserError
 from drllm.questions.grading import can_still_be_right, grade
-from drllm.questions.prompts import apply_template, render_prompt, response_limit
+from drllm.questions.prompts import apply_template, render_prompt
+from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import SETS, expand_sets, load_questions
 
 
@@ -254,8 +255,8 @@ def test_hub_failure_names_the_way_out(monkeypatch):
 
 def test_limits_and_samples_are_the_papers():
     assert [SETS[name].samples for name in expand_sets("arc,dart")] == [400, 600, 200, 400, 600, 800, 1000]
-    assert (response_limit("arc_easy", chat=False), response_limit("arc_easy", chat=True)) == (2, 10)
-    assert (response_limit("dart-1", chat=False), response_limit("dart-5", chat=True)) == (15, 15)
+    assert (ResponseFormat().limit("arc_easy", chat=False), ResponseFormat().limit("arc_easy", chat=True)) == (2, 10)
+    assert (ResponseFormat().limit("dart-1", chat=False), ResponseFormat().limit("dart-5", chat=True)) == (15, 15)
 
 
 class _Tokenizer:
