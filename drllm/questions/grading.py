@@ -20,7 +20,7 @@ from drllm.questions.math_answers import grade_math, math_can_still_be_right
 from drllm.questions.sets import SETS, Question
 
 # Goes up by one with every change that grades a response differently; labels and results record it.
-GRADER_VERSION = 2
+GRADER_VERSION = 3
 
 
 def grade(question: Question, response: str) -> bool:

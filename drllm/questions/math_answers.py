@@ -1,6 +1,10 @@
-"""Final answers in LaTeX: extracting them from a response, and comparing them with the gold answer.
+"""Whether a final answer in LaTeX has the value of the gold answer.
 
-Model output is never evaluated as Python. LaTeX is parsed by math-verify's ANTLR grammar, in a helper process with hard
+Answers are brought to one spelling (`math_text`) and compared part by part (`math_parts`). Single expressions are
+brought to the form that Math-Verify reads as it is meant (`math_expressions`): it adds the integer of "2 3/4" where it
+should read a mixed number, multiplies nothing in "(2)(3)", and drops subscripts and capitals.
+
+Model output is never evaluated as Python. LaTeX is parsed by Math-Verify's ANTLR grammar, in a helper process with hard
 limits on time and memory: sympy can hang in C code (9^{9^{9}}), where neither a signal nor a thread can interrupt it,
 and the grader must work from any thread.
 """
@@ -11,149 +15,50 @@ import atexit
 import functools
 import json
 import os
-import re
 import select
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
-_BOX = re.compile(r"\\boxed\s*\{")
-_SOLUTION_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(?P<brace>\{)?")
-# What belongs to a box without braces: a fraction, a root, a command, or a number or word.
-_BARE_ANSWER = re.compile(
-    r"\\d?t?frac\s*(?:\d\s*\d|(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d))|\\sqrt\s*(?:\{[^{}]*\}|\d+)|\\[a-zA-Z]+(?:\{[^{}]*\})?"
-    r"|[^\s{}$,\\]+(?:,\d{3}(?!\d))*(?:\\%)?"
-)
+from drllm.questions.math_parts import Comparison
+from drllm.questions.math_text import brackets, tidy
+from drllm.questions.response_text import answer_of, has_settled_box
+
 # Answers that are longer or nested deeper than any gold answer of MATH (159 characters, depth 5) are compared as
 # strings only: the parser's time grows fast with depth.
 _MAX_LENGTH = 300
 _MAX_DEPTH = 12
 
 
-def first_box(text: str) -> str | None:
-    r"""Content of the first closed \boxed{...} of `text`, braces balanced, or None when there is none.
-
-    The first, not the last: answers are direct, and a base model continues with the next problem. A box that is never
-    closed is not an answer.
-
-    >>> first_box(r" \boxed{\frac{1}{2}} and \boxed{3}")
-    '\\frac{1}{2}'
-    """
-    opening = _BOX.search(text)
-    return None if opening is None else _closed(text, opening.end())
-
-
-def last_box(text: str) -> str | None:
-    r"""Content of the last \boxed{...} or \fbox{...} of `text`: the answer of a worked solution of MATH.
-
-    A box without braces ends with its number, fraction or command.
-
-    >>> last_box(r"so $x=\boxed{3}$ or rather $x=\boxed{\text{odd}}$.")
-    '\\text{odd}'
-    >>> last_box(r"so it is $\boxed 3.5$.")
-    '3.5'
-    """
-    openings = list(_SOLUTION_BOX.finditer(text))
-    if not openings:
-        return None
-    if openings[-1]["brace"]:
-        return _closed(text, openings[-1].end())
-    bare = _BARE_ANSWER.match(text, openings[-1].end())
-    return (bare[0].rstrip(".,;:!?") or None) if bare else None
-
-
-def _closed(text: str, start: int) -> str | None:
-    """`text` from `start` to the brace that closes the group which is open there, or None when nothing closes it."""
-    depth, position = 1, start
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 2  # \{ and \} are printed braces, not grouping
-            continue
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return text[start:position]
-        position += 1
-    return None
-
-
-def _candidate(response: str) -> str | None:
-    """The answer that `response` gives: the first box, else the first line, else None."""
-    boxed = first_box(response)
-    if boxed is not None:
-        return boxed.strip()
-    if _BOX.search(response):
-        return None
-    return response.strip().split("\n", 1)[0].strip() or None
-
-
-def _tidy(latex: str) -> str:
-    """`latex` without spacing, $ signs, size commands, a final full stop, and the command around an answer in words."""
-    tidy = latex.strip().rstrip(".").replace("\\$", "").replace("$", "").strip()
-    if words := _WORDS.fullmatch(tidy):
-        tidy = words[1].strip()
-    tidy = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[!,; ]", "", tidy)
-    tidy = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", tidy)
-    # Spaces separate only between letters ("\pi r" is not "\pir").
-    return re.sub(r"(?<![a-zA-Z])\s+|\s+(?![a-zA-Z])", "", tidy)
-
-
-_WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
-_INTEGER = re.compile(r"[-+]?\d{1,30}")
-
-
 def grade_math(response: str, answer: str) -> bool:
     r"""Whether `response` gives the same value as the LaTeX expression `answer`.
 
-    The candidate is the content of the first closed \boxed{}, else the first line of the response. Equal
-    strings and integers are decided at once, everything else by math-verify ("\frac12" equals "0.5").
+    The candidate is the content of the first closed \boxed{}, else what the response announces as its answer, else its
+    first line. A thinking block before it is left out.
     """
-    candidate = _candidate(response)
+    candidate = answer_of(response)
     return candidate is not None and _same_value(answer, candidate)
 
 
 def math_can_still_be_right(partial: str, answer: str) -> bool:
     r"""False once the first closed \boxed{} of `partial` differs from `answer`."""
-    return first_box(partial) is None or grade_math(partial, answer)
+    return not has_settled_box(partial) or grade_math(partial, answer)
 
 
 @functools.lru_cache(maxsize=200_000)
 def _same_value(answer: str, candidate: str) -> bool:
     """Whether two answers are equal; cached, because a search sees the same few answers thousands of times."""
-    gold, given = _tidy(answer), _tidy(candidate)
-    if gold == given:
+    if answer == candidate:
         return True
-    if not gold or not given:
+    if len(candidate) > _MAX_LENGTH or brackets(candidate) > _MAX_DEPTH:
         return False
-    if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(given):
-        return int(gold) == int(given)
-    if len(given) > _MAX_LENGTH or _depth(given) > _MAX_DEPTH:
-        return False
-    return _checker().equal(_as_latex(answer), _as_latex(_after_announcement(candidate)))
+    gold, given = tidy(answer), tidy(candidate)
+    return bool(gold and given) and Comparison(_check).same(gold, given)
 
 
-def _depth(text: str) -> int:
-    """Deepest nesting of brackets of any kind in `text`."""
-    depth = deepest = 0
-    for character in text:
-        if character in "{[(":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in "}])":
-            depth -= 1
-    return deepest
-
-
-def _after_announcement(candidate: str) -> str:
-    """The part of an unboxed response after "the answer is", if it has these words."""
-    return re.split(r"\banswer\s*(?:is|:)\s*:?\s*", candidate, maxsplit=1, flags=re.IGNORECASE)[-1]
-
-
-def _as_latex(text: str) -> str:
-    r"""`text` as one LaTeX formula for math-verify, which reads text between dollar signs."""
-    inner = re.sub(r"(?<!\\)\$", "", text.strip().rstrip(".")).strip()
-    return f"${inner}$"
+def _check(gold: str, given: str, mode: str) -> bool:
+    return _checker().equal(gold, given, mode)
 
 
 class SymbolicChecker:
@@ -171,15 +76,15 @@ class SymbolicChecker:
         self._owner = 0
         self._lock = threading.Lock()
 
-    def equal(self, gold: str, given: str) -> bool:
-        """Whether math-verify finds the two formulas equal, within the time limit."""
+    def equal(self, gold: str, given: str, mode: str = "value") -> bool:
+        """Whether two LaTeX expressions agree, within the time limit; see `math_server.compare`."""
         with self._lock:
             process = self._process
             # A forked child must not write to its parent's pipe.
             if process is None or process.poll() is not None or self._owner != os.getpid():
                 process = self._start()
             try:
-                process.stdin.write(json.dumps([gold, given]).encode() + b"\n")
+                process.stdin.write(json.dumps([gold, given, mode]).encode() + b"\n")
                 process.stdin.flush()
                 reply = self._read_line(process, self.timeout_s)
             except BrokenPipeError:

@@ -1,4 +1,7 @@
-"""The helper process of `SymbolicChecker`: compares pairs of LaTeX answers. It is started by its path."""
+"""The helper process of `SymbolicChecker`: compares pairs of LaTeX expressions. It is started by its path.
+
+Math-Verify parses; the values are compared here, since its own comparison rounds to 6 decimal places.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +12,81 @@ import os
 import resource
 import sys
 
+import sympy
 from math_verify import LatexExtractionConfig, parse, verify
+
+DIGITS = 150
+# Values for the variables: of both signs, and related by no simple equation.
+POINTS = ((17, 23, 7), (-29, 13, 11), (5, 37, -19), (-3, 41, -2))
+
+
+def same(first: sympy.Basic, second: sympy.Basic) -> bool:
+    """Whether two expressions are the same rational number, or equal to 130 digits at every point."""
+    if not (isinstance(first, sympy.Expr) and isinstance(second, sympy.Expr)):
+        return bool(verify([first], [second], strict=True, timeout_seconds=None))
+    first, second = first.doit(), second.doit()
+    if first == second:
+        return True
+    if first.is_Rational and second.is_Rational:
+        return False
+    return all(ratio == 1 for ratio in ratios(first, second))
+
+
+def ratios(first: sympy.Expr, second: sympy.Expr) -> list[sympy.Expr | None]:
+    """`first` / `second` at the points where both have a value, rounded to 130 digits; None: not computable."""
+    found: list[sympy.Expr | None] = []
+    names = sorted(first.free_symbols | second.free_symbols, key=str)
+    for start, factor, shift in POINTS if names else POINTS[:1]:
+        values = {name: sympy.Rational(start * (n + 1) + shift, factor + 2 * n) for n, name in enumerate(names)}
+        one, other = (sympy.N(part.subs(values), DIGITS) for part in (first, second))
+        if not (one.is_number and other.is_number and one.is_finite and other.is_finite):
+            continue
+        if one == 0 or other == 0:
+            found.append(sympy.Integer(1) if sympy.simplify(first - second) == 0 else None)
+        elif abs(one / other - 1) < sympy.Float(10, DIGITS) ** -130:
+            found.append(sympy.Integer(1))
+        else:
+            found.append(sympy.N(one / other, 100))
+    return found if len(found) >= min(2, len(names) + 1) else [None]
+
+
+def proportional(first: sympy.Expr, second: sympy.Expr, positive: bool) -> bool:
+    """Whether `first` is `second` times a number other than 0, for `positive` above 0."""
+    if first.free_symbols != second.free_symbols or not first.free_symbols:
+        return False
+    found = ratios(first, second)
+    if any(ratio is None or (positive and not ratio > 0) for ratio in found):
+        return False
+    return all(abs(ratio / found[0] - 1) < 1e-60 for ratio in found)
+
+
+def compare(gold: str, given: str, mode: str, soft_s: int) -> bool:
+    """Whether two formulas agree; `mode` is "value", "equation" or "inequality"."""
+    # LaTeX only: math-verify's other extraction hands text to sympy's parse_expr, which evaluates it.
+    latex = (LatexExtractionConfig(boxed_match_priority=0),)
+    parsed = [parse(f"${t}$", latex, fallback_mode="no_fallback", parsing_timeout=soft_s) for t in (gold, given)]
+    if not all(parsed) or any(isinstance(found[0], str) for found in parsed):
+        return False
+    first, second = (found[0] for found in parsed)
+    if mode == "value":
+        return same(first, second)
+    return proportional(first, second, mode == "inequality")
 
 
 def serve(timeout_s: float, memory_bytes: int) -> None:
-    """Reads one JSON pair of formulas per line, and writes "1" if they are equal, else "0"."""
+    """Reads one JSON list [gold, given, mode] per line, and writes "1" if they agree, else "0"."""
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    # LaTeX only: math-verify's other extraction hands text to sympy's parse_expr, which evaluates it.
-    latex = (LatexExtractionConfig(boxed_match_priority=0),)
     soft_s = max(1, int(timeout_s) - 2)
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing else may write where the replies go
-    verify(*(parse(text, latex, parsing_timeout=soft_s) for text in ("$x+1$", "$1+x$")))  # slow the first time
+    compare("x+1", "1+x", "value", soft_s)  # slow the first time
     replies.write("ready\n")
     for line in sys.stdin:
         # A watchdog thread in C ends the process even if sympy hangs in C, also when the parent is gone.
         faulthandler.dump_traceback_later(timeout_s + 1, exit=True)
         try:
-            gold, given = (
-                parse(text, latex, fallback_mode="no_fallback", parsing_timeout=soft_s) for text in json.loads(line)
-            )
-            equal = bool(gold and given and verify(gold, given, timeout_seconds=soft_s))
+            equal = compare(*json.loads(line), soft_s)
         except (Exception, RecursionError, MemoryError):
             equal = False
         faulthandler.cancel_dump_traceback_later()

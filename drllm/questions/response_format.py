@@ -8,7 +8,7 @@ from typing import Any
 
 from drllm.errors import UserError
 from drllm.questions.grading import can_still_be_right, grade
-from drllm.questions.math_answers import first_box
+from drllm.questions.response_text import has_settled_box
 from drllm.questions.sets import SETS, Question
 
 BOX = r"\boxed{"
@@ -87,7 +87,7 @@ class ResponseFormat:
             return len(text) > 1 or (bool(text) and text != question.answer)
         text = self.seed(question) + partial
         # The first closed box decides, whether it is right or wrong.
-        is_boxed = SETS[question.set].kind == "math" and first_box(text) is not None
+        is_boxed = SETS[question.set].kind == "math" and has_settled_box(text)
         return is_boxed or not can_still_be_right(question, text)
 
     def _is_strict(self, question: Question) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from drllm.errors import UserError
-from drllm.questions.math_answers import last_box
+from drllm.questions.response_text import last_box
 
 UNANSWERABLE = "unanswerable"  # the answer to a SQuAD v2 question that its passage does not answer
 

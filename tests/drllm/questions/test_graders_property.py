@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from drllm.questions import math_answers
 from drllm.questions.grading import grade_span, span_f1
-from drllm.questions.math_answers import SymbolicChecker, first_box, grade_math, last_box
+from drllm.questions.math_answers import SymbolicChecker, grade_math
 from drllm.questions.response_format import ResponseFormat
+from drllm.questions.response_text import first_box, last_box
 from drllm.questions.sets import Question
 
 QUESTIONS = (
@@ -94,8 +95,8 @@ def test_no_answer_is_executed(tmp_path):
         ):
             attack = wrap.format(touch)
             assert not grade_math(attack, "7")
-            assert not checker.equal("$7$", attack)
-            assert not checker.equal(f"${attack}$", "7")
+            assert not checker.equal("7", attack)
+            assert not checker.equal(attack, "7")
             for question in QUESTIONS:
                 assert not ResponseFormat().grade(question, attack)
     finally:

@@ -13,7 +13,8 @@ from drllm.questions.grading import (
     span_can_still_be_right,
     span_f1,
 )
-from drllm.questions.math_answers import SymbolicChecker, first_box, grade_math, last_box, math_can_still_be_right
+from drllm.questions.math_answers import SymbolicChecker, grade_math, math_can_still_be_right
+from drllm.questions.response_text import first_box, last_box
 
 LETTERS = ("A", "B", "C", "D")
 DIGITS = ("1", "2", "3", "4")
@@ -178,12 +179,12 @@ def test_model_output_is_never_evaluated(tmp_path):
 def test_hostile_answers_end_in_time_and_leave_the_grader_working():
     checker = SymbolicChecker(timeout_s=3)
     try:
-        assert checker.equal(r"$\frac{1}{2}$", "$0.5$")  # started and warm
-        for hostile in ("$9^{9^{9^{9}}}$", "$2^{99999999999}$", "$99999999!$", "$" + "{(" * 2000 + "$"):
+        assert checker.equal(r"\frac{1}{2}", "0.5")  # started and warm
+        for hostile in ("9^{9^{9^{9}}}", "2^{99999999999}", "99999999!", "{(" * 2000):
             start = time.monotonic()
-            assert not checker.equal("$5$", hostile)
+            assert not checker.equal("5", hostile)
             assert time.monotonic() - start < 6
-        assert checker.equal(r"$\frac{1}{2}$", "$0.5$")
+        assert checker.equal(r"\frac{1}{2}", "0.5")
     finally:
         checker.close()
 
@@ -191,13 +192,13 @@ def test_hostile_answers_end_in_time_and_leave_the_grader_working():
 def test_a_helper_that_hangs_is_replaced():
     checker = SymbolicChecker(timeout_s=2)
     try:
-        assert checker.equal("$x+1$", "$1+x$")
+        assert checker.equal("x+1", "1+x")
         checker._process.send_signal(19)  # SIGSTOP: hangs without dying
         start = time.monotonic()
-        assert not checker.equal("$x+1$", "$1+x$")
+        assert not checker.equal("x+1", "1+x")
         assert time.monotonic() - start < 5
         assert checker.timeouts == 1
-        assert checker.equal("$x+1$", "$1+x$")
+        assert checker.equal("x+1", "1+x")
     finally:
         checker.close()
 
