@@ -154,7 +154,8 @@ class Comparison:
             for (left, right), (operator,) in zip(sides, operators, strict=True):
                 first, second = (right, left) if operator in (">", r"\ge", ">=") else (left, right)
                 differences.append(rf"{first}-({second})")
-            return self._checked(*differences, "equation" if operators[0] == ["="] else "inequality")
+            first, second = differences
+            return self._checked(first, second, "equation" if operators[0] == ["="] else "inequality")
         values = [
             part[-1] if not found or name or (found == ["="] and not part[0]) or is_computed(part, found) else None
             for part, found, name in zip(sides, operators, names, strict=True)
@@ -230,8 +231,8 @@ class Comparison:
         if self._checked(first, second):
             return True
         if "percent" in (unit, other) and unit != other:
-            share, plain = (first, second) if unit == "percent" else (second, first)
-            return self._checked(rf"\frac{{{share}}}{{100}}", plain)
+            share, number = (first, second) if unit == "percent" else (second, first)
+            return self._checked(rf"\frac{{{share}}}{{100}}", number)
         return False
 
     def _checked(self, gold: str, given: str, mode: str = "value") -> bool:

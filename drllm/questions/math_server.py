@@ -86,7 +86,8 @@ def serve(timeout_s: float, memory_bytes: int) -> None:
         # A watchdog thread in C ends the process even if sympy hangs in C, also when the parent is gone.
         faulthandler.dump_traceback_later(timeout_s + 1, exit=True)
         try:
-            equal = compare(*json.loads(line), soft_s)
+            gold, given, mode = json.loads(line)
+            equal = compare(gold, given, mode, soft_s)
         except (Exception, RecursionError, MemoryError):
             equal = False
         faulthandler.cancel_dump_traceback_later()
