@@ -50,7 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--wrong_to_right_share", type=float, default=0.3, help="target share of all labels")
     add("--limit", type=int, default=None, help="most questions searched per set")
-    add("--chat_template", choices=("auto", "on", "off"), default="auto", help="auto: for models named ...instruct")
+    add("--chat_template", choices=("auto", "on", "off"), default="auto", help="auto: for instruct models")
     add(
         "--max_new_tokens",
         default="default",

@@ -51,7 +51,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, torch.device]:
 def load_prompts(args: argparse.Namespace, tokenizer: Any, count: int) -> list[Prompt] | list[LikelihoodPrompt]:
     """`count` training questions, as evenly from the sets as they allow, in seeded order."""
     if reward_named(args.reward).generates:
-        chat = wants_chat_template("auto", args.model, tokenizer)
+        chat, _ = wants_chat_template("auto", args.model, tokenizer, tokenizer.eos_token_id)
         prompt_of = functools.partial(Prompt.of, tokenizer=tokenizer, chat=chat)
     else:
         prompt_of = functools.partial(LikelihoodPrompt.of, tokenizer=tokenizer)

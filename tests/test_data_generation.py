@@ -14,6 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 import data_generation
 from drllm import labels
@@ -337,22 +340,34 @@ def test_questions_longer_than_the_context_are_left_out_and_said(toy, tmp_path, 
     assert captured.out.splitlines()[1].split()[:4:3] == ["arc_easy", "40"]  # visited all others
 
 
+CHATML = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}<e>\n{% endfor %}"
+
+
 @pytest.mark.parametrize(
-    ("setting", "name", "has_template", "expected"),
+    ("setting", "name", "template", "stops", "expected", "why"),
     [
-        ("auto", "meta-llama/Llama-3.2-3B-Instruct", True, True),
-        ("auto", "org/model-INSTRUCT", True, True),
-        ("auto", "Qwen/Qwen2.5-3B", True, False),  # a base model that carries a template
-        ("auto", "org/model-instruct", False, False),
-        ("on", "Qwen/Qwen3-4B", True, True),
-        ("off", "org/model-instruct", True, False),
+        ("auto", "models/local", CHATML, "<e>", True, "stops at the end of a turn, <e>"),
+        ("auto", "models/local", CHATML, ["<end>", "<e>"], True, "stops at the end of a turn"),
+        ("auto", "Qwen/Qwen2.5-3B", CHATML, "<end>", False, "like a base model"),  # a base model that has a template
+        ("auto", "org/local", CHATML, None, False, "like a base model"),
+        ("auto", "org/local", "{{ raise_exception('no') }}", "<e>", False, "like a base model"),
+        ("auto", "org/model-INSTRUCT", CHATML, "<end>", True, "name says instruct"),
+        ("auto", "org/model-instruct", None, "<e>", False, "has none"),
+        ("on", "Qwen/Qwen2.5-3B", CHATML, "<end>", True, "--chat_template on"),
+        ("off", "org/model-instruct", CHATML, "<e>", False, "--chat_template off"),
     ],
 )
-def test_chat_templates_are_for_instruct_models_in_any_spelling(setting, name, has_template, expected):
-    class Tokenizer:
-        chat_template = "{{ messages }}" if has_template else None
-
-    assert wants_chat_template(setting, name, Tokenizer()) is expected
+def test_auto_gives_the_chat_template_to_models_that_stop_at_the_end_of_a_turn(
+    setting, name, template, stops, expected, why
+):
+    words = {word: place for place, word in enumerate(["<end>", "<s>", "<e>", "question", "answer"])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "answer")), eos_token="<end>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", "<e>"]})
+    tokenizer.chat_template = template
+    ids = stops and tokenizer.convert_tokens_to_ids(stops)
+    wanted, reason = wants_chat_template(setting, name, tokenizer, ids)
+    assert wanted is expected
+    assert why in reason
 
 
 def test_numbers_per_set():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from drllm.errors import UserError
@@ -37,22 +38,43 @@ def _render(question: Question) -> str:
 TEMPLATE_ARGUMENTS = {"date_string": "26 Jul 2024"}
 
 
-def wants_chat_template(setting: str, name: str, tokenizer: Any) -> bool:
-    """Whether prompts get the chat template.
+def wants_chat_template(setting: str, name: str, tokenizer: Any, stop_ids: int | list[int] | None) -> tuple[bool, str]:
+    """Whether prompts get the chat template, and the reason in words.
+
+    Base models may carry a template too. They do not stop at the end of a turn: that tells them apart.
 
     Args:
-        setting: "on", "off" or "auto", which depends on the model's name, because base models may have a template too.
+        setting: "on", "off" or "auto".
         name: name of the model.
         tokenizer: tokenizer of the model.
+        stop_ids: tokens at which the model stops (`eos_token_id` of its generation config).
 
     Raises:
         UserError: "on", but the tokenizer has no template.
     """
-    if setting == "auto":
-        return bool(tokenizer.chat_template) and "instruct" in name.lower()
-    if setting == "on" and not tokenizer.chat_template:
-        raise UserError(f"--chat_template on: the tokenizer of {name} has none; use off")
-    return setting == "on"
+    if setting != "auto":
+        if setting == "on" and not tokenizer.chat_template:
+            raise UserError(f"--chat_template on: the tokenizer of {name} has none; use off")
+        return setting == "on", f"--chat_template {setting}"
+    if not tokenizer.chat_template:
+        return False, "its tokenizer has none"
+    stops = set(stop_ids if isinstance(stop_ids, list) else [stop_ids])
+    if (end := _end_of_turn(tokenizer)) is not None and end in stops:
+        return True, f"the model stops at the end of a turn, {tokenizer.convert_ids_to_tokens(end)}"
+    if "instruct" in name.lower():
+        return True, "its name says instruct"
+    return False, "its tokenizer has one, but the model does not stop at the end of a turn, like a base model"
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The special token with which the template ends a turn of the assistant; None where it has none."""
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **TEMPLATE_ARGUMENTS)
+    except (TemplateError, TypeError, ValueError):  # a template for other conversations
+        return None
+    after = tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
+    return next((token for token in after if token in tokenizer.all_special_ids), None)
 
 
 def apply_template(prompt: str, tokenizer: Any, chat: bool) -> str:

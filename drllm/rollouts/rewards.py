@@ -56,9 +56,11 @@ class Generation:
                 "--inject_boxed is for base models, whose prompts have no chat template; use --chat_template off"
             )
 
-    def uses_chat_template(self, setting: str, model: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether prompts get the chat template, see `wants_chat_template`."""
-        return wants_chat_template(setting, model, tokenizer)
+    def uses_chat_template(
+        self, setting: str, model: str, tokenizer: PreTrainedTokenizerBase, stop_ids: int | list[int] | None
+    ) -> tuple[bool, str]:
+        """Whether prompts get the chat template, and why: see `wants_chat_template`."""
+        return wants_chat_template(setting, model, tokenizer, stop_ids)
 
     def prompt_of(
         self, question: Question, tokenizer, chat: bool = False, response_format: ResponseFormat | None = None
@@ -132,10 +134,12 @@ class Likelihood:
         if chat_template == "on":
             raise UserError(f"--reward {self.name} uses lm-eval's prompts, which have no chat template; omit it")
 
-    def uses_chat_template(self, setting: str, model: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    def uses_chat_template(
+        self, setting: str, model: str, tokenizer: PreTrainedTokenizerBase, stop_ids: int | list[int] | None
+    ) -> tuple[bool, str]:
         """Never; UserError where it is wanted all the same."""
         self.check_format(setting, inject_boxed=False, strict_letters=False)
-        return False
+        return False, "lm-eval's prompts have none"
 
     def prompt_of(
         self, question: Question, tokenizer, chat: bool = False, response_format: ResponseFormat | None = None

@@ -130,7 +130,7 @@ class SearchInputs:
             load_model: loads a model that follows paths, from (name, dtype, revision).
             most: most questions of each set, the first ones of the order that the seed draws; None: all.
             response_format: how responses are limited and graded.
-            chat_template: "on", "off", or "auto" for models named ...instruct.
+            chat_template: "on", "off", or "auto" (see `wants_chat_template`).
 
         Raises:
             UserError: no such model, a family that is not supported, damaged files, no question that fits.
@@ -141,7 +141,10 @@ class SearchInputs:
             questions = load_training_questions(expand_sets(args.dataset), args.data_dir, unlike)
         tokenizer = load_tokenizer(args.model, args.revision)
         model = load_model(args.model, dtype_on(state.device, args.dtype), args.revision).eval().to(state.device)
-        chat = reward.uses_chat_template(chat_template, args.model, tokenizer)
+        stop_ids = model.generation_config.eos_token_id
+        chat, reason = reward.uses_chat_template(chat_template, args.model, tokenizer, stop_ids)
+        if state.is_main_process:
+            print(f"prompts {'with' if chat else 'without'} chat template: {reason}", file=sys.stderr)
         reward.check_format("on" if chat else "off", response_format.inject_boxed, response_format.strict_letters)
         context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
         prompts, too_long = {}, 0

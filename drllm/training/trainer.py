@@ -234,7 +234,7 @@ def _assumed_base(config: RouterTrainingConfig, say: Callable[[str], None]) -> B
     base_config = load_config(config.model_id)
     stored = str(getattr(base_config, "dtype", None)).removeprefix("torch.")
     dtype = parse_dtype(config.dtype or (stored if stored in DTYPE_NAMES else "float32"))
-    chat_template = wants_chat_template("auto", config.model_id, tokenizer)
+    chat_template, _ = wants_chat_template("auto", config.model_id, tokenizer, base_config.eos_token_id)
     say(
         f"labels: no manifest.json; assumed: they were made with {config.model_id} in {dtype_name(dtype)}, and a "
         "question is the whole prompt, " + ("as the user's turn of the chat template" if chat_template else "as it is")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from drllm.checkpoints import checkpoint_info, load_tokenizer
+from drllm.checkpoints import checkpoint_info, load_config, load_tokenizer
 from drllm.errors import UserError
 from drllm.files import read_json
 from drllm.manifests import Manifest, read_checkpoint_manifests
@@ -61,7 +61,11 @@ class Protocol:
                     )
         model = arguments.model or first.model or str(MINIATURE_MODEL)
         reward = reward_named(arguments.reward or first.reward)
-        chat = first.chat_template if labels else reward.uses_chat_template("auto", model, load_tokenizer(model))
+        if labels:
+            chat = first.chat_template
+        else:
+            stop_ids = load_config(model).eos_token_id
+            chat, _ = reward.uses_chat_template("auto", model, load_tokenizer(model), stop_ids)
         dtype = arguments.dtype or first.dtype
         sets = expand_sets(arguments.dataset or ",".join(first.arguments.get("dataset", [])) or DEFAULT_SETS)
         reward.check_sets(sets)

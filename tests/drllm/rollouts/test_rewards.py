@@ -43,8 +43,8 @@ def test_a_likelihood_needs_options_and_has_no_chat_template(toy):
     with pytest.raises(UserError, match="dart-1 is not multiple choice, so --reward likelihood cannot judge it"):
         reward.check_sets(["arc_easy", "dart-1"])
     with pytest.raises(UserError, match="no chat template"):
-        reward.uses_chat_template("on", "model", toy[1])
-    assert not reward.uses_chat_template("auto", "model-instruct", toy[1])
+        reward.uses_chat_template("on", "model", toy[1], None)
+    assert not reward.uses_chat_template("auto", "model-instruct", toy[1], None)[0]
     with pytest.raises(UserError, match="--strict_letters shapes responses, but --reward likelihood generates none"):
         reward.check_format("auto", inject_boxed=False, strict_letters=True)
     with pytest.raises(UserError, match=r"'reward' is .luck., not one of generation, likelihood, likelihood_norm"):
