@@ -18,7 +18,7 @@ data=(${DATA_DIR:+--data_dir "$DATA_DIR"})
 common=(--reward likelihood --model "$model" "${data[@]}" --dataset $sets --unlike $sets --batch_size 8)
 
 launch data_generation.py "${common[@]}" --limit "$limit" --samples "$limit" --concurrency 32 --output_dir $out/labels
-launch -m extensions.groups.search "${common[@]}" --limit "$limit" --group_by collection --output_dir $out/group_labels
+launch -m extensions.groups.search "${common[@]}" --limit "$limit" --groups collection --output_dir $out/group_labels
 shared=()
 for kind in labels group_labels; do
   "$PYTHON" train.py --data $out/$kind --model_id "$model" --output_dir $out/checkpoints --run_name $kind --warmup_steps 100

@@ -26,10 +26,10 @@ from tqdm import tqdm
 from drllm.arguments import HelpFormatter, check_ranges
 from drllm.checkpoints import load_routed
 from drllm.edits import describe_edits
-from drllm.errors import main_guard
+from drllm.errors import UserError, main_guard
 from drllm.files import beside, check_output_folder
 from drllm.labels import GROUP, Example, Label, write_labels
-from drllm.manifests import LABELS, begin
+from drllm.manifests import LABELS, begin, read_manifest
 from drllm.processes import from_main
 from drllm.questions.per_set import numbers_per_set
 from drllm.questions.response_format import ResponseFormat
@@ -47,6 +47,7 @@ from train_models.paths import default_path
 
 PROGRAM = "extensions.groups.search"
 DEFAULT_LIMIT = 300
+BY_COLLECTION = "collection"
 # A mean reward varies less than one answer, so it is explored less, and a group is worth more simulations.
 TREE = SearchSettings(num_simulations=200, exploration=0.1)
 SHARED = SharedSettings(TREE)
@@ -67,21 +68,23 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     add_arguments(parser, TREE)
     add("--limit", default=str(DEFAULT_LIMIT), help="questions per set, all labelled: a number, or e.g. arc_easy=1200")
     add(
-        "--group_by",
-        choices=("states", "collection"),
-        default="states",
-        help="states: --groups of prompts that look alike to the routers; collection: a group per name in --dataset",
+        "--groups",
+        default="25",
+        help=f'number of groups of prompts that look alike to the routers, or "{BY_COLLECTION}": one per name in '
+        "--dataset",
     )
-    add("--groups", type=int, default=25, help="number of groups of similar questions")
+    add("--prompts_of", type=Path, help="label folder whose chat template and response format are used")
     add("--finalists", type=int, default=SHARED.finalists, help="paths of a group that all its questions try")
     add("--price", type=float, default=SHARED.price, help="reward that one block application less may cost a group")
     add("--caution", type=float, default=SHARED.caution, help="standard errors by which a gain must exceed its price")
     add("--measured_dir", type=Path, help="folder that keeps every answer; default: OUTPUT_DIR-measured")
     arguments = parser.parse_args(argv)
     tree = check_arguments(arguments, TREE)
+    if arguments.groups != BY_COLLECTION and not (arguments.groups.isdecimal() and int(arguments.groups)):
+        raise UserError(f'--groups {arguments.groups}: expected a number from 1 on, or "{BY_COLLECTION}"')
     check_ranges(
         arguments,
-        **dict.fromkeys(("groups", "finalists"), (1, math.inf)),
+        finalists=(1, math.inf),
         **dict.fromkeys(("price", "caution"), (-math.inf, math.inf)),
     )
     limits_of(arguments)
@@ -174,7 +177,7 @@ class Measured:
 def find_groups(inputs: SearchInputs, prompts: Sequence[AnyPrompt]) -> dict[int, list[int]]:
     """Number of a group -> its questions: those of a collection, or prompts that look alike on the default path."""
     arguments, model = inputs.args, inputs.model
-    if arguments.group_by == "collection":
+    if arguments.groups == BY_COLLECTION:
         collections = collections_of(arguments.dataset)
         names = list(dict.fromkeys(collections.values()))
         numbers = [names.index(collections[prompt.question.set]) for prompt in prompts]
@@ -182,7 +185,7 @@ def find_groups(inputs: SearchInputs, prompts: Sequence[AnyPrompt]) -> dict[int,
         default = default_path(model.config.num_hidden_layers)
         examples = [Example(prompt.question.id, prompt.input_ids, default) for prompt in prompts]
         states = standardised_states(*router_windows(model, examples, arguments.batch_size))
-        numbers = groups_of(states, arguments.groups, arguments.seed).tolist()
+        numbers = groups_of(states, int(arguments.groups), arguments.seed).tolist()
     groups: dict[int, list[int]] = {}
     for index, number in enumerate(numbers):
         groups.setdefault(number, []).append(index)
@@ -214,10 +217,14 @@ def describe(labels: Sequence[GroupLabel]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
     arguments, settings = parse_arguments(argv)
-    inputs = SearchInputs.load(arguments, load_model, limits_of(arguments), ResponseFormat())
+    response_format, chat_template = ResponseFormat(), "auto"
+    if arguments.prompts_of is not None:
+        like = read_manifest(arguments.prompts_of)
+        response_format, chat_template = like.response_format, "on" if like.chat_template else "off"
+    inputs = SearchInputs.load(arguments, load_model, limits_of(arguments), response_format, chat_template)
     state, folder = inputs.state, arguments.output_dir
     prompts = [prompt for of_set in inputs.prompts.values() for prompt in of_set]
-    names = ("limit", "unlike", "group_by", "groups", "finalists", "price", "caution")
+    names = ("limit", "unlike", "groups", "finalists", "price", "caution")
     own = {name: getattr(arguments, name) for name in names} | {"search_questions": settings.search_questions}
     manifest = inputs.manifest(PROGRAM, settings.tree, **own)
     if state.is_main_process:

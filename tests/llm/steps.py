@@ -55,8 +55,8 @@ class Steps:
         return [sys.executable, "train.py", *options.split()]
 
     def group_search(self, labels: Path) -> list[str]:
-        """extensions.groups.search: one path per collection, searched on two questions of it."""
-        options = f"--dataset {SETS} --limit 4 --group_by collection --search_questions 2 --num_simulations 6"
+        """extensions.groups.search: one path per collection."""
+        options = f"--dataset {SETS} --limit 4 --groups collection --num_simulations 6"
         options += f" --finalists 2 --batch_size {BATCH}"
         return self._likelihood("-m extensions.groups.search", options, labels)
 

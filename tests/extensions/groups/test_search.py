@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import data_generation
 import train
 from drllm.errors import UserError
 from drllm.labels import read_labels
@@ -117,7 +118,25 @@ def test_two_processes_make_the_same_labels(tmp_path):
 
 def test_collections_are_groups_and_sets_have_numbers_of_their_own(tmp_path):
     command = f"--data_dir {MINIATURE_DATA} --dataset arc,dart-5 --limit arc_easy=4,arc_challenge=3,dart-5=5"
-    command += f" --group_by collection --num_simulations 2 --output_dir {tmp_path / 'labels'}"
+    command += f" --groups collection --num_simulations 2 --output_dir {tmp_path / 'labels'}"
     assert main(command.split()) == 0
     groups = read_labels(tmp_path / "labels").manifest.results["groups"]
     assert [group["questions"] for group in groups] == [{"arc_easy": 4, "arc_challenge": 3}, {"dart-5": 5}]
+
+
+def test_prompts_and_graders_may_be_those_of_other_labels(tmp_path):
+    data = ["--data_dir", str(MINIATURE_DATA), "--dataset", "dart-1", "--num_simulations", "2"]
+    base_model = ["--inject_boxed", "--max_new_tokens", "dart=9", "--samples", "2", "--limit", "30"]
+    assert data_generation.main([*data, *base_model, "--output_dir", str(tmp_path / "published")]) == 0
+    grouped = ["--limit", "4", "--groups", "1", "--prompts_of", str(tmp_path / "published")]
+    assert main([*data, *grouped, "--output_dir", str(tmp_path / "groups")]) == 0
+    published, groups = (read_labels(tmp_path / name) for name in ("published", "groups"))
+    assert groups.manifest.response_format == published.manifest.response_format
+    assert groups.manifest.response_format.inject_boxed
+    assert all(label.prompt.endswith("\\boxed{") for label in groups.labels)
+
+
+@pytest.mark.parametrize("groups", ["0", "few", "-1"])
+def test_groups_are_a_number_or_the_collections(groups, tmp_path, capsys):
+    assert main([f"--groups={groups}", "--output_dir", str(tmp_path / "out")]) == 2
+    assert f"--groups {groups}: expected a number from 1 on" in capsys.readouterr().err
