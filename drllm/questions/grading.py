@@ -17,6 +17,7 @@ import string
 
 from drllm.questions.labels_of_options import find_label
 from drllm.questions.math_answers import grade_math, math_can_still_be_right
+from drllm.questions.response_text import has_value
 from drllm.questions.sets import SETS, Question
 
 # Goes up by one with every change that grades a response differently; labels and results record it.
@@ -31,6 +32,14 @@ def grade(question: Question, response: str) -> bool:
     if kind == "math":
         return grade_math(response, question.answer)
     return grade_span(response, question.choices)
+
+
+def has_answer(question: Question, response: str) -> bool:
+    """Whether `response` holds an answer to grade: a label; a box or a plain value; a line of text for a span."""
+    kind = SETS[question.set].kind
+    if kind == "choice":
+        return extract_label(response, question.labels) is not None
+    return has_value(response) if kind == "math" else bool(_span(response))
 
 
 def can_still_be_right(question: Question, partial_response: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from drllm.errors import UserError
-from drllm.questions.grading import can_still_be_right, grade
+from drllm.questions.grading import can_still_be_right, grade, has_answer
 from drllm.questions.response_text import has_settled_box
 from drllm.questions.sets import SETS, Question
 
@@ -80,11 +80,17 @@ class ResponseFormat:
             return _is_letter(response.lstrip(), question.answer)
         return grade(question, self.seed(question) + response)
 
+    def has_answer(self, question: Question, response: str) -> bool:
+        """Whether `response` holds an answer to grade, right or wrong; see `grading.has_answer`."""
+        if self._is_strict(question):
+            return any(_is_letter(response.lstrip(), letter) for letter in STRICT_LETTERS)
+        return has_answer(question, self.seed(question) + response)
+
     def is_settled(self, question: Question, partial: str) -> bool:
-        """Whether `grade` is the same for every continuation of the partial response."""
+        """Whether `grade` and `has_answer` are the same for every continuation of the partial response."""
         if self._is_strict(question):
             text = partial.lstrip()
-            return len(text) > 1 or (bool(text) and text != question.answer)
+            return len(text) > 1 or (bool(text) and text not in STRICT_LETTERS)
         text = self.seed(question) + partial
         # The first closed box decides, whether it is right or wrong.
         is_boxed = SETS[question.set].kind == "math" and has_settled_box(text)

@@ -41,6 +41,7 @@ _BARE_ANSWER = re.compile(
     r"\\d?t?frac\s*(?:\d\s*\d|(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d))|\\sqrt\s*(?:\{[^{}]*\}|\d+)|\\[a-zA-Z]+(?:\{[^{}]*\})?"
     r"|[^\s{}$,\\]+(?:,\d{3}(?!\d))*(?:\\%)?"
 )
+_ORDINARY_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _DISPLAY = re.compile(r"\\\[(.+?)\\\]|\$\$(.+?)\$\$", re.DOTALL)
 
 
@@ -148,6 +149,18 @@ def _unboxed(text: str) -> str | None:
     line = _PROSE_END.split(answer.split("\n", 1)[0], maxsplit=1)[0]
     line = re.sub(r"(\*\*|__|`)(.+?)\1", r" \2 ", line).strip(" \t*_`")
     return line or None
+
+
+def has_value(response: str) -> bool:
+    r"""Whether `response` gives a closed box, or else a value rather than the beginning of a sentence.
+
+    A value has at most two words of two letters and more, as in "12 square inches" and "June 20".
+
+    >>> has_value(r"\frac{3}{4}"), has_value("Let the number be x. We have")
+    (True, False)
+    """
+    answer, text = answer_of(response), final_text(response) or ""
+    return answer is not None and (bool(_SOLUTION_BOX.search(text)) or len(_ORDINARY_WORD.findall(answer)) <= 2)
 
 
 def has_settled_box(partial: str) -> bool:

@@ -40,10 +40,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A greedy response, without special tokens, and its reward."""
+    """A greedy response, without special tokens, its reward, and whether it holds an answer that can be graded."""
 
     response: str
     is_right: bool
+    has_answer: bool = True
+
+    @property
+    def scores(self) -> tuple[float, float]:
+        """What a store of scores keeps of it."""
+        return float(self.is_right), float(self.has_answer)
 
 
 @dataclass
@@ -127,8 +133,8 @@ class RolloutEngine:
         return rollouts
 
     def score(self, requests: Sequence[Request]) -> list[tuple[float, ...]]:
-        """Per request whether the response is right: (1.0,) or (0.0,)."""
-        return [(float(rollout.is_right),) for rollout in self.respond(requests)]
+        """Per request (whether the response is right, whether it holds an answer), each 1.0 or 0.0."""
+        return [rollout.scores for rollout in self.respond(requests)]
 
     def forget(self, question: Question) -> None:
         """Gives back the memory that `question` holds; call it when its search is over."""
@@ -251,7 +257,9 @@ class RolloutEngine:
         known = self._graded.setdefault(prompt.question.id, {})
         if tokens not in known:
             response = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            known[tokens] = Rollout(response, prompt.response_format.grade(prompt.question, response))
+            form, question = prompt.response_format, prompt.question
+            is_right = form.grade(question, response)
+            known[tokens] = Rollout(response, is_right, is_right or form.has_answer(question, response))
         return known[tokens]
 
     def _halve(self, batch: list[_Row]) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drllm.errors import UserError
 from drllm.files import shorten
+from drllm.questions.grading import GRADER_VERSION
 from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.prompts import Prompt, wants_chat_template
 from drllm.questions.response_format import ResponseFormat
@@ -28,13 +29,13 @@ from drllm.rollouts.scores import Scores
 
 
 class OwnForward(Protocol):
-    """A model with a forward pass of its own, which no path describes."""
+    """A model with a forward pass of its own: it decides per token, so no path describes it."""
 
     def score(self, prompts: Sequence[LikelihoodPrompt], batch_size: int) -> list[tuple[Scores, float]]:
         """Per prompt (summed log-probabilities of the options in nats, block applications per token)."""
 
-    def answer(self, prompts: Sequence[Prompt], tokenizer, batch_size: int) -> list[tuple[bool, float]]:
-        """Per prompt (whether the greedy answer is right, block applications per token)."""
+    def answer(self, prompts: Sequence[Prompt], tokenizer, batch_size: int) -> list[tuple[Scores, float]]:
+        """Per prompt (`Rollout.scores` of the greedy answer, block applications per token)."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,12 @@ class Generation:
 
     def key(self, chat: bool, response_format: ResponseFormat) -> dict[str, Any]:
         """What scores depend on besides the model, as JSON."""
-        return {"reward": self.name, "chat_template": chat, "response_format": response_format.as_dict()}
+        return {
+            "reward": self.name,
+            "chat_template": chat,
+            "response_format": response_format.as_dict(),
+            "grader_version": GRADER_VERSION,
+        }
 
     def is_right(self, prompt: Prompt, scores: Scores) -> bool:
         """Whether the response was right."""
@@ -95,9 +101,15 @@ class Generation:
         """1 for a right response, 0 for a wrong one."""
         return scores[0]
 
-    def judge(self, model: OwnForward, prompts: Sequence[Prompt], tokenizer, batch_size: int) -> list[Scores]:
-        """The scores of prompts under a forward pass of its own, then block applications per token."""
-        return [(float(is_right), layers) for is_right, layers in model.answer(prompts, tokenizer, batch_size)]
+    def has_answer(self, prompt: Prompt, scores: Scores) -> bool:
+        """Whether the response held an answer to grade; False counts as wrong."""
+        return scores[1] == 1
+
+    def judge(
+        self, model: OwnForward, prompts: Sequence[Prompt], tokenizer, batch_size: int
+    ) -> list[tuple[Scores, float]]:
+        """Per prompt (scores, block applications per token) under a forward pass of its own."""
+        return model.answer(prompts, tokenizer, batch_size)
 
 
 @dataclass(frozen=True)
@@ -169,9 +181,15 @@ class Likelihood:
         """The probability of the right option among the options."""
         return prompt.probability(scores, self.normalised)
 
-    def judge(self, model: OwnForward, prompts: Sequence[LikelihoodPrompt], tokenizer, batch_size: int) -> list[Scores]:
+    def has_answer(self, prompt: LikelihoodPrompt, scores: Scores) -> bool:
+        """Always: one of the options is the most probable one."""
+        return True
+
+    def judge(
+        self, model: OwnForward, prompts: Sequence[LikelihoodPrompt], tokenizer, batch_size: int
+    ) -> list[tuple[Scores, float]]:
         """See `Generation.judge`."""
-        return [(*scores, layers) for scores, layers in model.score(prompts, batch_size)]
+        return model.score(prompts, batch_size)
 
 
 Reward = Generation | Likelihood

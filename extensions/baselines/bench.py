@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import statistics
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path as FilePath
@@ -91,7 +90,10 @@ class Bench:
     def along(self, paths: Sequence[Path], title: str | None = None) -> Outcome:
         """The outcome of one path per test question; `title` names the progress bar."""
         self.score([[path] for path in paths], title)
-        return self._outcome(paths)
+        rows = [
+            self._test_scores.get(prompt.question.id, path) for prompt, path in zip(self.prompts, paths, strict=True)
+        ]
+        return self._judged(self.prompts, rows, [float(sum(path)) for path in paths])
 
     def score(self, paths: Sequence[Sequence[Path]], title: str | None = None) -> None:
         """Scores test question n along `paths[n]`, as far as that is not known; paths that begin alike share blocks."""
@@ -102,7 +104,11 @@ class Bench:
         prompts = [answered.prompt for answered in self.training]
         store = self._store("training")
         self._score(store, prompts, [paths] * len(prompts), title)
-        return {path: [self._value(store, prompt, path) for prompt in prompts] for path in paths}
+        rewards = {}
+        for path in paths:
+            rows = [store.get(prompt.question.id, path) for prompt in prompts]
+            rewards[path] = self._judged(prompts, rows, [float(sum(path))] * len(rows)).value
+        return rewards
 
     def decisions(self, routed: PreTrainedModel, prompts: Sequence[AnyPrompt], control: float | None = None):
         """The paths that the routers of `routed` decide on, one per prompt; they are kept on disk.
@@ -111,14 +117,18 @@ class Bench:
             routed: a model with the weights of the bench's base.
             control: the knob of Appendix B; None: as the model has it.
         """
-        if control is not None:
-            routed.model.routing_control = control
-        digest = hashlib.sha256(str(routed.model.routing_control).encode())
+        of_model = routed.model.routing_control
+        control = of_model if control is None else control
+        digest = hashlib.sha256(str(control).encode())
         for tensor in routed.model.routers.state_dict().values():
             digest.update(tensor.float().cpu().numpy().tobytes())
         chunks = [prompts[start : start + CHUNK] for start in range(0, len(prompts), CHUNK)]
         mine = range(self.state.process_index, len(chunks), self.state.num_processes)
-        own = {number: self._decided(routed, chunks[number], digest.copy()) for number in mine}
+        try:
+            routed.model.routing_control = control
+            own = {number: self._decided(routed, chunks[number], digest.copy()) for number in mine}
+        finally:
+            routed.model.routing_control = of_model
         decided = {number: paths for share in gather_object([own]) for number, paths in share.items()}
         return [path for number in range(len(chunks)) for path in decided[number]]
 
@@ -135,16 +145,14 @@ class Bench:
         for start in tqdm(starts, desc=baseline.name, unit="batch", mininterval=1):
             part = waiting[start : start + self.batch_size]
             rows = self.reward.judge(baseline, part, self.tokenizer, self.batch_size)
-            store.add((prompt.question.id, (), row) for prompt, row in zip(part, rows, strict=True))
+            store.add((p.question.id, (), (*scores, layers)) for p, (scores, layers) in zip(part, rows, strict=True))
         self.state.wait_for_everyone()
         store.update()
         kept = [store.get(prompt.question.id, ()) for prompt in self.prompts]
-        right = [float(self.reward.is_right(p, row[:-1])) for p, row in zip(self.prompts, kept, strict=True)]
-        value = [self.reward.value(p, row[:-1]) for p, row in zip(self.prompts, kept, strict=True)]
-        return Outcome(right, [row[-1] for row in kept], value)
+        return self._judged(self.prompts, [row[:-1] for row in kept], [row[-1] for row in kept])
 
     def per_set(self, outcome: Outcome, places: Sequence[int] | None = None) -> dict[str, dict[str, float]]:
-        """Accuracy, layers and number of questions of each set.
+        """`Outcome.summary` and the number of questions of each set.
 
         Args:
             places: the test questions that `outcome` is of; None: all.
@@ -152,14 +160,7 @@ class Bench:
         members: dict[str, list[int]] = {}
         for index, place in enumerate(range(len(self.prompts)) if places is None else places):
             members.setdefault(self.prompts[place].question.set, []).append(index)
-        return {
-            name: {
-                "accuracy": statistics.mean(outcome.right[i] for i in indices),
-                "layers": statistics.mean(outcome.layers[i] for i in indices),
-                "questions": len(indices),
-            }
-            for name, indices in members.items()
-        }
+        return {name: outcome.of(own).summary() | {"questions": len(own)} for name, own in members.items()}
 
     def _store(self, name: str, **key: str) -> ScoreStore:
         return ScoreStore(self.folder / name, self.key | key, self.state.process_index)
@@ -184,18 +185,15 @@ class Bench:
         self.state.wait_for_everyone()
         store.update()
 
-    def _outcome(self, paths: Sequence[Path]) -> Outcome:
-        scores = [
-            self._test_scores.get(prompt.question.id, path) for prompt, path in zip(self.prompts, paths, strict=True)
-        ]
-        right = [float(self.reward.is_right(p, row)) for p, row in zip(self.prompts, scores, strict=True)]
-        value = [self.reward.value(p, row) for p, row in zip(self.prompts, scores, strict=True)]
-        return Outcome(right, [float(sum(path)) for path in paths], value)
-
-    def _value(self, store: ScoreStore, prompt: AnyPrompt, path: Path) -> float:
-        scores: Scores | None = store.get(prompt.question.id, path)
-        assert scores is not None  # `_score` has scored it
-        return self.reward.value(prompt, scores)
+    def _judged(self, prompts: Sequence[AnyPrompt], rows: Sequence[Scores], layers: list[float]) -> Outcome:
+        """The outcome of `prompts` whose scores are `rows`."""
+        scored = list(zip(prompts, rows, strict=True))
+        return Outcome(
+            [float(self.reward.is_right(*pair)) for pair in scored],
+            layers,
+            [self.reward.value(*pair) for pair in scored],
+            [float(self.reward.has_answer(*pair)) for pair in scored],
+        )
 
     def _decided(self, routed: PreTrainedModel, prompts: Sequence[AnyPrompt], digest) -> list[Path]:
         for prompt in prompts:

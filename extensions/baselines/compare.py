@@ -22,7 +22,8 @@ Every method answers the same questions, graded and counted alike, in the way th
                   then has the share of their gain that its method recovers
 
 Methods are compared question by question with the base, and with static paths of as many layers: between two static
-paths, the mixture that has as many. Intervals are 95%, over questions, of answers averaged over seeds. Everything that
+paths, the mixture that has as many. Intervals are 95%, over questions, of answers averaged over seeds. Where responses
+are generated, a table has the share of them that hold an answer to grade, and the accuracy among those. Everything that
 was measured is kept in --work_dir: run the same command to resume.
 """
 

@@ -25,6 +25,7 @@ from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.prompts import Prompt
 from drllm.rollouts.engine import Request, RolloutEngine
 from drllm.rollouts.likelihood import PackedBatch, PackedRow
+from drllm.rollouts.scores import Scores
 from extensions.baselines.bench import Bench
 from extensions.baselines.gated_blocks import GatedBlocks, GateTraining, train_gates
 from extensions.baselines.interface import Cost
@@ -146,8 +147,8 @@ class FittedFlexiDepth:
     name = FlexiDepth.name
 
     @torch.inference_mode()
-    def score(self, prompts: Sequence[LikelihoodPrompt], batch_size: int) -> list[tuple[tuple[float, ...], float]]:
-        """See `TokenLevelBaseline.score`; the tokens that are counted are those of the context and of all options."""
+    def score(self, prompts: Sequence[LikelihoodPrompt], batch_size: int) -> list[tuple[Scores, float]]:
+        """See `OwnForward.score`; the tokens that are counted are those of the context and of all options."""
         results: list = [None] * len(prompts)
         packed = [PackedRow.of(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda index: len(packed[index].tokens))
@@ -171,8 +172,8 @@ class FittedFlexiDepth:
         return results
 
     @torch.inference_mode()
-    def answer(self, prompts: Sequence[Prompt], tokenizer, batch_size: int) -> list[tuple[bool, float]]:
-        """See `TokenLevelBaseline.answer`; the tokens that are counted are those of the prompt and the response.
+    def answer(self, prompts: Sequence[Prompt], tokenizer, batch_size: int) -> list[tuple[Scores, float]]:
+        """See `OwnForward.answer`; the tokens that are counted are those of the prompt and the response.
 
         Decoding keeps the keys and values of every block for every token. The response is tokenised again to count.
         """
@@ -190,7 +191,7 @@ class FittedFlexiDepth:
                 ]
                 self.gates.run(self.routed, rows, [len(row) for row in rows])
                 layers += self._layers()
-        return [(rollout.is_right, count) for rollout, count in zip(rollouts, layers, strict=True)]
+        return [(rollout.scores, count) for rollout, count in zip(rollouts, layers, strict=True)]
 
     def _layers(self) -> list[float]:
         """Mean of the executed blocks over the real tokens of each row."""

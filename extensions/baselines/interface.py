@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Protocol
@@ -26,14 +26,12 @@ from safetensors.torch import load_file
 
 from drllm.files import is_whole, write_tensors
 from drllm.questions.likelihood import LikelihoodPrompt
-from drllm.questions.prompts import Prompt
 from drllm.questions.sets import SETS
+from drllm.rollouts.rewards import AnyPrompt, OwnForward
 from extensions.baselines.outcomes import Outcome
 
 if TYPE_CHECKING:
     from extensions.baselines.bench import Bench
-
-AnyPrompt = Prompt | LikelihoodPrompt
 
 
 @dataclass(frozen=True)
@@ -68,16 +66,10 @@ class Cost:
     seconds: float | None = 0.0
 
 
-class TokenLevelBaseline(Protocol):
-    """A fitted baseline with a forward pass of its own: it decides per token, so no path describes it."""
+class TokenLevelBaseline(OwnForward, Protocol):
+    """A fitted baseline with a forward pass of its own."""
 
     name: str
-
-    def score(self, prompts: Sequence[LikelihoodPrompt], batch_size: int) -> list[tuple[tuple[float, ...], float]]:
-        """Per prompt (summed log-probabilities of the options in nats, block applications per token)."""
-
-    def answer(self, prompts: Sequence[Prompt], tokenizer, batch_size: int) -> list[tuple[bool, float]]:
-        """Per prompt (whether the greedy answer is right, block applications per token)."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What tells one fitted baseline from another."""

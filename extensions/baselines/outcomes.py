@@ -18,11 +18,13 @@ class Outcome:
     right: [N], 1 for a right answer, 0 for a wrong one; between 0 and 1 after averaging.
     layers: [N], block applications of one forward pass.
     value: [N], the reward in [0, 1]: the probability of the right option, or `right`.
+    answered: [N], 1 where the response holds an answer to grade, else 0; None where responses were not looked at.
     """
 
     right: list[float]
     layers: list[float]
     value: list[float]
+    answered: list[float] | None = None
 
     @property
     def accuracy(self) -> float:
@@ -36,18 +38,29 @@ class Outcome:
 
     def of(self, places: Sequence[int]) -> Outcome:
         """The outcome on some of the questions."""
-        return Outcome(*([values[place] for place in places] for values in (self.right, self.layers, self.value)))
+        return Outcome(*(values and [values[place] for place in places] for values in vars(self).values()))
+
+    def summary(self) -> dict[str, float | None]:
+        """Accuracy, layers, the share of responses with an answer, and the accuracy among those."""
+        answers = sum(self.answered or ())
+        return {
+            "accuracy": self.accuracy,
+            "layers": self.mean_layers,
+            "answered": None if self.answered is None else statistics.mean(self.answered),
+            "accuracy_of_answered": sum(self.right) / answers if answers else None,
+        }
 
     @classmethod
     def average(cls, outcomes: Sequence[Outcome], weights: Sequence[float] | None = None) -> Outcome:
         """The weighted mean per question, over seeds or over the parts of a mixture."""
         weights = weights or [1 / len(outcomes)] * len(outcomes)
 
-        def mixed(field: str) -> list[float]:
-            columns = [getattr(outcome, field) for outcome in outcomes]
+        def mixed(columns: Sequence[list[float] | None]) -> list[float] | None:
+            if None in columns:
+                return None
             return [sum(w * v for w, v in zip(weights, values, strict=True)) for values in zip(*columns, strict=True)]
 
-        return cls(mixed("right"), mixed("layers"), mixed("value"))
+        return cls(*map(mixed, zip(*(vars(outcome).values() for outcome in outcomes), strict=True)))
 
 
 def mixture(controls: Sequence[Outcome], layers: float) -> Outcome | None:
@@ -119,9 +132,8 @@ def method_row(name: str, outcomes: Sequence[Outcome], base: Outcome, controls: 
     row = {
         "method": name,
         "seeds": len(outcomes),
-        "accuracy": average.accuracy,
+        **average.summary(),
         "accuracy_std": statistics.stdev([outcome.accuracy for outcome in outcomes]) if several else 0.0,
-        "layers": average.mean_layers,
         "layers_std": statistics.stdev([outcome.mean_layers for outcome in outcomes]) if several else 0.0,
         "against_base": paired_difference(average.right, base.right),
         "value_against_base": paired_difference(average.value, base.value),

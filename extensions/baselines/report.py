@@ -14,6 +14,8 @@ def tables(result: dict) -> str:
         result: what `compare` returns.
     """
     parts = [methods_table(result["rows"], result["has_options"]), sets_table(result["rows"])]
+    if not result["has_options"]:
+        parts.append(format_table(result["rows"]))
     if result["differences"]:
         parts.append(differences_table(result["differences"]))
     return "\n\n".join(parts)
@@ -64,6 +66,22 @@ def _set_cells(row: dict, sets: Sequence[str]) -> list[str]:
         EMPTY if cost is None else f"{cost['parameters']:,}",
         EMPTY if cost is None or cost["seconds"] is None else f"{cost['seconds']:.0f} s",
     ]
+
+
+def format_table(rows: Sequence[dict]) -> str:
+    """Form against knowledge: the share of responses that hold an answer to grade, and the accuracy among those."""
+    sets = list(rows[0]["sets"])
+    header = ["responses with an answer (accuracy among them)", *sets, "all"]
+    return markdown(
+        header, [[row["method"], *map(_form, (*(row["sets"][name] for name in sets), row))] for row in rows]
+    )
+
+
+def _form(summary: dict) -> str:
+    if summary["answered"] is None:
+        return EMPTY
+    among = summary["accuracy_of_answered"]
+    return f"{100 * summary['answered']:.1f}% ({EMPTY if among is None else f'{100 * among:.2f}%'})"
 
 
 def differences_table(differences: dict[str, dict[str, dict[str, float]]]) -> str:

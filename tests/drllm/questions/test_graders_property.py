@@ -55,6 +55,8 @@ def test_a_settled_grade_never_changes(compared_by_string, response, continuatio
         assert isinstance(grade, bool)
         if response_format.is_settled(question, response):
             assert response_format.grade(question, response + continuation) is grade
+            answered = response_format.has_answer(question, response)
+            assert response_format.has_answer(question, response + continuation) is answered
         if question.set == "squadv2":
             assert 0 <= span_f1(response, question.choices) <= 1
             assert grade == grade_span(response, question.choices)

@@ -54,6 +54,18 @@ def test_strict_letters(response, is_right):
             assert strict.grade(ARC, response[:end]) is is_right
 
 
+@pytest.mark.parametrize(
+    ("question", "response", "plain", "of_base"),
+    [(ARC, " C.", True, True), (ARC, "A good one", False, True), (ARC, "The answer is B", True, False),
+     (ARC, "Because", False, False), (ARC, "Z", False, False),
+     (DART, r"\boxed{x+1} so", True, False), (DART, r"\boxed{x+1", False, False), (DART, "3}", True, True),
+     (DART, "12 square inches\n", True, False), (DART, "To find it we need", False, False), (DART, "", False, False)],
+)  # fmt: skip
+def test_what_holds_an_answer(question, response, plain, of_base):
+    assert ResponseFormat().has_answer(question, response) is plain
+    assert ResponseFormat(inject_boxed=True, strict_letters=True).has_answer(question, response) is of_base
+
+
 def test_a_manifest_keeps_the_format():
     changed = ResponseFormat({"dart-3": 20}, inject_boxed=True, strict_letters=True)
     assert ResponseFormat.of_dict({"budget": 2.0} | changed.as_dict()) == changed

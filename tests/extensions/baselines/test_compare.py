@@ -7,8 +7,10 @@ import sys
 import pytest
 
 from drllm.miniature import MINIATURE_DATA, ROOT
+from drllm.questions.grading import extract_label
+from drllm.questions.prompts import Prompt
 from drllm.questions.sets import load_questions
-from drllm.rollouts.engine import RolloutEngine
+from drllm.rollouts.engine import Request, RolloutEngine
 from drllm.rollouts.likelihood import LikelihoodEngine
 from extensions.baselines import compare
 from tests import search_toys
@@ -66,6 +68,28 @@ def test_every_method_has_a_row_and_a_second_run_answers_nothing(toy, tmp_path, 
     for row, before in zip(again, result["rows"], strict=True):
         assert row["accuracy"] == before["accuracy"], row["method"]
         assert row["layers"] == pytest.approx(before["layers"], abs=1e-4), row["method"]  # stored with five digits
+
+
+def test_the_form_of_responses_is_told_from_what_they_know(toy, tmp_path):
+    base, _, data = toy
+    assert run(toy, tmp_path, "--methods=flexidepth --skips 0", checkpoint=False) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    model, tokenizer = search_toys.load(base)
+    questions = load_questions("arc_easy", "test", data)
+    prompts = [Prompt.of(question, tokenizer, chat=False) for question in questions]
+    responses = [rollout.response for rollout in RolloutEngine(model, tokenizer, 4).respond([
+        Request(prompt, (1,) * 6) for prompt in prompts
+    ])]  # fmt: skip
+    labels = [extract_label(text, question.labels) for text, question in zip(responses, questions, strict=True)]
+    answered = sum(label is not None for label in labels)
+    right = sum(label == question.answer for label, question in zip(labels, questions, strict=True))
+    assert 0 < answered < len(labels)
+    for row in (result["rows"][0], result["rows"][0]["sets"]["arc_easy"]):
+        assert row["answered"] == pytest.approx(answered / len(labels))
+        assert row["accuracy_of_answered"] == pytest.approx(right / answered)
+    cell = f"{100 * answered / len(labels):.1f}% ({100 * right / answered:.2f}%)"
+    assert cell in (tmp_path / "result.md").read_text()
+    assert result["rows"][1]["answered"] == result["rows"][0]["answered"], "FlexiDepth with every block is the base"
 
 
 LIKELIHOOD_TASK = """

@@ -98,7 +98,7 @@ def test_generation_counts_the_tokens_of_prompt_and_response(tmp_path, stock_mod
     engine = RolloutEngine(routed, tokenizer, 4, reuse_default_states=False)
     expected = engine.respond([Request(prompt, (1,) * 6) for prompt in prompts])
     results = fitted(routed, gates_of(routed, 40.0)).answer(prompts, tokenizer, 4)
-    assert [is_right for is_right, _ in results] == [rollout.is_right for rollout in expected]
+    assert [scores for scores, _ in results] == [rollout.scores for rollout in expected]
     assert {layers for _, layers in results} == {6.0}
     assert {layers for _, layers in fitted(routed, gates_of(routed, -40.0)).answer(prompts, tokenizer, 4)} == {3.0}
 
