@@ -24,6 +24,7 @@ from experiments import (
     paper_tables,
     sweep,
 )
+from extensions import agreement
 from extensions.baselines import compare
 from extensions.groups import search as group_search
 from miniature import make
@@ -36,6 +37,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "router_checkpoint": router_checkpoint.main,
     "gguf_checkpoint": gguf_checkpoint.main,
     "ablations": ablations.main,
+    "agreement": agreement.main,
     "compare": compare.main,
     "group_search": group_search.main,
     "fresh_questions": fresh_questions.main,
