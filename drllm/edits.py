@@ -6,6 +6,8 @@ import re
 
 from train_models.paths import EXECUTE, REPEAT, SKIP, Path, default_path
 
+EDIT = r"(skip|repeat) \d+(-\d+)?"
+
 
 def describe_edits(path: Path) -> str:
     """The edits of a path, e.g. "skip 19, repeat 27"; "" for the default path."""
@@ -19,23 +21,29 @@ def path_of_edits(edits: str, num_blocks: int) -> Path:
     """The inverse of `describe_edits`.
 
     Raises:
-        ValueError: `edits` has another form, or names a block that does not exist.
+        ValueError: `edits` has another form, names a block that does not exist, or one twice.
     """
     path = list(default_path(num_blocks))
     for action, block in parse_edits(edits):
         if block >= num_blocks:
-            raise ValueError(f"the model has only {num_blocks} blocks, from 0 on")
+            raise ValueError(f"the model has only {num_blocks} blocks, from 0 on; there is no block {block}")
+        if path[block] != EXECUTE:
+            raise ValueError(f"block {block} is edited twice; keep one of its edits")
         path[block] = action
     return tuple(path)
 
 
 def parse_edits(edits: str) -> list[tuple[int, int]]:
-    """The (action, block) pairs of "skip 19, repeat 27"; none of "".
+    """The (action, block) pairs of "skip 10-13, repeat 27", which commas or semicolons separate; none of "".
 
     Raises:
         ValueError: `edits` has another form.
     """
-    if edits and not re.fullmatch(r"(skip|repeat) \d+(, (skip|repeat) \d+)*", edits):
-        raise ValueError(f'{edits!r} is not a list of edits, such as "skip 18, repeat 27"')
-    pairs = (edit.split() for edit in filter(None, edits.split(", ")))
-    return [({"skip": SKIP, "repeat": REPEAT}[action], int(block)) for action, block in pairs]
+    if edits and not re.fullmatch(rf"{EDIT}([,;] {EDIT})*", edits):
+        raise ValueError(f'{edits!r} is not a list of edits, such as "skip 18, repeat 27" or "skip 10-13"')
+    pairs = []
+    for action, first, last in re.findall(r"(skip|repeat) (\d+)-?(\d*)", edits):
+        pairs += [
+            ({"skip": SKIP, "repeat": REPEAT}[action], block) for block in range(int(first), int(last or first) + 1)
+        ]
+    return pairs

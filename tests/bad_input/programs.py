@@ -12,7 +12,7 @@ import data_generation
 import train
 from benchmarks import evaluation as evaluation_speed
 from benchmarks import latency, search, training, training_memory
-from drllm import evaluate, gguf_checkpoint, router_checkpoint
+from drllm import evaluate, export_path, gguf_checkpoint, router_checkpoint
 from drllm.evaluation import eval_sh
 from experiments import (
     ablations,
@@ -36,6 +36,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "drllm.evaluate": evaluate.main,
     "router_checkpoint": router_checkpoint.main,
     "gguf_checkpoint": gguf_checkpoint.main,
+    "export_path": export_path.main,
     "ablations": ablations.main,
     "agreement": agreement.main,
     "compare": compare.main,
