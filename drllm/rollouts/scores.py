@@ -18,7 +18,7 @@ from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.prompts import Prompt
 from drllm.rollouts.engine import Request, RolloutEngine
 from drllm.rollouts.likelihood import LikelihoodEngine
-from train_models.paths import Path
+from train_models.paths import EXECUTE, Path
 
 Scores = tuple[float, ...]  # what an engine's `score` leaves for one question and path
 
@@ -118,7 +118,11 @@ def score_all(
     total = sum(len(missing(prompt, paths)) for chunk in chunks for prompt, paths in chunk)
     with tqdm(total=total, desc=title, unit="score", disable=rank > 0 or title is None, mininterval=1) as progress:
         for chunk in chunks:
-            waiting = [(prompt, sorted(missing(prompt, paths), reverse=True)) for prompt, paths in chunk]
+            # The default path comes first: an engine that keeps its states starts the others at their first edit.
+            waiting = [
+                (prompt, sorted(missing(prompt, paths), key=lambda path: (set(path) != {EXECUTE}, path), reverse=True))
+                for prompt, paths in chunk
+            ]
             while any(paths for _, paths in waiting):
                 requests = [Request(prompt, paths.pop()) for prompt, paths in waiting if paths]
                 scores = engine.score(requests)

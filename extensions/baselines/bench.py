@@ -75,7 +75,7 @@ class Bench:
 
         self.prompts = [prompt_of(question) for question in test]
         self.training = [Answered.of(prompt_of(question), tokenizer) for question in train]
-        self.engine = reward.engine(routed, tokenizer, batch_size)
+        self.engine = reward.engine(routed, tokenizer, batch_size, for_search=True)
 
     @property
     def default(self) -> list[Path]:
@@ -103,7 +103,7 @@ class Bench:
         """The reward in [0, 1] of each training question along each of `paths`."""
         prompts = [answered.prompt for answered in self.training]
         store = self._store("training")
-        self._score(store, prompts, [paths] * len(prompts), title)
+        self._score(store, prompts, [[default_path(self.num_blocks), *paths]] * len(prompts), title)
         rewards = {}
         for path in paths:
             rows = [store.get(prompt.question.id, path) for prompt in prompts]
