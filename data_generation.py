@@ -30,7 +30,7 @@ from drllm.search.pool import SearchPool
 from drllm.search.report import shortfall_lines, table2_text
 from drllm.search.run import search_labels
 from drllm.search.selection import Selection
-from drllm.search.tree import POLICIES, SearchSettings
+from drllm.search.tree import POLICIES, STOPS, SearchSettings
 
 DEFAULT_SAMPLES = 1000  # of sets that are not in Table 2
 
@@ -43,6 +43,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--budget", type=float, default=paper.budget, help="longest path, in multiples of the number of blocks")
     add("--p_rand", type=float, default=paper.random_child, help="probability of a random child")
     add("--policy", choices=POLICIES, default=paper.policy, help="which nodes of the tree grow")
+    add(
+        "--stop_at",
+        choices=STOPS,
+        default=paper.stop_at,
+        help="what ends a search early: the first right path of a wrong answer (Algorithm 1); any_gain: also the first "
+        "shorter right path of a right answer (Section 4.2); never: nothing",
+    )
     add(
         "--samples",
         default="paper",

@@ -12,10 +12,10 @@ limit=(--limit "${LIMIT-240}")
 [[ ${LIMIT-unset} == "" ]] && limit=()
 
 declare -A rules=(
-  [algorithm-1]="" [stop-when-shorter]="--stop_when_shorter" [lambda-5]="--lambda 5"
+  [algorithm-1]="" [any-gain]="--stop_at any_gain" [lambda-5]="--lambda 5"
 )
 labels=() checkpoints=()
-for rule in algorithm-1 stop-when-shorter lambda-5; do
+for rule in algorithm-1 any-gain lambda-5; do
   for seed in 0 1 2; do
     # shellcheck disable=SC2086  # a rule is several words
     launch data_generation.py ${MODEL:+--model "$MODEL"} "${data[@]}" "${limit[@]}" --samples "${SAMPLES:-60}" \

@@ -38,6 +38,7 @@ TREE = {
     "length_penalty": "length_penalty",
     "p_rand": "random_child",
     "policy": "policy",
+    "stop_at": "stop_at",
 }
 
 
@@ -167,6 +168,8 @@ class SearchInputs:
         """The manifest of the run; `arguments` are further ones that affect the labels."""
         limits = {name: self.response_format.limit(name, self.chat) for name in self.prompts}
         tree = {name: getattr(settings, TREE[name]) for name in TREE if name != "length_penalty"}
+        if settings.stop_at == SearchSettings().stop_at:  # folders that are older than the argument lack it
+            del tree["stop_at"]
         tree |= {"dataset": list(self.prompts), "lambda": settings.length_penalty}
         return Manifest(
             model=self.args.model,

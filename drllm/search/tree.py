@@ -26,6 +26,7 @@ EDITS = (SKIP, REPEAT)  # the possible edits of a block that runs once
 
 POLICIES = ("chain", "full", "widening")
 DEFAULT_POLICY = "widening"
+STOPS = ("wrong_to_right", "any_gain", "never")
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class SearchSettings:
         length_penalty: lambda of the UCB score.
         random_child: probability of descending to a uniformly random child instead of the best one.
         policy: which nodes may grow a child, see `PathSearch`.
-        stop_when_right: end the search of a wrong answer with the first right path. A reward that is the mean over
-            several questions has no such path: turn it off there.
+        stop_at: what ends a search early. "wrong_to_right": the first right path of a wrong answer (Algorithm 1 of the
+            paper); "any_gain": also the first shorter right path of a right answer (its Section 4.2); "never": nothing,
+            for a reward that is the mean over several questions.
 
     Raises:
         ValueError: a value outside its range.
@@ -52,11 +54,13 @@ class SearchSettings:
     length_penalty: float = 3.0
     random_child: float = 0.1
     policy: str = DEFAULT_POLICY
-    stop_when_right: bool = True
+    stop_at: str = STOPS[0]
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ValueError(f"unknown policy {self.policy!r}: choose one of {', '.join(POLICIES)}")
+        if self.stop_at not in STOPS:
+            raise ValueError(f"unknown stop_at {self.stop_at!r}: choose one of {', '.join(STOPS)}")
         if self.num_simulations < 0:
             raise ValueError(f"num_simulations is {self.num_simulations}; it must not be negative")
         if not 1 <= self.budget < math.inf:
@@ -74,8 +78,8 @@ class SearchResult:
 
     Attributes:
         base_correct: whether the default path's answer is right.
-        best_path: if it is wrong, the first path found that makes it right, or None; if it is right, the shortest
-            right path found (the default path when none is shorter).
+        best_path: the shortest right path found, None if there is none; of a wrong answer whose search ended there, the
+            first one; of a right answer the default path when none is shorter.
         good_paths: all right paths found except the default one, shortest first.
         simulations: walks through the tree. A walk that ends at an already evaluated path counts too, so that every
             search ends.
@@ -128,8 +132,8 @@ class PathSearch:
     * "widening": progressive widening; a node with v visits may have up to sqrt(2 v) children, so that the tree has
       both breadth and depth.
 
-    For a wrong answer the search ends with the first right path (`stop_when_right`). For a right answer it uses all
-    simulations to find shorter right paths. `result` reads the rewards as right or wrong answers of one question;
+    For a wrong answer the search ends with the first right path. For a right answer it uses all simulations to find
+    shorter right paths. `stop_at` changes both. `result` reads the rewards as right or wrong answers of one question;
     `ranked` reads them as what a path is worth, the mean reward of several questions for example.
     """
 
@@ -200,8 +204,13 @@ class PathSearch:
                 reward = yield leaf.path
             self._backpropagate(leaf, reward)
             self.simulations += 1
-            if self.settings.stop_when_right and not self.base_correct and _is_right(reward):
+            if _is_right(reward) and self._is_enough(leaf.path):
                 return
+
+    def _is_enough(self, right: Path) -> bool:
+        """Whether the search ends with this right path."""
+        stop_at = self.settings.stop_at
+        return stop_at != "never" and (not self.base_correct or (stop_at == "any_gain" and sum(right) < len(right)))
 
     def _descend(self) -> Node:
         """One walk: from the root to a new child, or to a node that has no children and can have none."""

@@ -31,7 +31,7 @@ class SharedSettings:
     """How the path of a group is searched and chosen.
 
     Attributes:
-        tree: settings of the search. `stop_when_right` is always off: no single answer ends the search of a group.
+        tree: settings of the search. `stop_at` is always "never": no single answer ends the search of a group.
         search_questions: most questions of a group whose mean reward the tree sees; at most half of a group.
         finalists: paths that are measured on all questions of the group.
         price: reward that one block application less may cost, and that one more must gain.
@@ -75,7 +75,7 @@ class _OpenGroup:
         own_seed = question_seed(settings.seed, f"group {number}")
         shuffled = random.Random(own_seed).sample(self.questions, len(self.questions))
         self.searched_on = shuffled[: max(1, min(settings.search_questions, len(shuffled) // 2))]
-        self.search = PathSearch(num_blocks, replace(settings.tree, stop_when_right=False), own_seed)
+        self.search = PathSearch(num_blocks, replace(settings.tree, stop_at="never"), own_seed)
         self.finalists: dict[Path, Sequence[float]] = {}  # with the rewards of all questions
 
     def label(self, settings: SharedSettings) -> GroupLabel:

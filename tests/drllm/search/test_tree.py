@@ -134,6 +134,20 @@ def test_keeps_the_shortest_right_path(policy):
             assert set(result.good_paths) == right - {(1,) * 6}
 
 
+def test_the_stop_of_section_4_2_ends_a_right_answer_with_the_first_shorter_right_path():
+    # As long as the default path, shorter, and shorter still.
+    right = {(1,) * 6, (0, 2, 1, 1, 1, 1), (1, 0, 1, 1, 1, 1), (1, 0, 1, 0, 1, 1)}
+    for seed in range(5):
+        settings = SearchSettings(num_simulations=400, stop_at="any_gain")
+        search = run(PathSearch(6, settings, seed), lambda path: float(path in right))
+        shorter = [path for path, reward in search.rewards.items() if reward == RIGHT and sum(path) < 6]
+        assert shorter == [search.result().best_path] == [list(search.rewards)[-1]]
+        assert search.simulations < 400
+        # A wrong answer ends as ever.
+        search = run(PathSearch(6, settings, seed), lambda path: float(path[2] == 2))
+        assert list(search.rewards.values()).count(RIGHT) == 1
+
+
 def test_a_right_answer_without_a_shorter_right_path_keeps_the_default():
     # A skip and a repeat: as long as the default path, and no better than it.
     right = {(1, 1, 1, 1), (0, 2, 1, 1), (2, 1, 1, 1)}
@@ -252,7 +266,7 @@ def test_the_search_needs_no_torch():
 
 
 def test_a_shared_reward_does_not_end_the_search():
-    settings = SearchSettings(num_simulations=60, stop_when_right=False)
+    settings = SearchSettings(num_simulations=60, stop_at="never")
     search = run(PathSearch(6, settings, 0), lambda path: float(path[2] == 0))
     assert search.simulations == 60
     assert sum(reward == RIGHT for reward in search.rewards.values()) > 1
