@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from drllm.errors import UserError
+from drllm.questions.hub_rows import hub_rows
 from drllm.questions.response_text import last_box
 
 UNANSWERABLE = "unanswerable"  # the answer to a SQuAD v2 question that its passage does not answer
@@ -203,6 +204,7 @@ def _parse_squad(row: dict[str, Any]) -> dict[str, Any]:
 
 _TRAIN_TEST = {"train": "train", "test": "test"}
 _TRAIN_VALIDATION = {"train": "train", "test": "validation"}  # their test splits carry no answers
+_DART_COLUMNS = ("query", "gt_ans", "query_metadata", "problem", "level", "solution")
 _DART_SAMPLES = {1: 200, 2: 400, 3: 600, 4: 800, 5: 1000}
 _MATH_SUBJECTS = (
     "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
@@ -330,7 +332,12 @@ def load_questions(
     spec = SETS[set_name]
     if split not in spec.splits:
         raise UserError(f"{set_name} has no split '{split}'; it has {' and '.join(spec.splits)}")
-    rows = _hub_rows(spec, split) if data_dir is None else _local_rows(spec, Path(data_dir), spec.splits[split])
+    if data_dir is None:
+        # Nearly all bytes of the DART pool are responses, which are not needed, and its questions are repeated.
+        columns = _DART_COLUMNS if spec.stem == "dart_math" else ()
+        rows: Iterable[tuple[str, Any]] = hub_rows(*_hub_source(spec, split), spec.splits[split], columns)
+    else:
+        rows = _local_rows(spec, Path(data_dir), spec.splits[split])
     questions: dict[str, Question] = {}
     for location, row in rows:
         try:
@@ -364,27 +371,6 @@ def _hub_source(spec: TaskSpec, split: str) -> tuple[str, tuple[str | None, ...]
     if split == "test" and spec.test_source is not None:
         return spec.test_source
     return spec.hub_path, (spec.hub_config,)
-
-
-def _hub_rows(spec: TaskSpec, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets
-
-    hub_path, configs = _hub_source(spec, split)
-    for config in configs:
-        name = f"{hub_path} ({config or 'default'}, {spec.splits[split]})"
-        try:
-            dataset = datasets.load_dataset(hub_path, config, split=spec.splits[split])
-        except Exception as error:
-            raise UserError(
-                f"could not load {name} from the Hugging Face Hub ({type(error).__name__}: {str(error)[:200]}); "
-                "check the connection, or pass --data_dir with local files of the same schema"
-            ) from error
-        if spec.stem == "dart_math":
-            # The pool's responses make up nearly all of its bytes and are not needed.
-            columns = ("query", "gt_ans", "query_metadata", "problem", "level", "solution")
-            dataset = dataset.select_columns([column for column in columns if column in dataset.column_names])
-        for number, row in enumerate(dataset):
-            yield f"{name}, row {number}", row
 
 
 def _local_rows(spec: TaskSpec, folder: Path, split: str) -> Iterable[tuple[str, Any]]:

@@ -4,6 +4,7 @@ import pytest
 
 from drllm.errors import UserError
 from drllm.questions.grading import can_still_be_right, grade
+from drllm.questions.hub_rows import distinct
 from drllm.questions.prompts import apply_template, render_prompt
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import SETS, expand_sets, load_questions
@@ -240,6 +241,18 @@ def test_all_of_the_dart_pool_trains_and_the_test_problems_of_math_test(monkeypa
     assert {call[0] for call in loaded[1:]} == {"EleutherAI/hendrycks_math"}
     assert test[0].text == "test algebra"
     assert {question.answer for question in test} == {r"\frac{1}{2}"}
+
+
+def test_of_the_pools_equal_rows_the_first_is_read_and_the_order_stays():
+    import datasets
+
+    def row(query, level, answer, **more):
+        return {"query": query, "gt_ans": answer, "query_metadata": {"level": level, "id": None}, **more}
+
+    kept = [row("b", 1, "1"), row("a", 1, "1"), row("a", 2, "1"), row("a", 1, None), row("b", 1, "2")]
+    rows = [kept[0], kept[1], kept[0], kept[2], kept[1], kept[3], kept[3], kept[4], kept[2]]
+    table = datasets.Dataset.from_list(rows).with_format("arrow")[:]
+    assert distinct(table).to_pylist() == kept
 
 
 def test_hub_failure_names_the_way_out(monkeypatch):
