@@ -87,6 +87,14 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
         partial.replace(path)
 
 
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """`write_whole` of a file for `torch.load(path, weights_only=True)`."""
+    partial = _partial(path)
+    with disk_errors(path), _removed_on_error(partial):
+        torch.save(state, partial)
+        partial.replace(path)
+
+
 def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.partial")
 

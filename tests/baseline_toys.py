@@ -1,8 +1,11 @@
 """A bench with given training questions, for tests of what baselines learn from them."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 from drllm.provenance import fingerprint
+
+NO_PROGRESS = Path("/nowhere/progress")  # of a training that is too short to be kept
 
 
 def toy_bench(routed, questions, folder=None):

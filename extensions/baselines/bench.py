@@ -18,10 +18,10 @@ from drllm.files import read_json, write_json
 from drllm.provenance import dtype_name, fingerprint
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import Question
-from drllm.rollouts.rewards import Reward
+from drllm.rollouts.rewards import AnyPrompt, OwnForward, Reward
 from drllm.rollouts.routed_paths import routed_paths
 from drllm.rollouts.scores import Scores, ScoreStore, score_all
-from extensions.baselines.interface import Answered, AnyPrompt, TokenLevelBaseline
+from extensions.baselines.interface import Answered, Tensors
 from extensions.baselines.outcomes import Outcome
 from train_models.paths import Path, default_path
 
@@ -132,19 +132,22 @@ class Bench:
         decided = {number: paths for share in gather_object([own]) for number, paths in share.items()}
         return [path for number in range(len(chunks)) for path in decided[number]]
 
-    def with_own_forward(self, baseline: TokenLevelBaseline) -> Outcome:
-        """The outcome of a baseline that decides per token; the main process measures it, all processes get it."""
+    def with_own_forward(self, name: str, model: OwnForward, fitted: Tensors) -> Outcome:
+        """The outcome of a baseline that decides per token; the main process measures it, all processes get it.
+
+        `name` and `fitted` tell it from others.
+        """
         digest = hashlib.sha256()
-        for name, tensor in sorted(baseline.tensors().items()):
-            digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        name = digest.hexdigest()[:16]
-        store = self._store(f"{baseline.name}-{name}", baseline=name)
+        for key, tensor in sorted(fitted.items()):
+            digest.update(key.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        identity = digest.hexdigest()[:16]
+        store = self._store(f"{name}-{identity}", baseline=identity)
         waiting = [prompt for prompt in self.prompts if store.get(prompt.question.id, ()) is None]
         waiting.sort(key=lambda prompt: len(prompt.input_ids))  # neighbours need little padding
         starts = range(0, len(waiting), self.batch_size) if self.state.is_main_process else ()
-        for start in tqdm(starts, desc=baseline.name, unit="batch", mininterval=1):
+        for start in tqdm(starts, desc=name, unit="batch", mininterval=1):
             part = waiting[start : start + self.batch_size]
-            rows = self.reward.judge(baseline, part, self.tokenizer, self.batch_size)
+            rows = self.reward.judge(model, part, self.tokenizer, self.batch_size)
             store.add((p.question.id, (), (*scores, layers)) for p, (scores, layers) in zip(part, rows, strict=True))
         self.state.wait_for_everyone()
         store.update()

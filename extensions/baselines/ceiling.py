@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from drllm.rollouts.rewards import AnyPrompt
 from drllm.rollouts.scores import ScoreStore
 from drllm.search.pool import SearchPool
 from drllm.search.tree import SearchSettings
-from extensions.baselines.interface import AnyPrompt
 from extensions.baselines.outcomes import Outcome
 from train_models.paths import Path, default_path
 

@@ -62,7 +62,7 @@ from extensions.baselines.outcomes import Outcome, differences_by_set, method_ro
 from extensions.baselines.protocol import Protocol, load_parts
 from extensions.baselines.report import tables
 from extensions.baselines.routed import control_at, random_paths, random_skips, routing_cost
-from extensions.baselines.static_paths import BlockInfluence, EarlyExit, GreedySkips
+from extensions.baselines.static_paths import BlockInfluence, EarlyExit, GreedySkips, path_of
 from train_models.paths import Path as BlockPath
 
 PROGRAM = "python -m extensions.baselines.compare"
@@ -210,8 +210,8 @@ class Comparison:
         named: list[tuple[str, BlockPath, Cost | None]] = []
         if "static" in arguments.methods:
             for skips in range(1, arguments.skips + 1):
-                fitted = fit_once(GreedySkips(), bench, skips, arguments.seed)
-                named.append((f"static: {describe_edits(fitted.path)}", fitted.path, fitted.cost))
+                fitted, cost = fit_once(GreedySkips(), bench, skips, arguments.seed)
+                named.append((f"static: {describe_edits(path_of(fitted))}", path_of(fitted), cost))
         named += [(f"static: {describe_edits(path)}", path, None) for path in self.static_paths]
         bench.score([[path for _, path, _ in named]] * len(bench.prompts), "static paths")
         for name, path, cost in named:
@@ -223,10 +223,9 @@ class Comparison:
         arguments, bench = self.arguments, self.bench
         for name in [name for name in FITTED if name in arguments.methods]:
             seeds = range(arguments.seed, arguments.seed + (arguments.seeds if name in SEEDED else 1))
-            fitted = [fit_once(FITTED[name], bench, arguments.skips, seed) for seed in seeds]
-            seconds = sum(member.cost.seconds or 0 for member in fitted) / len(fitted)
-            cost = Cost(fitted[0].cost.parameters, seconds)
-            self.add(fitted[0].name, [member.outcome(bench) for member in fitted], cost)
+            baseline, fitted = FITTED[name], [fit_once(FITTED[name], bench, arguments.skips, seed) for seed in seeds]
+            cost = Cost(fitted[0][1].parameters, sum(cost.seconds or 0 for _, cost in fitted) / len(fitted))
+            self.add(baseline.name, [baseline.outcome(bench, tensors) for tensors, _ in fitted], cost)
 
     def checkpoints(self) -> None:
         """The rows of each named checkpoint: as it is, with the knob at the budget if wanted, random at its rates."""

@@ -12,9 +12,8 @@ on top of the frozen model (`GatedBlocks`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
 
 import torch
 from torch import nn
@@ -27,8 +26,8 @@ from drllm.rollouts.engine import Request, RolloutEngine
 from drllm.rollouts.likelihood import PackedBatch, PackedRow
 from drllm.rollouts.scores import Scores
 from extensions.baselines.bench import Bench
-from extensions.baselines.gated_blocks import GatedBlocks, GateTraining, train_gates
-from extensions.baselines.interface import Cost
+from extensions.baselines.gated_blocks import GatedBaseline, GatedBlocks, GateTraining
+from extensions.baselines.interface import Tensors
 from extensions.baselines.outcomes import Outcome
 from train_models.paths import default_path
 
@@ -104,7 +103,7 @@ class TokenGates(GatedBlocks):
 
 
 @dataclass(frozen=True)
-class FlexiDepth:
+class FlexiDepth(GatedBaseline):
     """See the top of this file.
 
     training: settings; the weight of the skipping loss starts at the paper's 0.001 and follows the budget.
@@ -116,35 +115,25 @@ class FlexiDepth:
 
     name = "FlexiDepth"
 
-    def fit(self, bench: Bench, skips: int, seed: int, progress: FilePath | None) -> FittedFlexiDepth:
-        """See `Baseline.fit`."""
+    def new_gates(self, routed: PreTrainedModel, seed: int = 0) -> TokenGates:
+        """See `GatedBaseline.new_gates`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            gates = self._gates(bench.routed)
-        target = bench.num_blocks - skips
-        seconds = train_gates(gates, bench.routed, bench.training, target, self.training, seed, progress)
-        return FittedFlexiDepth(bench.routed, gates, Cost(sum(p.numel() for p in gates.parameters()), seconds))
+            first = 0 if self.every_block else routed.config.num_hidden_layers // 2
+            return TokenGates(routed.config, first).to(routed.device)
 
-    def restore(self, bench: Bench, tensors: Mapping[str, torch.Tensor], cost: Cost) -> FittedFlexiDepth:
-        """See `Baseline.restore`."""
-        gates = self._gates(bench.routed)
-        gates.load_state_dict(tensors)
-        return FittedFlexiDepth(bench.routed, gates, cost)
-
-    def _gates(self, routed: PreTrainedModel) -> TokenGates:
-        first = 0 if self.every_block else routed.config.num_hidden_layers // 2
-        return TokenGates(routed.config, first).to(routed.device)
+    def outcome(self, bench: Bench, fitted: Tensors) -> Outcome:
+        """See `Baseline.outcome`."""
+        own = GatedModel(bench.routed, self.trained_gates(bench.routed, fitted))
+        return bench.with_own_forward(self.name, own, fitted)
 
 
 @dataclass
-class FittedFlexiDepth:
-    """Trained routers and adapters on `routed`."""
+class GatedModel:
+    """`OwnForward` of `routed` with gates."""
 
     routed: PreTrainedModel
     gates: TokenGates
-    cost: Cost
-
-    name = FlexiDepth.name
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[LikelihoodPrompt], batch_size: int) -> list[tuple[Scores, float]]:
@@ -197,11 +186,3 @@ class FittedFlexiDepth:
         """Mean of the executed blocks over the real tokens of each row."""
         real = self.gates.real
         return ((self.gates.executed() * real).sum(1) / real.sum(1)).tolist()
-
-    def outcome(self, bench: Bench) -> Outcome:
-        """See `FittedBaseline.outcome`."""
-        return bench.with_own_forward(self)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """See `FittedBaseline.tensors`."""
-        return self.gates.state_dict()

@@ -8,21 +8,24 @@ all keys and values is what a token-level method computes, too, and a sequence-l
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from drllm.files import is_whole, write_tensors
-from extensions.baselines.interface import Answered
+from drllm.files import write_state
+from extensions.baselines.interface import Answered, Cost, Tensors
+
+if TYPE_CHECKING:
+    from extensions.baselines.bench import Bench
 
 SAVE_SECONDS = 60  # between two states of an unfinished training
 FEWEST_STEPS = 150  # a shorter training does not raise the price faster
@@ -107,6 +110,30 @@ class GateTraining:
     calibration_questions: int = 64
 
 
+class GatedBaseline:
+    """A `Baseline` that trains gates; a subclass says which, and how they answer."""
+
+    training: GateTraining
+
+    def new_gates(self, routed: PreTrainedModel, seed: int = 0) -> GatedBlocks:
+        """Untrained gates, on the device of `routed`."""
+        raise NotImplementedError
+
+    def fit(self, bench: Bench, skips: int, seed: int, progress: FilePath) -> tuple[Tensors, Cost]:
+        """See `Baseline.fit`."""
+        gates = self.new_gates(bench.routed, seed)
+        target = bench.num_blocks - skips
+        seconds = train_gates(gates, bench.routed, bench.training, target, self.training, seed, progress)
+        tensors = gates.state_dict()
+        return tensors, Cost(sum(tensor.numel() for tensor in tensors.values()), seconds)
+
+    def trained_gates(self, routed: PreTrainedModel, fitted: Tensors) -> Any:
+        """The gates that `fit` returned."""
+        gates = self.new_gates(routed)
+        gates.load_state_dict(fitted)
+        return gates
+
+
 def train_gates(
     gates: GatedBlocks,
     routed: PreTrainedModel,
@@ -114,7 +141,7 @@ def train_gates(
     target: float,
     settings: GateTraining,
     seed: int,
-    progress: FilePath | None = None,
+    progress: FilePath,
 ) -> float:
     """Trains `gates` by the language-model loss of the gold answers and a price per block; the base stays frozen.
 
@@ -125,39 +152,41 @@ def train_gates(
     Returns:
         Seconds of training, those before a stop included.
     """
-    parameters = list(gates.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(gates.parameters(), lr=settings.learning_rate, weight_decay=0.01)
     batches = -(-len(questions) // settings.batch_size)
-    state = _State()
-    if progress is not None and is_whole(progress):
-        state = _State.read(progress, parameters, optimizer)
+    step, price, seconds = 0, 0.0, 0.0  # the price of a block, in nats
+    if progress.exists():
+        state = torch.load(progress, map_location=routed.device, weights_only=True)
+        gates.load_state_dict(state["gates"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, price, seconds = state["step"], state["price"], state["seconds"]
     total = settings.epochs * batches
     gain = settings.gain / max(total, FEWEST_STEPS)
     budget = max(1.0, routed.config.num_hidden_layers - target)
-    start = saved = time.perf_counter() - state.seconds
-    bar = tqdm(total=total, initial=state.step, desc=f"training {type(gates).__name__}", unit="step", mininterval=1)
+    start = saved = time.perf_counter() - seconds
+    bar = tqdm(total=total, initial=step, desc=f"training {type(gates).__name__}", unit="step", mininterval=1)
     with bar, gates.attached(routed):
-        while state.step < total:
-            epoch, batch = divmod(state.step, batches)
+        while step < total:
+            epoch, batch = divmod(step, batches)
             order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(1000 * seed + epoch))
             chosen = [questions[index] for index in order.split(settings.batch_size)[batch].tolist()]
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * _cosine(state.step / total)
+                group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(step / total * math.pi))
             loss = language_model_loss(gates, routed, chosen)
             blocks = gates.blocks().mean()
             excess = (blocks.item() - target) / budget
             # The second term damps: the price alone would swing around the target.
-            (loss + gates.penalty(torch.tensor(state.price + DAMPING * gain * excess))).backward()
+            (loss + gates.penalty(torch.tensor(price + DAMPING * gain * excess))).backward()
             optimizer.step()
             optimizer.zero_grad()
-            state.price += gain * excess
-            state.step += 1
-            state.seconds = time.perf_counter() - start
-            bar.set_postfix(loss=f"{loss.item():.3f}", blocks=f"{blocks.item():.2f}", price=f"{state.price:.3f}")
+            price += gain * excess
+            step += 1
+            bar.set_postfix(loss=f"{loss.item():.3f}", blocks=f"{blocks.item():.2f}", price=f"{price:.3f}")
             bar.update()
-            if progress is not None and time.perf_counter() - saved > SAVE_SECONDS:
-                state.write(progress, parameters, optimizer)
+            if time.perf_counter() - saved > SAVE_SECONDS:
                 saved = time.perf_counter()
+                state = {"gates": gates.state_dict(), "optimizer": optimizer.state_dict()}
+                write_state(progress, state | {"step": step, "price": price, "seconds": saved - start})
     if settings.calibration_questions:
         calibrate(gates, routed, questions[:: max(1, len(questions) // settings.calibration_questions)], target)
     return time.perf_counter() - start
@@ -200,36 +229,3 @@ def language_model_loss(gates: GatedBlocks, routed: PreTrainedModel, questions: 
     read = torch.cat([hidden[row, prompt - 1 : len(rows[row]) - 1] for row, prompt in enumerate(prompts)])
     answers = torch.tensor([token for question in questions for token in question.answer_ids], device=hidden.device)
     return F.cross_entropy(routed.lm_head(read).float(), answers)
-
-
-def _cosine(share: float) -> float:
-    return 0.5 * (1 + torch.cos(torch.tensor(share * torch.pi)).item())
-
-
-@dataclass
-class _State:
-    """Where a training stands."""
-
-    step: int = 0
-    price: float = 0.0  # of a block, in nats
-    seconds: float = 0.0
-
-    def write(self, path: FilePath, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-        tensors = {f"{index}": parameter.detach() for index, parameter in enumerate(parameters)}
-        for index, moments in optimizer.state_dict()["state"].items():
-            tensors |= {f"{index}.{name}": value for name, value in moments.items()}
-        write_tensors(path, tensors, {"state": json.dumps(vars(self))})
-
-    @classmethod
-    def read(cls, path: FilePath, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> _State:
-        moments: dict[int, dict[str, torch.Tensor]] = {}
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            state = cls(**json.loads(file.metadata()["state"]))
-            for name in file.keys():  # noqa: SIM118  (not a mapping)
-                index, _, moment = name.partition(".")
-                if moment:
-                    moments.setdefault(int(index), {})[moment] = file.get_tensor(name)
-                else:
-                    parameters[int(index)].copy_(file.get_tensor(name))
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        return state

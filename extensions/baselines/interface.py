@@ -1,11 +1,10 @@
 """One interface for methods that save blocks on a frozen base model.
 
-A `Baseline` is fitted on training questions with the budget "save so many blocks on average". The `FittedBaseline`
-answers the test questions of a `Bench`, which counts the block applications:
+A `Baseline` is fitted on training questions with the budget "save so many blocks on average", and answers the test
+questions of a `Bench`, which counts the block applications:
 
-    fitted = fit_once(MindSkip(), bench, skips=4, seed=0)
-    outcome = fitted.outcome(bench)       # right or wrong and block applications, per question
-    fitted.cost                           # trainable parameters, training seconds
+    fitted, cost = fit_once(MindSkip(), bench, skips=4, seed=0)
+    outcome = MindSkip().outcome(bench, fitted)       # right or wrong and block applications, per question
 
 No baseline here changes base weights; those that would are in docs/rivals.md.
 """
@@ -27,7 +26,7 @@ from safetensors.torch import load_file
 from drllm.files import is_whole, write_tensors
 from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.sets import SETS
-from drllm.rollouts.rewards import AnyPrompt, OwnForward
+from drllm.rollouts.rewards import AnyPrompt
 from extensions.baselines.outcomes import Outcome
 
 if TYPE_CHECKING:
@@ -66,26 +65,7 @@ class Cost:
     seconds: float | None = 0.0
 
 
-class TokenLevelBaseline(OwnForward, Protocol):
-    """A fitted baseline with a forward pass of its own."""
-
-    name: str
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What tells one fitted baseline from another."""
-
-
-class FittedBaseline(Protocol):
-    """A baseline after `Baseline.fit`."""
-
-    name: str
-    cost: Cost
-
-    def outcome(self, bench: Bench) -> Outcome:
-        """Answers to the test questions of `bench`, and block applications."""
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What `Baseline.restore` needs."""
+Tensors = Mapping[str, torch.Tensor]
 
 
 class Baseline(Protocol):
@@ -93,21 +73,21 @@ class Baseline(Protocol):
 
     name: str
 
-    def fit(self, bench: Bench, skips: int, seed: int, progress: FilePath | None) -> FittedBaseline:
-        """Fits on the training questions of `bench`.
+    def fit(self, bench: Bench, skips: int, seed: int, progress: FilePath) -> tuple[Tensors, Cost]:
+        """Fits on the training questions of `bench`; returns what `outcome` needs, and the cost.
 
         Args:
             bench: holds a routed model, of which only the frozen base is used, and the training questions.
             skips: how many of the L blocks to save on average.
             seed: seed for initial weights and the order of questions.
-            progress: file for the state of an unfinished training, from which it is resumed; None keeps nothing.
+            progress: file for the state of an unfinished training, from which it is resumed.
         """
 
-    def restore(self, bench: Bench, tensors: Mapping[str, torch.Tensor], cost: Cost) -> FittedBaseline:
-        """The baseline that `FittedBaseline.tensors` describes."""
+    def outcome(self, bench: Bench, fitted: Tensors) -> Outcome:
+        """Answers to the test questions of `bench`, and block applications."""
 
 
-def fit_once(baseline: Baseline, bench: Bench, skips: int, seed: int) -> FittedBaseline:
+def fit_once(baseline: Baseline, bench: Bench, skips: int, seed: int) -> tuple[Tensors, Cost]:
     """`baseline.fit`, or what an earlier call with the same settings, base model and questions left on disk.
 
     Raises:
@@ -117,22 +97,19 @@ def fit_once(baseline: Baseline, bench: Bench, skips: int, seed: int) -> FittedB
         "baseline": repr(baseline),
         "skips": skips,
         "seed": seed,
-        "questions": [question.prompt.question.id for question in bench.training],
+        "questions": [answered.prompt.question.id for answered in bench.training],
     }
     digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
     folder = bench.folder / "fitted"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{baseline.name.replace(' ', '-')}-{seed}-{digest}.safetensors"
-    if is_whole(path):
-        with safe_open(path, framework="pt") as file:
-            cost = Cost(**json.loads(file.metadata()["cost"]))
-        return baseline.restore(bench, load_file(path), cost)
-    progress = path.with_suffix(".progress")
-    start = time.perf_counter()
-    fitted = baseline.fit(bench, skips, seed, progress)
-    # A training that was resumed counts its earlier seconds itself.
-    seconds = max(fitted.cost.seconds or 0, time.perf_counter() - start)
-    fitted.cost = replace(fitted.cost, seconds=seconds)
-    write_tensors(path, fitted.tensors(), {"cost": json.dumps(vars(fitted.cost))})
-    progress.unlink(missing_ok=True)
-    return fitted
+    if not is_whole(path):
+        progress = path.with_suffix(".progress")
+        start = time.perf_counter()
+        tensors, cost = baseline.fit(bench, skips, seed, progress)
+        # A training that was resumed counts its earlier seconds itself.
+        cost = replace(cost, seconds=max(cost.seconds or 0, time.perf_counter() - start))
+        write_tensors(path, tensors, {"cost": json.dumps(vars(cost))})
+        progress.unlink(missing_ok=True)
+    with safe_open(path, framework="pt") as file:
+        return load_file(path), Cost(**json.loads(file.metadata()["cost"]))

@@ -13,7 +13,7 @@ from pathlib import Path
 from drllm.errors import UserError
 from drllm.files import read_json
 from drllm.questions.sets import SETS, Question
-from extensions.baselines.interface import AnyPrompt
+from drllm.rollouts.rewards import AnyPrompt
 from train_models.paths import Path as BlockPath
 
 

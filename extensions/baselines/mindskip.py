@@ -12,18 +12,18 @@ token of huge norm does not hide the others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from drllm.rollouts.rewards import AnyPrompt
 from extensions.baselines.bench import Bench
-from extensions.baselines.gated_blocks import GatedBlocks, GateTraining, train_gates
-from extensions.baselines.interface import AnyPrompt, Cost
+from extensions.baselines.gated_blocks import GatedBaseline, GatedBlocks, GateTraining
+from extensions.baselines.interface import Tensors
 from extensions.baselines.outcomes import Outcome
 from train_models.paths import Path
 
@@ -57,6 +57,20 @@ class SequenceGates(GatedBlocks):
         """Whether each row of the last forward pass executes each block, int [B, L]: 0 or 1."""
         return torch.stack(self._gates, 1).detach().round().int()
 
+    @torch.inference_mode()
+    def paths(self, routed: PreTrainedModel, prompts: Sequence[AnyPrompt], batch_size: int = 16) -> list[Path]:
+        """One path per prompt, in their order."""
+        paths: list[Path] = [()] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
+        with self.attached(routed):
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                rows = [prompts[index].input_ids for index in chosen]
+                self.run(routed, rows, [len(row) for row in rows])
+                for index, decided in zip(chosen, self.decisions().tolist(), strict=True):
+                    paths[index] = tuple(decided)
+        return paths
+
     def blocks(self) -> torch.Tensor:
         """Executed blocks per sequence, [B]."""
         return torch.stack(self._gates, 1).sum(1)
@@ -71,62 +85,18 @@ class SequenceGates(GatedBlocks):
 
 
 @dataclass(frozen=True)
-class MindSkip:
+class MindSkip(GatedBaseline):
     """See the top of this file. training: settings; the price starts at 0 and follows the budget."""
 
     training: GateTraining = field(default_factory=GateTraining)
 
     name = "MindSkip"
 
-    def fit(self, bench: Bench, skips: int, seed: int, progress: FilePath | None) -> FittedMindSkip:
-        """See `Baseline.fit`."""
-        gates = self._gates(bench.routed)
-        target = bench.num_blocks - skips
-        seconds = train_gates(gates, bench.routed, bench.training, target, self.training, seed, progress)
-        return FittedMindSkip(bench.routed, gates, Cost(_count(gates), seconds))
-
-    def restore(self, bench: Bench, tensors: Mapping[str, torch.Tensor], cost: Cost) -> FittedMindSkip:
-        """See `Baseline.restore`."""
-        gates = self._gates(bench.routed)
-        gates.load_state_dict(tensors)
-        return FittedMindSkip(bench.routed, gates, cost)
-
-    def _gates(self, routed: PreTrainedModel) -> SequenceGates:
+    def new_gates(self, routed: PreTrainedModel, seed: int = 0) -> SequenceGates:
+        """See `GatedBaseline.new_gates`; all begin alike."""
         return SequenceGates(routed.config.num_hidden_layers, routed.config.hidden_size).to(routed.device)
 
-
-@dataclass
-class FittedMindSkip:
-    """Trained routers on `routed`."""
-
-    routed: PreTrainedModel
-    gates: SequenceGates
-    cost: Cost
-
-    name = MindSkip.name
-
-    @torch.inference_mode()
-    def paths(self, prompts: Sequence[AnyPrompt], batch_size: int = 16) -> list[Path]:
-        """One path per prompt, in their order."""
-        paths: list[Path] = [()] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
-        with self.gates.attached(self.routed):
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                rows = [prompts[index].input_ids for index in chosen]
-                self.gates.run(self.routed, rows, [len(row) for row in rows])
-                for index, decided in zip(chosen, self.gates.decisions().tolist(), strict=True):
-                    paths[index] = tuple(decided)
-        return paths
-
-    def outcome(self, bench: Bench) -> Outcome:
-        """See `FittedBaseline.outcome`."""
-        return bench.along(self.paths(bench.prompts, bench.batch_size), self.name)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """See `FittedBaseline.tensors`."""
-        return self.gates.state_dict()
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    def outcome(self, bench: Bench, fitted: Tensors) -> Outcome:
+        """See `Baseline.outcome`."""
+        gates: SequenceGates = self.trained_gates(bench.routed, fitted)
+        return bench.along(gates.paths(bench.routed, bench.prompts, bench.batch_size), self.name)

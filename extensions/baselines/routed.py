@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from drllm.files import read_json
+from drllm.rollouts.rewards import AnyPrompt
 from extensions.baselines.bench import Bench
-from extensions.baselines.interface import AnyPrompt, Cost
+from extensions.baselines.interface import Cost
 from train_models.paths import Path
 
 LOWEST_CONTROL, BASE_CONTROL = -1.0, 0.5  # every block skipped; the base model (Appendix B)

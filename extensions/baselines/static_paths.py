@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from drllm.questions.padding import pad_ids
-from extensions.baselines.interface import Cost
+from extensions.baselines.interface import Cost, Tensors
 from extensions.baselines.outcomes import Outcome
 from train_models.paths import EXECUTE, SKIP, Path, default_path
 
@@ -20,23 +18,6 @@ if TYPE_CHECKING:
     from extensions.baselines.bench import Bench
 
 CALIBRATION_BATCH = 16
-
-
-@dataclass
-class FittedPath:
-    """One path for all questions."""
-
-    name: str
-    path: Path
-    cost: Cost
-
-    def outcome(self, bench: Bench) -> Outcome:
-        """See `FittedBaseline.outcome`."""
-        return bench.along([self.path] * len(bench.prompts))
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """See `FittedBaseline.tensors`."""
-        return {"path": torch.tensor(self.path)}
 
 
 class StaticPath:
@@ -48,15 +29,18 @@ class StaticPath:
         """The path with `skips` blocks skipped."""
         raise NotImplementedError
 
-    def fit(self, bench: Bench, skips: int, seed: int, progress: FilePath | None) -> FittedPath:
+    def fit(self, bench: Bench, skips: int, seed: int, progress: FilePath) -> tuple[Tensors, Cost]:
         """See `Baseline.fit`; neither `seed` nor `progress` is used."""
-        start = time.perf_counter()
-        path = self.path(bench, skips)
-        return FittedPath(self.name, path, Cost(seconds=time.perf_counter() - start))
+        return {"path": torch.tensor(self.path(bench, skips))}, Cost()
 
-    def restore(self, bench: Bench, tensors: Mapping[str, torch.Tensor], cost: Cost) -> FittedPath:
-        """See `Baseline.restore`."""
-        return FittedPath(self.name, tuple(tensors["path"].tolist()), cost)
+    def outcome(self, bench: Bench, fitted: Tensors) -> Outcome:
+        """See `Baseline.outcome`."""
+        return bench.along([path_of(fitted)] * len(bench.prompts))
+
+
+def path_of(fitted: Tensors) -> Path:
+    """The path of a fitted `StaticPath`."""
+    return tuple(fitted["path"].tolist())
 
 
 @dataclass(frozen=True)

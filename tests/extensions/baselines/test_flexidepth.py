@@ -12,11 +12,11 @@ from drllm.questions.prompts import Prompt
 from drllm.questions.sets import Question
 from drllm.rollouts.engine import Request, RolloutEngine
 from drllm.rollouts.likelihood import LikelihoodEngine
-from extensions.baselines.flexidepth import FlexiDepth, TokenGates
+from extensions.baselines.flexidepth import FlexiDepth, GatedModel, TokenGates
 from extensions.baselines.gated_blocks import GateTraining
 from extensions.baselines.interface import Answered
 from tests import search_toys
-from tests.baseline_toys import toy_bench
+from tests.baseline_toys import NO_PROGRESS, toy_bench
 from train_models import retrofit
 
 
@@ -35,7 +35,8 @@ def gates_of(routed, logit: float | None = None, every_block: bool = False) -> T
 
 
 def fitted(routed, gates):
-    return FlexiDepth(every_block=gates.first == 0).restore(toy_bench(routed, []), gates.state_dict(), None)
+    baseline = FlexiDepth(every_block=gates.first == 0)
+    return GatedModel(routed, baseline.trained_gates(routed, gates.state_dict()))
 
 
 def likelihood_prompts(count: int) -> list[LikelihoodPrompt]:
@@ -116,15 +117,16 @@ def test_a_block_that_returns_its_input_is_the_one_to_be_skipped(routed_with_idl
         questions.append(Answered(Prompt(question, "", tuple(tokens[:5]), 5), tuple(tokens[5:])))
     before = fingerprint(routed)
     training = GateTraining(epochs=60, batch_size=8, learning_rate=3e-3, gain=10.0)
-    rival = FlexiDepth(training).fit(toy_bench(routed, questions), 1, 0, None)
+    tensors, cost = FlexiDepth(training).fit(toy_bench(routed, questions), 1, 0, NO_PROGRESS)
     assert fingerprint(routed) == before
-    with torch.no_grad(), rival.gates.attached(routed):
+    gates = FlexiDepth(training).trained_gates(routed, tensors)
+    with torch.no_grad(), gates.attached(routed):
         rows = [[*question.prompt.input_ids, *question.answer_ids] for question in questions]
-        rival.gates.run(routed, rows, [5] * len(rows))
-        shares = [(gate >= 0.5).float().mean().item() for gate in rival.gates._gates]
+        gates.run(routed, rows, [5] * len(rows))
+        shares = [(gate >= 0.5).float().mean().item() for gate in gates._gates]
     assert shares[1] < 0.4 < 0.6 < min(shares[0], shares[2]), "only block 4 returns its input"
     parameters = 3 * ((32 * 8 + 8) + (8 + 1) + 3 * 32 * 8)
-    assert rival.cost.parameters == parameters
+    assert cost.parameters == parameters
 
 
 REPEAT, COMPUTE, FIRST_SYMBOL, SYMBOLS = 2, 3, 4, 20
@@ -182,11 +184,12 @@ def test_fewer_blocks_run_on_repeated_text(base_that_repeats_and_computes):
         question = Question("dart-1", f"q{number}", "", (), (), "0")
         questions.append(Answered(Prompt(question, "", tuple(tokens[:6]), 5), tuple(tokens[6:])))
     training = GateTraining(epochs=20, batch_size=16, learning_rate=3e-3, gain=5.0)
-    rival = FlexiDepth(training, every_block=True).fit(toy_bench(routed, questions), 2, 0, None)
+    rival = FlexiDepth(training, every_block=True)
+    gates = rival.trained_gates(routed, rival.fit(toy_bench(routed, questions), 2, 0, NO_PROGRESS)[0])
     rows = unseen.tolist()
-    with torch.no_grad(), rival.gates.attached(routed):
-        rival.gates.run(routed, rows, [len(row) for row in rows])
-        executed = rival.gates.executed()[:, 3:].float().mean(1)
+    with torch.no_grad(), gates.attached(routed):
+        gates.run(routed, rows, [len(row) for row in rows])
+        executed = gates.executed()[:, 3:].float().mean(1)
     repeated, computed = executed[::2], executed[1::2]
     error = (repeated.var() / len(repeated) + computed.var() / len(computed)).sqrt()
     assert repeated.mean() < computed.mean() - 3 * error

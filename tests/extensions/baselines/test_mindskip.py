@@ -12,7 +12,7 @@ from extensions.baselines import gated_blocks
 from extensions.baselines.gated_blocks import GateTraining
 from extensions.baselines.interface import Answered, fit_once
 from extensions.baselines.mindskip import MindSkip, SequenceGates
-from tests.baseline_toys import toy_bench
+from tests.baseline_toys import NO_PROGRESS, toy_bench
 from tests.search_toys import answered_questions
 from train_models.paths import path_to_layer_indices
 
@@ -39,6 +39,13 @@ def questions_along(routed, count: int, seed: int, paths: dict[int, tuple]) -> l
     return questions
 
 
+def fitted_paths(rival: MindSkip, routed, questions, skips: int, unseen=None):
+    """(paths of `unseen`, or of the training questions; cost) of MindSkip fitted on `questions`."""
+    fitted, cost = rival.fit(toy_bench(routed, questions), skips, 0, NO_PROGRESS)
+    prompts = [question.prompt for question in unseen or questions]
+    return rival.trained_gates(routed, fitted).paths(routed, prompts), cost
+
+
 def untrained(routed, seed: int = 0) -> SequenceGates:
     gates = SequenceGates(routed.config.num_hidden_layers, routed.config.hidden_size)
     torch.nn.init.normal_(gates.weight, std=0.3, generator=torch.Generator().manual_seed(seed))
@@ -49,18 +56,16 @@ def untrained(routed, seed: int = 0) -> SequenceGates:
 def test_blocks_that_return_their_input_are_skipped_for_every_prompt(routed_with_idle_blocks):
     questions = questions_along(routed_with_idle_blocks, 16, 0, DEFAULT)
     training = GateTraining(epochs=40, batch_size=8, learning_rate=3e-3)
-    fitted = MindSkip(training).fit(toy_bench(routed_with_idle_blocks, questions), 2, 0, None)
-    paths = fitted.paths([question.prompt for question in questions])
+    paths, cost = fitted_paths(MindSkip(training), routed_with_idle_blocks, questions, 2)
     assert Counter(paths).most_common(1)[0][0] == (1, 1, 0, 1, 0, 1)
-    assert fitted.cost.parameters == 6 * (32 + 1)
+    assert cost.parameters == 6 * (32 + 1)
 
 
 def test_each_kind_of_prompt_gets_the_path_that_its_answers_were_made_along(routed):
     training = GateTraining(epochs=12, batch_size=8, learning_rate=3e-3)
     before = fingerprint(routed)
-    fitted = MindSkip(training).fit(toy_bench(routed, questions_along(routed, 96, 0, PATHS)), 1, 0, None)
     unseen = questions_along(routed, 20, 1, PATHS)
-    paths = fitted.paths([question.prompt for question in unseen])
+    paths, _ = fitted_paths(MindSkip(training), routed, questions_along(routed, 96, 0, PATHS), 1, unseen)
     for kind in PATHS:
         of_kind = [path for path, question in zip(paths, unseen, strict=True) if question.prompt.input_ids[0] == kind]
         assert of_kind.count(PATHS[kind]) > len(of_kind) / 2
@@ -71,8 +76,7 @@ def test_each_kind_of_prompt_gets_the_path_that_its_answers_were_made_along(rout
 def test_the_capacity_reaches_its_target(routed, skips):
     """Router-Tuning reports that the share of executed blocks reaches the target, for any target."""
     questions = questions_along(routed, 24, 0, DEFAULT)
-    fitted = MindSkip(GateTraining(epochs=20, batch_size=8)).fit(toy_bench(routed, questions), skips, 0, None)
-    paths = fitted.paths([question.prompt for question in questions])
+    paths, _ = fitted_paths(MindSkip(GateTraining(epochs=20, batch_size=8)), routed, questions, skips)
     assert sum(map(sum, paths)) / len(paths) == pytest.approx(6 - skips, abs=0.3)
 
 
@@ -96,9 +100,8 @@ def test_gates_give_the_hidden_states_of_the_path_that_they_decide_on(routed):
         hidden = gates.run(routed, rows, lengths)
     paths = gates.decisions().tolist()
     assert len({tuple(path) for path in paths}) > 1
-    from_prompts = (
-        MindSkip().restore(toy_bench(routed, []), gates.state_dict(), None).paths([q.prompt for q in questions], 2)
-    )
+    restored = MindSkip().trained_gates(routed, gates.state_dict())
+    from_prompts = restored.paths(routed, [question.prompt for question in questions], 2)
     assert [list(path) for path in from_prompts] == paths
     for row, path, states in zip(rows, paths, hidden, strict=True):
         with torch.no_grad():
@@ -111,7 +114,7 @@ def test_gates_give_the_hidden_states_of_the_path_that_they_decide_on(routed):
 def test_a_stopped_training_is_resumed(routed, tmp_path, monkeypatch):
     questions = answered_questions(8)
     rival = MindSkip(GateTraining(epochs=6, batch_size=2))
-    expected = rival.fit(toy_bench(routed, questions), 1, 0, None).tensors()
+    expected, _ = rival.fit(toy_bench(routed, questions), 1, 0, NO_PROGRESS)
 
     class Stop(Exception):
         pass
@@ -131,13 +134,12 @@ def test_a_stopped_training_is_resumed(routed, tmp_path, monkeypatch):
         fit_once(rival, toy_bench(routed, questions, tmp_path), 1, 0)
     steps.clear()
     steps += [1] * 100
-    fitted = fit_once(rival, toy_bench(routed, questions, tmp_path), 1, 0)
+    fitted, cost = fit_once(rival, toy_bench(routed, questions, tmp_path), 1, 0)
     assert len(steps) == 100 + 24 - 14, "the first 14 steps are not repeated"
-    for name, tensor in fitted.tensors().items():
-        torch.testing.assert_close(tensor, expected[name])
+    torch.testing.assert_close(fitted, dict(expected))
     # A third call trains nothing, and knows what the training took.
-    again = fit_once(rival, toy_bench(routed, questions, tmp_path), 1, 0)
+    again, cost_again = fit_once(rival, toy_bench(routed, questions, tmp_path), 1, 0)
     assert len(steps) == 110
-    assert again.cost == fitted.cost
+    assert cost_again == cost
     assert [path.suffix for path in (tmp_path / "fitted").iterdir()] == [".safetensors"]
-    torch.testing.assert_close(again.tensors(), fitted.tensors())
+    torch.testing.assert_close(again, fitted)
