@@ -56,7 +56,7 @@ from extensions.baselines.ceiling import NAME as CEILING
 from extensions.baselines.ceiling import ceiling
 from extensions.baselines.flexidepth import FlexiDepth
 from extensions.baselines.interface import Baseline, Cost, fit_once
-from extensions.baselines.known_paths import KnownPaths
+from extensions.baselines.known_paths import known_paths
 from extensions.baselines.mindskip import MindSkip
 from extensions.baselines.outcomes import Outcome, differences_by_set, method_row, share_recovered
 from extensions.baselines.protocol import Protocol, load_parts
@@ -164,8 +164,9 @@ class Comparison:
         self.controls = [self.bench.base]  # static paths
         self.known: Outcome | None = None
         if arguments.known_paths is not None:
-            known = KnownPaths(arguments.known_paths, protocol.data_dir, self.bench.num_blocks)
-            self.known = self.bench.along(known.of(self.bench.prompts, "test"), "known paths")
+            asked = [prompt.question for prompt in self.bench.prompts]
+            paths = known_paths(arguments.known_paths, protocol.data_dir, self.bench.num_blocks, asked)
+            self.known = self.bench.along(paths, "known paths")
         self.rows: list[dict] = []
         self.outcomes: dict[str, Outcome] = {}  # of all test questions, by method
 
