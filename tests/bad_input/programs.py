@@ -22,6 +22,7 @@ from experiments import (
     paper_backbones,
     paper_figures,
     paper_tables,
+    prompt_forms,
     sweep,
 )
 from extensions import agreement
@@ -47,6 +48,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "paper_backbones": paper_backbones.main,
     "paper_figures": paper_figures.main,
     "paper_tables": paper_tables.main,
+    "prompt_forms": prompt_forms.main,
     "sweep": sweep.main,
     "miniature/make.py": make.main,
     "benchmarks/evaluation.py": evaluation_speed.main,
