@@ -27,7 +27,7 @@ from drllm.questions.sets import SETS, expand_sets
 from drllm.rollouts.rewards import reward_named
 from drllm.search.inputs import SearchInputs, add_arguments, check_arguments
 from drllm.search.pool import SearchPool
-from drllm.search.report import shortfall_lines, table2_text
+from drllm.search.report import shortfall_lines, surplus_line, table2_text
 from drllm.search.run import search_labels
 from drllm.search.selection import Selection
 from drllm.search.tree import POLICIES, STOPS, SearchSettings
@@ -71,7 +71,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="multiple choice: the response must begin with A, B, C or D, standing alone, so items with labels 1 to 4 "
         "or E are wrong; without it, every item's own labels count, in the usual phrasings",
     )
-    add("--concurrency", type=int, default=None, help="questions searched at once; default: 2 batches")
+    add(
+        "--concurrency",
+        type=int,
+        default=None,
+        help="questions searched at once; default: 2 batches, at most the labels",
+    )
     return parser.parse_args(arguments)
 
 
@@ -100,14 +105,14 @@ def main(arguments: list[str] | None = None) -> None:
     manifest = inputs.manifest(PROGRAM, settings, **own)
     orders = {name: [prompt.question for prompt in prompts] for name, prompts in inputs.prompts.items()}
     prompts = {prompt.question.id: prompt for of_set in inputs.prompts.values() for prompt in of_set}
-    concurrency = args.concurrency or 2 * args.batch_size
+    concurrency = args.concurrency or inputs.questions_at_once(sum(samples.values()))
     new_pool = functools.partial(SearchPool, inputs.engine(for_search=True), settings, args.seed, concurrency)
     selection = Selection(orders, samples, args.wrong_to_right_share)
     folder = Path(args.output_dir)
     completed = search_labels(folder, manifest, selection, prompts, new_pool, inputs.state)
     if completed is not None:
         print(table2_text(completed.results["table2"]))
-        for line in (*shortfall_lines(completed), f"labels: {folder / LABELS}"):
+        for line in (surplus_line(selection), *shortfall_lines(completed), f"labels: {folder / LABELS}"):
             print(line)
     inputs.state.wait_for_everyone()
     inputs.state.destroy_process_group()

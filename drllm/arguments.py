@@ -48,7 +48,7 @@ def add_shared(
     words = says if says is not None else default
     if words not in (None, ""):
         text += f" (default: {words})"
-    parser.add_argument(f"--{name}", type=kind, default=default, help=text, **options)
+    parser.add_argument(f"--{name}", **{"type": kind, "default": default, "help": text} | options)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

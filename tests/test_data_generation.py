@@ -114,7 +114,8 @@ def test_labels_manifest_and_table(toy, undisturbed, tmp_path, capsys):
         else:
             assert not label.base_correct
         assert label.path in label.good_paths
-    assert "wrong-to-right" in out[-2] or len(out) == 6
+    assert out[5].startswith("beyond the quotas: ")
+    assert "wrong-to-right" in out[-2] or len(out) == 7
     manifest = found.manifest
     assert (manifest.num_layers, manifest.dtype, manifest.chat_template, manifest.seed) == (6, "float32", False, 0)
     assert manifest.arguments["num_simulations"] == 8

@@ -12,7 +12,6 @@ over all rows that use it. Two shortcuts, which change answers by rounding at mo
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +22,7 @@ from drllm.attention import kernels_without_plans
 from drllm.errors import UserError
 from drllm.questions.prompts import Prompt
 from drllm.questions.sets import Question
+from drllm.rollouts.batches import BatchLimit, BatchSize, run_in_batches
 from train_models.cache import PathCache, RowSchedule
 from train_models.paths import EXECUTE, Path, default_path, path_to_layer_indices
 
@@ -76,7 +76,7 @@ class RolloutEngine:
     Args:
         model: follows `layer_indices` (`data_models.load_path_model`), on its device.
         tokenizer: the model's.
-        batch_size: rows a batch; halved, with one line on stderr, when a batch runs out of memory.
+        batch_size: most rows of a batch, or its limit; halved, with one line on stderr, when memory runs out.
         reuse_default_states: start rollouts at their first edited block. Costs L T (d + 2 d_kv) values a question
             that is being searched; `forget` gives them back.
 
@@ -88,14 +88,12 @@ class RolloutEngine:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        batch_size: int,
+        batch_size: BatchSize,
         reuse_default_states: bool = True,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.batch_size = batch_size
+        self.limit = BatchLimit.of(batch_size)
         self.num_blocks = model.config.num_hidden_layers
         self.end_ids = _end_ids(model, tokenizer)
         # A sliding layer's cache forgets the start of long prompts, so its keys cannot be put together from parts.
@@ -108,28 +106,25 @@ class RolloutEngine:
         self._settled: dict[str, dict[tuple[int, ...], bool]] = {}
         self._graded: dict[str, dict[tuple[int, ...], Rollout]] = {}
 
+    @property
+    def batch_size(self) -> int:
+        """Most rows of a batch."""
+        return self.limit.rows
+
     def respond(self, requests: Sequence[Request]) -> list[Rollout]:
         """One rollout a request, in the order of `requests`, which may hold any mixture of questions and paths."""
         rollouts: list[Rollout | None] = [None] * len(requests)
         rows = [_Row(request, place) for place, request in enumerate(requests)]
         default = default_path(self.num_blocks)
+
+        def run(batch: list[_Row]) -> None:
+            self._run(batch)
+            for row in batch:
+                rollouts[row.place] = self._grade(row.request.prompt, tuple(row.tokens))
+
         for kind in (True, False):  # default paths by themselves: they run everything, and their states are kept
-            waiting = [row for row in rows if (row.request.path == default) == kind]
-            waiting.sort(key=lambda row: len(row.request.prompt.input_ids))  # neighbours need little padding
-            while waiting:
-                # Batches of one size, so that the last one is not a small remainder.
-                batches = -(-len(waiting) // self.batch_size)
-                batch = waiting[: -(-len(waiting) // batches)]
-                try:
-                    self._run(batch)
-                except Exception as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    self._halve(batch)
-                    continue
-                for row in batch:
-                    rollouts[row.place] = self._grade(row.request.prompt, tuple(row.tokens))
-                waiting = waiting[len(batch) :]
+            of_kind = [row for row in rows if (row.request.path == default) == kind]
+            run_in_batches(of_kind, lambda row: row.request.prompt.total_tokens, self.limit, run, self._make_room)
         return rollouts
 
     def score(self, requests: Sequence[Request]) -> list[tuple[float, ...]]:
@@ -262,21 +257,16 @@ class RolloutEngine:
             known[tokens] = Rollout(response, is_right, is_right or form.has_answer(question, response))
         return known[tokens]
 
-    def _halve(self, batch: list[_Row]) -> None:
-        """Makes room after a batch ran out of memory, or gives up on one that cannot be smaller."""
+    def _make_room(self, batch: list[_Row]) -> bool:
+        """Drops the states of default paths, which are only a shortcut; whether one row is worth another try then."""
         held_states = bool(self._default_states)
-        self._default_states.clear()  # only a shortcut: rollouts start at block 0 again
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if len(batch) == 1 and held_states:
-            return  # once more, without them
-        if len(batch) == 1:
+        self._default_states.clear()  # rollouts start at block 0 again
+        if len(batch) == 1 and not held_states:
             length = len(batch[0].request.prompt.input_ids)
             raise UserError(
                 f"one prompt of {length} tokens runs out of memory; free some, use a smaller dtype or a larger device"
             )
-        self.batch_size = len(batch) // 2
-        print(f"out of memory at {len(batch)} rows a batch: going on with {self.batch_size}", file=sys.stderr)
+        return len(batch) == 1
 
 
 def _add_default_states(
@@ -340,12 +330,3 @@ def not_finite(what: str, request: Request, model: PreTrainedModel) -> str:
         f"question {request.prompt.question.id}: the {what} along the path {path} are NaN or infinite; the activations "
         f"of the model overflow in {model.dtype}, try --dtype bfloat16 or float32"
     )
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether `error` says that a batch did not fit into memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # torch on a CPU, CUDA outside of torch's allocator, cuBLAS
-    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

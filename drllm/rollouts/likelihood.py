@@ -9,7 +9,6 @@ left before every `STATE_STRIDE`-th block are kept in memory, the least recently
 from __future__ import annotations
 
 import math
-import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from drllm.attention import kernels_without_plans
 from drllm.errors import UserError
 from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.sets import Question
-from drllm.rollouts.engine import Request, Rollout, is_out_of_memory, not_finite
+from drllm.rollouts.batches import BatchLimit, BatchSize, run_in_batches
+from drllm.rollouts.engine import Request, Rollout, not_finite
 from train_models.paths import Path, path_to_layer_indices
 
 STATE_STRIDE = 3  # blocks between kept hidden states
@@ -150,9 +150,10 @@ class LikelihoodEngine:
     Args:
         model: follows `layer_indices` (`data_models.load_path_model`), on its device, with sdpa or eager attention.
         tokenizer: the model's.
-        batch_size: rows per batch; halved, with one line on stderr, when a batch runs out of memory.
+        batch_size: most rows of a batch, or its limit; halved, with one line on stderr, when memory runs out.
         normalised: the reward is lm-eval's `acc_norm` instead of its `acc`.
-        state_bytes: memory for hidden states that later rollouts start from; 0 starts every rollout at block 0.
+        state_bytes: memory for hidden states that later rollouts start from; 0 starts every rollout at block 0, None
+            leaves it to the limit.
 
     Attributes:
         rollouts, block_tokens: rollouts done, and block applications times tokens that they took.
@@ -165,12 +166,10 @@ class LikelihoodEngine:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        batch_size: int,
+        batch_size: BatchSize,
         normalised: bool = False,
-        state_bytes: int = 2 << 30,
+        state_bytes: int | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if model.config._attn_implementation not in ("sdpa", "eager"):
             raise UserError(
                 f"a log-likelihood reward packs options into one row, which attention "
@@ -178,16 +177,21 @@ class LikelihoodEngine:
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.batch_size = batch_size
+        self.limit = BatchLimit.of(batch_size)
         self.normalised = normalised
         self.num_blocks = model.config.num_hidden_layers
         self.rollouts = 0
         self.block_tokens = 0
-        self._state_bytes = state_bytes
+        self._state_bytes = self.limit.state_bytes if state_bytes is None else state_bytes
         self._held_bytes = 0
         # (question id, path up to a block) -> that block's input [T, d]
         self._states: OrderedDict[tuple[str, Path], torch.Tensor] = OrderedDict()
         self._packed: dict[str, PackedRow] = {}
+
+    @property
+    def batch_size(self) -> int:
+        """Most rows of a batch."""
+        return self.limit.rows
 
     def respond(self, requests: Sequence[Request]) -> list[Rollout]:
         """One rollout per request, in the order of `requests`: the label of the chosen option, and the reward."""
@@ -197,20 +201,15 @@ class LikelihoodEngine:
     def score(self, requests: Sequence[Request]) -> list[tuple[float, ...]]:
         """Summed log-probabilities in nats, one tuple per request with one value per option."""
         scores: list[tuple[float, ...] | None] = [None] * len(requests)
-        waiting = sorted(range(len(requests)), key=lambda index: len(self._row(requests[index].prompt).tokens))
-        while waiting:
-            batches = -(-len(waiting) // self.batch_size)
-            batch = waiting[: -(-len(waiting) // batches)]
-            try:
-                results = self._run([requests[index] for index in batch])
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._halve(len(batch))
-                continue
-            for index, result in zip(batch, results, strict=True):
-                scores[index] = result
-            waiting = waiting[len(batch) :]
+
+        def run(places: list[int]) -> None:
+            for place, result in zip(places, self._run([requests[place] for place in places]), strict=True):
+                scores[place] = result
+
+        def width(place: int) -> int:
+            return len(self._row(requests[place].prompt).tokens)
+
+        run_in_batches(range(len(requests)), width, self.limit, run, self._make_room)
         return scores
 
     def forget(self, question: Question) -> None:
@@ -279,16 +278,11 @@ class LikelihoodEngine:
         while self._held_bytes > self._state_bytes:
             self._held_bytes -= self._states.popitem(last=False)[1].nbytes
 
-    def _halve(self, rows: int) -> None:
-        """Makes room after a batch ran out of memory, or gives up on one that cannot be smaller."""
+    def _make_room(self, places: list[int]) -> bool:
+        """Drops the hidden states; whether one row is worth another try without them."""
         held_states = bool(self._states)
         self._states.clear()
         self._held_bytes = 0
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if rows == 1 and held_states:
-            return  # once more, without them
-        if rows == 1:
+        if len(places) == 1 and not held_states:
             raise UserError("one question runs out of memory; free some, use a smaller dtype or a larger device")
-        self.batch_size = rows // 2
-        print(f"out of memory at {rows} rows per batch: continuing with {self.batch_size}", file=sys.stderr)
+        return len(places) == 1

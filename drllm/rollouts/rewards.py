@@ -23,6 +23,7 @@ from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.prompts import Prompt, wants_chat_template
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import SETS, Question
+from drllm.rollouts.batches import BatchSize
 from drllm.rollouts.engine import Rollout, RolloutEngine
 from drllm.rollouts.likelihood import LikelihoodEngine, choice_of
 from drllm.rollouts.scores import Scores
@@ -69,8 +70,16 @@ class Generation:
         """The question as the model receives it."""
         return Prompt.of(question, tokenizer, chat, response_format)
 
+    def size(self, prompt: Prompt) -> tuple[int, int]:
+        """(tokens, places whose logits are computed), for `drllm.rollouts.batches`."""
+        return prompt.total_tokens, 1
+
     def engine(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, for_search: bool = False
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: BatchSize,
+        for_search: bool = False,
     ) -> RolloutEngine:
         """Answers prompts along paths.
 
@@ -159,8 +168,17 @@ class Likelihood:
         """The question as the model scores it."""
         return LikelihoodPrompt.of(question, tokenizer)
 
+    def size(self, prompt: LikelihoodPrompt) -> tuple[int, int]:
+        """(tokens, places whose logits are computed): the context, then all options."""
+        scored = sum(prompt.scored)
+        return len(prompt.input_ids) + scored, scored
+
     def engine(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, for_search: bool = False
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: BatchSize,
+        for_search: bool = False,
     ) -> LikelihoodEngine:
         """Scores options along paths; keeps the states that fit into its memory in any case."""
         return LikelihoodEngine(model, tokenizer, batch_size, self.normalised)

@@ -25,6 +25,7 @@ from drllm.questions.grading import GRADER_VERSION
 from drllm.questions.overlap import load_training_questions
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import GROUPS, SETS, expand_sets
+from drllm.rollouts.batches import OPEN_BATCHES, BatchLimit, limit_on
 from drllm.rollouts.rewards import HELP, PUBLISHED, REWARDS, AnyEngine, AnyPrompt, Reward, reward_named
 from drllm.search.selection import digest_of, seeded_order
 from drllm.search.tree import SearchSettings
@@ -49,6 +50,16 @@ class _Joined(argparse.Action):
         setattr(namespace, self.dest, ",".join(values))
 
 
+def rows_or_auto(text: str) -> int | None:
+    """The value of --batch_size; None for "auto"."""
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
+
+
 def add_arguments(parser: argparse.ArgumentParser, defaults: SearchSettings) -> None:
     """Adds the arguments that every search has; `defaults` are those of its trees."""
     add = parser.add_argument
@@ -63,7 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: SearchSettings) -> 
     add("--c", type=float, default=defaults.exploration, help="exploration constant of UCB")
     add("--lambda", dest="length_penalty", type=float, default=defaults.length_penalty, help="length penalty of UCB")
     add_shared(parser, "seed", 0, about=": the order of questions, and every search")
-    add_shared(parser, "batch_size", 128, about="; halved when memory runs out")
+    add_shared(
+        parser,
+        "batch_size",
+        "auto",
+        type=rows_or_auto,
+        about="; halved when memory runs out; auto: what fits into a GPU's memory, 128 on a CPU",
+    )
     add("--output_dir", default="data/", help="folder of the labels")
 
 
@@ -104,6 +121,7 @@ class SearchInputs:
         chat: whether prompts have the chat template.
         response_format: how responses are limited and graded.
         prompts: prompts of each set, in the order in which they are searched.
+        limit: the most of a batch: --batch_size, or what fits.
     """
 
     args: argparse.Namespace
@@ -114,6 +132,7 @@ class SearchInputs:
     chat: bool
     response_format: ResponseFormat
     prompts: dict[str, list[AnyPrompt]]
+    limit: BatchLimit
 
     @classmethod
     def load(
@@ -158,11 +177,18 @@ class SearchInputs:
             raise UserError(f"no question fits into the model's context of {context} tokens")
         if too_long and state.is_main_process:
             print(f"left out {too_long} questions that exceed the model's context of {context} tokens", file=sys.stderr)
-        return cls(args, state, reward, model, tokenizer, chat, response_format, prompts)
+        sizes = [reward.size(prompt) for of_set in prompts.values() for prompt in of_set]
+        limit = BatchLimit(args.batch_size) if args.batch_size else limit_on(model, sizes)
+        return cls(args, state, reward, model, tokenizer, chat, response_format, prompts, limit)
+
+    def questions_at_once(self, wanted: int) -> int:
+        """How many searches run side by side: two batches, where memory decides at most a share of `wanted` labels."""
+        most = OPEN_BATCHES * self.limit.rows
+        return most if self.limit.tokens is None else max(1, min(most, -(-wanted // self.state.num_processes)))
 
     def engine(self, for_search: bool) -> AnyEngine:
         """What answers the prompts along paths."""
-        return self.reward.engine(self.model, self.tokenizer, self.args.batch_size, for_search)
+        return self.reward.engine(self.model, self.tokenizer, self.limit, for_search)
 
     def manifest(self, program: str, settings: SearchSettings, **arguments: object) -> Manifest:
         """The manifest of the run; `arguments` are further ones that affect the labels."""

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from drllm.labels import SHORTER, WRONG_TO_RIGHT
 from drllm.manifests import Manifest
 from drllm.search.progress import Progress
+from drllm.search.selection import Selection
 
 COUNTS = ("original", "sampled", "visited", "inferences", WRONG_TO_RIGHT)
 
@@ -100,3 +101,13 @@ def shortfall_lines(manifest: Manifest) -> list[str]:
         target = manifest.arguments["wrong_to_right_share"]
         lines.append(f"wrong-to-right: {100 * fixed / max(kept, 1):.1f}% of all labels, target {100 * target:.1f}%")
     return lines
+
+
+def surplus_line(selection: Selection) -> str:
+    """What searching many questions side by side cost beyond what the quotas needed."""
+    questions, simulations = selection.surplus()
+    records = selection.records.values()
+    return (
+        f"beyond the quotas: {questions} of {len(records)} visited questions, "
+        f"{simulations} of {sum(record.simulations for record in records)} simulations"
+    )

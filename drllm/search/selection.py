@@ -183,6 +183,16 @@ class Selection:
             )
         return rows
 
+    def surplus(self) -> tuple[int, int]:
+        """(questions, simulations) that the quotas did not need: one question after the other would not take them."""
+        questions = simulations = 0
+        for question in (question for order in self.orders.values() for question in order):
+            if (record := self.records.get(question.id)) is None:
+                continue
+            questions += not any(self.is_wanted(question, kind) for kind in KINDS)
+            simulations += record.simulations * (not self.is_wanted(question, record.possible_kind))
+        return questions, simulations
+
     def shortfalls(self) -> list[dict[str, Any]]:
         """The quotas of the first stage that could not be filled, each with the questions that could have filled it.
 

@@ -34,6 +34,7 @@ from drllm.processes import from_main
 from drllm.questions.per_set import numbers_per_set
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import collections_of, expand_sets
+from drllm.rollouts.batches import ROWS_ON_CPU
 from drllm.rollouts.engine import Request, Rollout
 from drllm.rollouts.rewards import AnyEngine, AnyPrompt, Reward
 from drllm.rollouts.routed_paths import router_windows
@@ -184,7 +185,7 @@ def find_groups(inputs: SearchInputs, prompts: Sequence[AnyPrompt]) -> dict[int,
     else:
         default = default_path(model.config.num_hidden_layers)
         examples = [Example(prompt.question.id, prompt.input_ids, default) for prompt in prompts]
-        states = standardised_states(*router_windows(model, examples, arguments.batch_size))
+        states = standardised_states(*router_windows(model, examples, min(inputs.limit.rows, ROWS_ON_CPU)))
         numbers = groups_of(states, int(arguments.groups), arguments.seed).tolist()
     groups: dict[int, list[int]] = {}
     for index, number in enumerate(numbers):

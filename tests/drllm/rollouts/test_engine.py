@@ -141,7 +141,9 @@ def test_a_batch_that_runs_out_of_memory_is_halved_and_changes_nothing(toy, caps
 
     monkeypatch.setattr(type(model), "forward", small_memory)
     assert engine.respond(requests) == expected
-    said = "out of memory at 9 rows a batch: going on with 4\nout of memory at 4 rows a batch: going on with 2\n"
+    said = (
+        "out of memory at 9 rows per batch: continuing with 4\nout of memory at 4 rows per batch: continuing with 2\n"
+    )
     assert capsys.readouterr().err == said
     monkeypatch.setattr(type(model), "forward", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("out")))
     with pytest.raises(UserError, match=r"one prompt of \d+ tokens runs out of memory"):

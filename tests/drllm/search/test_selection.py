@@ -10,7 +10,7 @@ from drllm.manifests import begin, read_manifest
 from drllm.questions.sets import Question
 from drllm.search.progress import finish, label_of
 from drllm.search.quotas import allocate, apportion
-from drllm.search.report import shortfall_lines
+from drllm.search.report import shortfall_lines, surplus_line
 from drllm.search.selection import Record, Selection, digest_of, seeded_order
 from tests.label_toys import (
     KINDS,
@@ -211,6 +211,19 @@ def test_a_question_that_was_not_searched_is_searched_when_its_kind_becomes_want
     selection.add(order[0].id, visited)  # the first record, read late
     assert selection.records[order[0].id].kind == SHORTER
     assert selection.visited["arc_easy"] == 1
+
+
+def test_the_surplus_is_what_one_question_after_the_other_would_not_take():
+    selection = new_selection(samples=2)  # one of each kind
+    order = selection.orders["arc_easy"]
+    found = Record("arc_easy", 0, SHORTER, True, 9, 8, 1, "00000.jsonl", 0)
+    selection.add(order[0].id, found)
+    selection.add(order[1].id, found._replace(position=1))  # searched beside it; another wrong one was still wanted
+    assert selection.surplus() == (0, 8)
+    selection.add(order[2].id, found._replace(position=2, kind=W2R, base_correct=False))
+    selection.add(order[4].id, found._replace(position=4, base_correct=False, kind=None, simulations=5))
+    assert selection.surplus() == (1, 13)
+    assert surplus_line(selection) == "beyond the quotas: 1 of 4 visited questions, 13 of 29 simulations"
 
 
 def test_table_2_counts_what_was_done(finished):
