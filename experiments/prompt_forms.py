@@ -33,6 +33,7 @@ from drllm.checkpoints import load_tokenizer
 from drllm.edits import describe_edits, path_of_edits
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_file, check_output_folder
+from drllm.labels import read_labels
 from drllm.loading import loading
 from drllm.manifests import Manifest, read_manifest
 from drllm.provenance import command_line, fingerprint, parse_dtype, write_result
@@ -198,7 +199,8 @@ def measure(arguments: argparse.Namespace, made_with: Manifest) -> dict:
     model = model.eval().to(PartialState().device)
     answers = Answers(RolloutEngine(model, tokenizer, arguments.batch_size), arguments.work_dir, key)
     default = default_path(made_with.num_layers)
-    data_dir, sets = arguments.data_dir or made_with.data_dir or None, made_with.arguments["dataset"]
+    data_dir = arguments.data_dir or made_with.data_dir or None
+    sets = made_with.arguments.get("dataset") or sorted({label.set for label in read_labels(arguments.data).labels})
     training = load_training_questions(sets, data_dir)
     training = {name: seeded_order(questions, arguments.seed) for name, questions in training.items()}
     test = [q for name in sets for q in load_questions(name, "test", data_dir)[: arguments.test_questions]]
