@@ -25,8 +25,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from drllm.arguments import MAX_SEED, add_shared, check_ranges, parse_list
-from drllm.checkpoints import join_routers, load_routed, load_tokenizer
+from drllm.checkpoints import join_routers
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_file, check_output_folder
 from drllm.labels import LabelSet, read_labels
@@ -43,11 +42,11 @@ from drllm.manifests import Manifest
 from drllm.paper.ablation_report import ROUTER_METRICS, ablation_table, draws_table, summarise
 from drllm.paper.experiment_figures import CURVES, draw_experiment
 from drllm.provenance import command_line, parse_dtype, write_result
-from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import GROUPS, expand_sets, load_questions
 from drllm.rollouts.rewards import reward_named
 from drllm.training.trainer import RouterTrainingConfig, quiet_libraries, train_routers
 from extensions.baselines.bench import Bench
+from extensions.baselines.protocol import Protocol, made_alike
 
 PROGRAM = "python -m experiments.ablations"
 BATCH_SIZE = 64  # questions per forward pass
@@ -86,63 +85,46 @@ ABLATIONS: dict[str, dict[str, list[tuple[str, dict]]]] = {
 }
 
 
-@dataclass(frozen=True)
-class QuestionSource:
-    """Test questions: sets, folder of the question files (None: the Hub), chat template, format of the responses."""
-
-    sets: list[str]
-    data_dir: Path | None
-    chat: bool
-    response_format: ResponseFormat = field(default_factory=ResponseFormat)
-
-
-def source_of(
-    labels: Sequence[LabelSet], sets: list[str] | None = None, data_dir: Path | None = None
-) -> QuestionSource:
-    """The test questions that belong to labels, by their manifests.
+def protocol_of(
+    labels: Mapping[str, LabelSet], sets: Sequence[str] | None = None, data_dir: Path | None = None
+) -> Protocol:
+    """How labels were made, by their manifests, and where their test questions are.
 
     Args:
-        labels: labels of one run each.
+        labels: folder -> labels of one run.
         sets: question sets that replace those of the labels.
         data_dir: folder of questions that replaces the one that the manifests name.
 
     Raises:
-        UserError: a manifest that does not name its questions, or manifests that differ.
+        UserError: a manifest that does not name its questions, or labels that were made in different ways.
     """
-    manifests = [part.manifest for part in labels]
+    manifests = [(folder, part.manifest) for folder, part in labels.items()]
+    first = made_alike(manifests)
     if data_dir is None:
-        folders = [manifest.data_dir for manifest in manifests]
+        folders = {manifest.data_dir for _, manifest in manifests}
         if "" in folders:
             raise UserError(
                 "the manifest of the labels names no 'data_dir'; pass --data_dir, the folder of the questions"
             )
-        if len(set(folders)) > 1:
+        if len(folders) > 1:
             raise UserError(f"the labels come from questions of {', '.join(map(str, folders))}; pass --data_dir")
-        data_dir = None if folders[0] is None else Path(folders[0])
+        data_dir = None if first.data_dir is None else Path(first.data_dir)
     if data_dir is not None and not data_dir.is_dir():
         raise UserError(f"the folder of questions {data_dir} does not exist; pass the one to test on as --data_dir")
-    if len({manifest.chat_template for manifest in manifests}) > 1:
-        raise UserError("some of the labels were made with the chat template and some without; use them one by one")
-    formats = [manifest.response_format for manifest in manifests]
-    if any(response_format != formats[0] for response_format in formats):
-        raise UserError("the labels were made with several response formats; use them one by one")
-    labelled = {label.set for part in labels for label in part.labels}
-    return QuestionSource(sets or sorted(labelled), data_dir, manifests[0].chat_template, formats[0])
+    sets = sets or sorted({label.set for part in labels.values() for label in part.labels})
+    reward, dtype = reward_named(first.reward), parse_dtype(first.dtype)
+    form = (first.chat_template, first.response_format)
+    return Protocol(first.model, first.revision, dtype, reward, *form, data_dir, tuple(sets))
 
 
-def bench_of(manifest: Manifest, source: QuestionSource, folder: Path, limit: int | None) -> Bench:
-    """The base model of the labels and at most `limit` test questions per set, asked as the labels were made.
+def bench_of(protocol: Protocol, folder: Path, limit: int | None) -> Bench:
+    """The base model of the labels and at most `limit` test questions per set.
 
     Raises:
         UserError: the model or the questions cannot be read, or `folder` belongs to another model.
     """
-    state = PartialState(cpu=not torch.cuda.is_available())
-    model, revision = manifest.model, manifest.revision
-    routed = load_routed(model, parse_dtype(manifest.dtype), revision, {}).eval().to(state.device)
-    test = [question for name in source.sets for question in load_questions(name, "test", source.data_dir, limit)]
-    reward = reward_named(manifest.reward)
-    protocol = (source.chat, source.response_format)
-    return Bench(routed, load_tokenizer(model, revision), reward, ([], test), folder, BATCH_SIZE, protocol)
+    test = [question for name in protocol.sets for question in load_questions(name, "test", protocol.data_dir, limit)]
+    return protocol.bench(([], test), folder, BATCH_SIZE, PartialState(cpu=not torch.cuda.is_available()).device)
 
 
 def evaluate(routed: PreTrainedModel, bench: Bench) -> dict[str, float]:
@@ -205,7 +187,7 @@ def run_ablation(
     draws: Sequence[RouterTrainingConfig],
     seeds: Sequence[int],
     bench: Bench,
-    source: QuestionSource,
+    protocol: Protocol,
     manifest: Manifest,
 ) -> dict:
     """Trains and tests every setting of an ablation on every draw of labels from every seed.
@@ -213,7 +195,7 @@ def run_ablation(
     Args:
         draws: one configuration per draw of labels, with the fields that no setting changes.
         bench: holds the base model and the test questions.
-        source: where these come from.
+        protocol: where these come from.
         manifest: manifest of the labels of the first draw.
 
     Returns:
@@ -238,8 +220,8 @@ def run_ablation(
         "ablation": name,
         "runs": runs,
         "summary": summarise(runs),
-        "test_sets": list(source.sets),
-        "test_data": "the Hub" if source.data_dir is None else str(source.data_dir),
+        "test_sets": list(protocol.sets),
+        "test_data": "the Hub" if protocol.data_dir is None else str(protocol.data_dir),
         "test_questions": len(bench.prompts),
         "config": dataclasses.asdict(draws[0]) | {"run_name": None, "seed": None},
         "draws": [list(config.data) for config in draws],
@@ -292,8 +274,9 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     start = time.perf_counter()
     draws = [[folder] for folder in arguments.draws] if arguments.draws else [arguments.data]
-    labels = [read_labels(folder) for folders in draws for folder in folders]
-    source = source_of(labels, expand_sets(arguments.test_sets) if arguments.test_sets else None, arguments.data_dir)
+    labels = {folder: read_labels(folder) for folders in draws for folder in folders}
+    sets = expand_sets(arguments.test_sets) if arguments.test_sets else None
+    protocol = protocol_of(labels, sets, arguments.data_dir)
     configs = [
         RouterTrainingConfig(
             data=folders,
@@ -304,9 +287,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         for draw, folders in enumerate(draws)
     ]
-    manifest = labels[0].manifest
-    bench = bench_of(manifest, source, arguments.work_dir / "answers", arguments.limit)
-    result = run_ablation(arguments.name, configs, arguments.seeds, bench, source, manifest)
+    bench = bench_of(protocol, arguments.work_dir / "answers", arguments.limit)
+    manifest = labels[draws[0][0]].manifest
+    result = run_ablation(arguments.name, configs, arguments.seeds, bench, protocol, manifest)
     output = arguments.output / arguments.name
     write_result(
         output.with_suffix(".json"),

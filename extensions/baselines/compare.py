@@ -40,7 +40,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from drllm.arguments import MAX_SEED, add_shared, check_ranges
-from drllm.checkpoints import load_routed, load_routed_checkpoint, load_tokenizer
+from drllm.checkpoints import load_routed_checkpoint
 from drllm.edits import describe_edits, parse_edits, path_of_edits
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_file, check_output_folder
@@ -51,7 +51,6 @@ from drllm.questions.per_set import numbers_per_set
 from drllm.questions.sets import expand_sets
 from drllm.rollouts.rewards import REWARDS
 from drllm.rollouts.scores import ScoreStore
-from extensions.baselines.bench import Bench
 from extensions.baselines.ceiling import NAME as CEILING
 from extensions.baselines.ceiling import ceiling
 from extensions.baselines.flexidepth import FlexiDepth
@@ -148,19 +147,11 @@ class Comparison:
     def __init__(self, arguments: argparse.Namespace, protocol: Protocol, state: PartialState) -> None:
         self.arguments = arguments
         self.weights = numbers_per_set("--weights", arguments.weights, protocol.sets, "")
-        routed = load_routed(protocol.model, protocol.dtype, protocol.revision, {}).eval().to(state.device)
-        if arguments.skips >= routed.config.num_hidden_layers:
-            raise UserError(f"--skips {arguments.skips}: the model has only {routed.config.num_hidden_layers} blocks")
-        self.static_paths = self._given_paths(routed.config.num_hidden_layers)
-        self.bench = Bench(
-            routed,
-            load_tokenizer(protocol.model, protocol.revision),
-            protocol.reward,
-            load_parts(arguments, protocol),
-            arguments.work_dir,
-            arguments.batch_size,
-            (protocol.chat_template, protocol.response_format),
-        )
+        questions = load_parts(arguments, protocol)
+        self.bench = protocol.bench(questions, arguments.work_dir, arguments.batch_size, state.device)
+        if arguments.skips >= self.bench.num_blocks:
+            raise UserError(f"--skips {arguments.skips}: the model has only {self.bench.num_blocks} blocks")
+        self.static_paths = self._given_paths(self.bench.num_blocks)
         self.controls = [self.bench.base]  # static paths
         self.known: Outcome | None = None
         if arguments.known_paths is not None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
-from drllm.checkpoints import checkpoint_info, load_config, load_tokenizer
+from drllm.checkpoints import checkpoint_info, load_config, load_routed, load_tokenizer
 from drllm.errors import UserError
 from drllm.files import read_json
 from drllm.manifests import Manifest, read_checkpoint_manifests
@@ -20,6 +21,7 @@ from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import Question, expand_sets, load_questions
 from drllm.rollouts.rewards import Reward, reward_named
 from drllm.search.selection import seeded_order
+from extensions.baselines.bench import Bench
 
 DEFAULT_SETS = "arc,dart"
 QUESTIONS_EXAMPLE = '{"arc_easy": ["id", ...]}'
@@ -50,15 +52,7 @@ class Protocol:
         for folder in folders:
             checkpoint_info(folder).require_routers()
         labels = [(folder, manifest) for folder in folders for manifest in read_checkpoint_manifests(Path(folder))]
-        first = labels[0][1] if labels else Manifest()
-        for folder, manifest in labels[1:]:
-            for name in ("dtype", "reward", "chat_template"):
-                value, of_first = getattr(manifest, name), getattr(first, name)
-                if value != of_first:
-                    raise UserError(
-                        f"the labels of {folder} have {name} {value!r}, those of {labels[0][0]} {of_first!r}; compare "
-                        "checkpoints of one kind of labels"
-                    )
+        first = made_alike(labels) if labels else Manifest()
         model = arguments.model or first.model or str(MINIATURE_MODEL)
         reward = reward_named(arguments.reward or first.reward)
         if labels:
@@ -84,6 +78,41 @@ class Protocol:
             data_dir,
             tuple(sets),
         )
+
+    def bench(
+        self,
+        questions: tuple[Sequence[Question], Sequence[Question]],
+        folder: Path,
+        batch_size: int,
+        device: torch.device,
+    ) -> Bench:
+        """The base model and (training questions, test questions) in this form.
+
+        Raises:
+            UserError: the model cannot be read; see `Bench`.
+        """
+        routed = load_routed(self.model, self.dtype, self.revision, {}).eval().to(device)
+        tokenizer = load_tokenizer(self.model, self.revision)
+        form = (self.chat_template, self.response_format)
+        return Bench(routed, tokenizer, self.reward, questions, folder, batch_size, form)
+
+
+def made_alike(labels: Sequence[tuple[str, Manifest]]) -> Manifest:
+    """The first manifest of labels, each given with the name of its folder.
+
+    Raises:
+        UserError: labels of another dtype, reward, chat template or response format than the first ones.
+    """
+    (first_folder, first), *others = labels
+    for folder, manifest in others:
+        for name in ("dtype", "reward", "chat_template", "response_format"):
+            value, of_first = getattr(manifest, name), getattr(first, name)
+            if value != of_first:
+                raise UserError(
+                    f"the labels of {folder} have {name} {value!r}, those of {first_folder} {of_first!r}; use labels "
+                    "of one kind"
+                )
+    return first
 
 
 def load_parts(arguments: argparse.Namespace, protocol: Protocol) -> tuple[list[Question], list[Question]]:

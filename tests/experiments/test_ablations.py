@@ -144,8 +144,9 @@ def test_table_of_draws_by_hand():
 def test_a_static_model_answers_as_its_base(tiny_base, questions, tmp_path):
     routed = retrofit(str(tiny_base))
     routed.model.is_static_routing = True
-    source = ablations.QuestionSource(["arc_easy"], questions, False)
-    bench = ablations.bench_of(Manifest(model=str(tiny_base), dtype="float32"), source, tmp_path / "answers", None)
+    labels = LabelSet([], Manifest(model=str(tiny_base), dtype="float32"))
+    protocol = ablations.protocol_of({"a": labels}, ["arc_easy"], questions)
+    bench = ablations.bench_of(protocol, tmp_path / "answers", None)
     result = ablations.evaluate(routed, bench)
     assert result["accuracy"] == result["base_accuracy"]
     assert result["layers"] == result["base_layers"] == 5
@@ -212,19 +213,23 @@ def test_the_defaults_are_the_papers():
 
 def labels_from(**manifest) -> LabelSet:
     labels = [Label("", (1,), "", name, str(place)) for place, name in enumerate(("dart-2", "arc_easy", "dart-2"))]
-    return LabelSet(labels, Manifest(**manifest))
+    return LabelSet(labels, Manifest(**{"dtype": "float32"} | manifest))
+
+
+def protocol_of(parts: list[LabelSet], *more):
+    return ablations.protocol_of(dict(zip("ab", parts, strict=False)), *more)
 
 
 def test_test_questions_are_those_of_the_labels_manifest(tmp_path):
-    source = ablations.source_of([labels_from(data_dir=str(tmp_path), chat_template=True)])
-    assert (source.sets, source.data_dir, source.chat) == (["arc_easy", "dart-2"], tmp_path, True)
-    hub = ablations.source_of([labels_from(data_dir=None)], ["arc_challenge"])
-    assert (hub.sets, hub.data_dir, hub.chat) == (["arc_challenge"], None, False)
+    made = protocol_of([labels_from(data_dir=str(tmp_path), chat_template=True)])
+    assert (made.sets, made.data_dir, made.chat_template) == (("arc_easy", "dart-2"), tmp_path, True)
+    hub = protocol_of([labels_from(data_dir=None)], ["arc_challenge"])
+    assert (hub.sets, hub.data_dir, hub.chat_template) == (("arc_challenge",), None, False)
     assert hub.response_format == ResponseFormat()
     arguments = {"max_new_tokens": {"arc_easy": 2, "dart-2": 20}, "inject_boxed": True}
-    boxed = ablations.source_of([labels_from(data_dir=None, arguments=arguments)])
+    boxed = protocol_of([labels_from(data_dir=None, arguments=arguments)])
     assert boxed.response_format == ResponseFormat({"dart-2": 20}, inject_boxed=True)
-    given = ablations.source_of([labels_from(data_dir="/elsewhere"), labels_from()], None, tmp_path)
+    given = protocol_of([labels_from(data_dir="/elsewhere"), labels_from()], None, tmp_path)
     assert given.data_dir == tmp_path
 
 
@@ -234,14 +239,17 @@ def test_test_questions_are_those_of_the_labels_manifest(tmp_path):
         ([labels_from()], "names no 'data_dir'; pass --data_dir"),
         ([labels_from(data_dir="/nowhere")], "/nowhere does not exist; pass the one to test on as --data_dir"),
         ([labels_from(data_dir="a"), labels_from(data_dir="b")], "come from questions of"),
-        ([labels_from(data_dir=None), labels_from(data_dir=None, chat_template=True)], "some of the labels"),
+        (
+            [labels_from(data_dir=None), labels_from(data_dir=None, chat_template=True)],
+            "the labels of b have chat_template",
+        ),
         (
             [labels_from(data_dir=None), labels_from(data_dir=None, arguments={"inject_boxed": True})],
-            "several response",
+            "the labels of b have response_format",
         ),
     ],
     ids=["no folder", "missing folder", "two folders", "two templates", "two formats"],
 )
 def test_labels_that_do_not_name_their_test_questions_are_refused(labels, sentence):
     with pytest.raises(UserError, match=sentence):
-        ablations.source_of(labels)
+        protocol_of(labels)
