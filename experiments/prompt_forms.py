@@ -228,6 +228,8 @@ def measure(arguments: argparse.Namespace, made_with: Manifest) -> dict:
         # Those after the questions that choose, of all sets in turn.
         rest = [training[name][arguments.train_questions :] for name in members if name in training]
         examples = [question for turn in zip(*rest, strict=False) for question in turn][: arguments.candidates]
+        if not examples:
+            raise UserError(f"--train_questions {arguments.train_questions} leaves no {group} question as an example")
         right = {}
         for example in examples:
             shown = [with_example(p, solved(example, plain), tokenizer) for p in prompts_of(few, False, plain)]

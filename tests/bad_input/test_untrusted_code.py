@@ -43,7 +43,10 @@ CASES = [
     ("compare", "{compare} --checkpoint paper={checkpoint} --test_questions 2 --methods shortgpt,mindskip"),
     ("group_search", "{group_search} --num_simulations 1"),
     ("agreement", "--data {labels} --checkpoint {checkpoint} --output_dir {out}"),
-    ("prompt_forms", "--data {labels} --data_dir {questions} --test_questions 2 --work_dir {out} --output {out}/r.json"),
+    (
+        "prompt_forms",
+        "--data {labels} --data_dir {questions} --test_questions 2 --train_questions 2 --work_dir {out} --output {out}/r.json",
+    ),
     ("inspect_prompt", "{checkpoint} hello --max_new_tokens 1"),
     ("sweep", "{sweep} --limit 1 --knobs -0.5"),
     ("benchmarks/evaluation.py", "--model {checkpoint} --data_dir {questions} --questions 2 --output {out}/r.json"),
