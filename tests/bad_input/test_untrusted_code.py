@@ -45,7 +45,8 @@ CASES = [
     ("agreement", "--data {labels} --checkpoint {checkpoint} --output_dir {out}"),
     (
         "prompt_forms",
-        "--data {labels} --data_dir {questions} --test_questions 2 --train_questions 2 --work_dir {out} --output {out}/r.json",
+        "--data {labels} --data_dir {questions} --test_questions 2 --train_questions 2 --work_dir {out} "
+        "--output {out}/r.json",
     ),
     ("inspect_prompt", "{checkpoint} hello --max_new_tokens 1"),
     ("sweep", "{sweep} --limit 1 --knobs -0.5"),
