@@ -9,8 +9,11 @@ import pytest
 
 import data_generation
 import train
+from drllm.errors import UserError
 from drllm.evaluation import eval_sh
+from drllm.evaluation.results import benchmarks
 from experiments import paper_backbones
+from experiments.backbone_costs import Yields, plan_labels
 
 ROOT = Path(__file__).parents[2]
 MINIATURE = ROOT / "miniature" / "model"
@@ -54,8 +57,9 @@ def test_dry_run_prints_every_command_with_its_cost(capsys):
     assert "--tasks aime24 --output_dir" in commands[4]
     assert "--batch_size 32 " in commands[4]
     assert "humaneval" not in printed
-    assert printed.count("A100 hours") == len(paper_backbones.STEPS) + 1
-    assert "961,000 inferences on 24,330 questions for 4,000 labels" in " ".join(printed.split("\n# "))
+    assert printed.count("GPU hours") == len(paper_backbones.STEPS) + 1
+    assert printed.count("GB of GPU memory") == len(paper_backbones.STEPS) - 2  # tables and figures need none
+    assert "2,148 of 4,000 from 10,865 visited questions, 429,241 inferences" in " ".join(printed.split("\n# "))
     assert not (ROOT / "runs" / "backbones").exists()
     assert paper_backbones.main(["--model", "llama-3.2-3b", "--unsafe_code"]) == 0
     printed = capsys.readouterr().out
@@ -127,6 +131,12 @@ def test_printed_commands_have_the_papers_settings(name, capsys):
     assert paper_backbones.main(["--model", name, "--unsafe_code"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("#")]
     commands = dict(zip(paper_backbones.STEPS, map(shlex.split, lines), strict=True))
+    assert {step for step in commands if commands[step][:3] == ["python", "-m", "experiments.ablations"]} == {
+        "table6",
+        "figure5",
+        "figure7",
+        "figure8",
+    }
     table = PAPER | {step: PAPER[step] | EVALUATION for step in paper_backbones.EVALUATIONS}
     # Appendix A: the responses of base models begin with a box.
     table["labels"] = table["labels"] | {"inject_boxed": "instruct" not in name}
@@ -138,19 +148,74 @@ def test_printed_commands_have_the_papers_settings(name, capsys):
 
 
 def test_estimates_follow_from_sizes_and_assumptions():
-    backbone, steps = _steps("--model", "llama-3.2-3b", "--pass_ms", 0, "--mfu", 0.5, "--gpus", 1)
+    assumed = "card=a100-80gb,pass_ms=0,mfu="
+    backbone, steps = _steps("--model", "llama-3.2-3b", "--assume", f"{assumed}0.5", "--gpus", 1)
     # Search: prompts are bound by products, decoding by reading the weights.
-    batches = 961e3 / 128
+    batches = 10865 * 961000 / 24330 / 128
     prompts = batches * 2 * 3.21e9 * 128 * 130 / 156e12
-    decoding = batches * (0.25 * 10 + 0.75 * 20 - 1) * 2 * 3.21e9 / 1.0e12
+    decoding = batches * (0.25 * 10 + 0.75 * 20 - 1) * 2 * 3.21e9 / 1.0195e12
     assert steps["labels"].gpu_hours == pytest.approx((prompts + decoding + 120) / 3600, rel=1e-3)
-    features, weights = 4000 * 28 * 8 * 3072 * 2, 2 * 3.21e9
-    assert steps["train"].disk == pytest.approx(features + weights + 4 * backbone.router_parameters)
-    _, slow = _steps("--model", "llama-3.2-3b", "--pass_ms", 0, "--mfu", 0.25, "--gpus", 1)
+    features, weights = 28 * 8 * 3072 * 2, 2 * 3.21e9
+    assert steps["train"].disk == pytest.approx(2148 * features + weights + 4 * backbone.router_parameters)
+    # The search: weights, 128 rows of 150 tokens (cache, activations, logits), states of 384 questions.
+    a_token = 28 * 2 * 1024 * 2 + (2 * 8192 + 4 * 3072) * 2
+    states = 28 * 130 * (3072 + 2 * 1024) * 2
+    memory = weights + 128 * (150 * a_token + 128256 * 6) + 384 * states
+    assert steps["labels"].memory == pytest.approx(memory)
+    _, slow = _steps("--model", "llama-3.2-3b", "--assume", f"{assumed}0.25", "--gpus", 1)
     assert slow["table4"].gpu_hours > 1.9 * steps["table4"].gpu_hours - 240 / 3600
     _, few = _steps("--model", "llama-3.2-3b", "--samples", 2, "--limit", 5)
     assert few["labels"].gpu_hours < steps["labels"].gpu_hours
-    assert few["train"].disk == pytest.approx(features * 14 / 4000 + weights, rel=0.02)
+    # Of five questions a set gives few labels or none: 2 of ARC-C, 1 of DART-1 at best.
+    assert few["train"].disk < features * 14 + weights + 4 * backbone.router_parameters
+
+
+def test_labels_are_those_that_the_pool_can_give(tiny_labels, tmp_path):
+    paper = Yields.of(None)
+    assert paper.labels["arc_challenge"] == 600 / 1119
+    assert paper.inferences == pytest.approx(961000 / 24330 / 50, rel=1e-3)
+    plans = plan_labels(paper, None, None)
+    assert sum(part.questions for part in plans.values()) == 10865
+    assert sum(part.questions for name, part in plans.items() if name.startswith("dart")) == 7495
+    dart = plans["dart-5"]
+    assert (dart.visited, dart.wanted, dart.labels) == (2301, 1000, 280)  # 2301 * 1000 / 8203
+    # What a search needs is less than everything where labels are frequent, and what one set lacks others give.
+    half = dict.fromkeys(plans, 0.5) | {"arc_easy": 0.01}
+    plans = plan_labels(Yields("", half, 1.0), 100, None)
+    assert (plans["arc_easy"].labels, plans["arc_easy"].visited) == (22, 2251)
+    assert sum(part.labels for part in plans.values()) == 700
+    assert plans["dart-1"].visited == 2 * plans["dart-1"].labels
+
+    manifest = json.loads((tiny_labels / "manifest.json").read_text())
+    rows = [{"set": name, "sampled": 3, "visited": 10, "inferences": 200} for name in plans]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"table2": rows}))
+    measured = Yields.of(tmp_path)
+    assert measured.labels == dict.fromkeys(plans, 0.3)
+    assert measured.inferences == 20 / manifest["arguments"]["num_simulations"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"table2": rows[:3]}))
+    with pytest.raises(UserError, match="no searched question of dart-2, dart-3"):
+        Yields.of(tmp_path)
+
+
+def test_the_test_questions_of_dart_are_those_of_math():
+    sizes = [task["size"][0] for task in benchmarks() if task["task"].startswith("drllm_dart")]
+    assert sizes == [437, 894, 1131, 1214, 1324]  # docs/reproduction_notes.md
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-3b-instruct", "llama-3.1-8b-instruct"])
+def test_docs_have_the_programs_estimates(name):
+    _, steps = _steps("--model", name, "--gpus", 1)
+    total = sum(step.gpu_hours for step in steps.values())
+    row = [
+        f"{steps['labels'].gpu_hours:.1f} h",
+        f"{steps['train'].gpu_hours:.1f} h",
+        f"{steps['in_domain'].gpu_hours:.1f} h",
+        f"{total:.0f} h",
+        f"{steps['labels'].memory / 1e9:.0f} GB",
+        f"{max(step.memory for step in steps.values()) / 1e9:.0f} GB",
+        f"{sum(step.disk for step in steps.values()) / 1e9:.0f} GB",
+    ]
+    assert f"| `{name}` | {' | '.join(row)} |" in (ROOT / "docs" / "clusters.md").read_text()
 
 
 def test_a_folder_is_a_backbone_too():
@@ -177,7 +242,11 @@ def test_the_first_failing_step_ends_the_run_with_one_sentence(tmp_path, capfd):
     [
         (["--model", "gpt-2"], "--model gpt-2 is neither a folder with a model nor one of llama-3.2-3b-instruct"),
         (["--model", "all", "--steps", "train,fly"], "--steps fly: choose from labels, train"),
-        (["--model", "all", "--mfu", "0"], "--mfu must lie in (0, 1]"),
+        (["--model", "all", "--assume", "mfu=0"], "--assume mfu=0: mfu must lie in (0, 1]"),
+        (["--model", "all", "--assume", "mfu=x"], "--assume mfu=x: mfu and pass_ms must be numbers"),
+        (["--model", "all", "--assume", "gpu=x"], "--assume gpu: choose from card, mfu, pass_ms"),
+        (["--model", "all", "--assume", "card=t4"], "--assume card=t4: choose from a100-40gb"),
+        (["--model", "all", "--yields", "none"], "none/manifest.json does not exist"),
         (["--model", "llama-3.2-3b", "--gpus", "99", "--run"], "GPUs: pass --gpus"),
     ],
 )
