@@ -134,7 +134,7 @@ class Yields:
         if missing := sets.keys() - {row["set"] for row in table if row["visited"]}:
             raise UserError(f"--yields {folder}: no searched question of {', '.join(sorted(missing))}")
         rows = [row for row in table if row["set"] in sets]
-        return cls._of_rows(str(folder), rows, manifest.arguments["num_simulations"])
+        return cls._of_rows(str(folder), rows, manifest.arguments.get("num_simulations", 50))
 
     @classmethod
     def _of_rows(cls, source: str, rows: Sequence[Mapping[str, Any]], simulations: int) -> Yields:
@@ -290,14 +290,15 @@ def assumptions(costs: Costs) -> str:
     least, most = min(costs.yields.labels.values()), max(costs.yields.labels.values())
     labels = (
         f"Expected labels, at {least:.0%} to {most:.0%} per visited question ({costs.yields.source}): {costs.labels:,} "
-        f"of {wanted:,} from {costs.visited:,} visited questions, {costs.inferences:,.0f} inferences ({parts}). The paper "
-        "visits 24,330 questions, more than exist."
+        f"of {wanted:,} from {costs.visited:,} visited questions, {costs.inferences:,.0f} inferences ({parts}). The "
+        "paper visits 24,330 questions, more than exist."
     )
     assumed = (
         f"Assumed (--assume): {machine.card} in bf16 at {machine.mfu:.0%} of {costs.peak_flops / 1e12:.0f} TFLOP/s and "
         f"of {costs.peak_bytes / 1e12:g} TB/s; 2 FLOPs per parameter and token; at least {machine.pass_ms:g} ms per "
         f"forward pass; {START_SECONDS} s to start a process. Search: {PROMPT_TOKENS} tokens per prompt, "
-        f"{args.dart_max_new_tokens} per DART answer and 10 per ARC answer, {SEARCH_ROWS} rows per batch. Training: "
+        f"{args.dart_max_new_tokens} per DART answer and 10 per ARC answer, {SEARCH_ROWS} rows per batch (step 1 "
+        "itself takes as many as fit). Training: "
         f"{args.num_epochs} epochs on stored features (questions x blocks x {WINDOWS} windows x width x 2 bytes), the "
         "full checkpoint in bf16. Evaluation: base and router, sizes of eval_tasks/benchmarks.json, answers of full "
         f"length (out of domain: {out_of_domain}), {EVAL_ROWS} rows per batch. Memory: weights, cache, widest "

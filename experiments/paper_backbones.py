@@ -222,7 +222,7 @@ def describe(backbone: Backbone, steps: list[Step], args: argparse.Namespace) ->
         if step.memory:
             cost += f", {step.memory / 1e9:.1f} GB of GPU memory"
             if step.memory > capacity:
-                cost += f", more than the {capacity / 1e9:.0f} GB of {args.assume.card}: batches are halved"
+                cost += f", more than the {capacity / 1e9:.0f} GB of {args.assume.card}: batches are smaller"
         lines += [f"\n# {step.name}: {cost}", shlex.join(step.command)]
     gpu_hours, wall_hours = sum(step.gpu_hours for step in steps), sum(map(_wall_hours, steps))
     lines.append(

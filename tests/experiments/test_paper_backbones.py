@@ -191,7 +191,7 @@ def test_labels_are_those_that_the_pool_can_give(tiny_labels, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"table2": rows}))
     measured = Yields.of(tmp_path)
     assert measured.labels == dict.fromkeys(plans, 0.3)
-    assert measured.inferences == 20 / manifest["arguments"]["num_simulations"]
+    assert measured.inferences == 20 / 50
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"table2": rows[:3]}))
     with pytest.raises(UserError, match="no searched question of dart-2, dart-3"):
         Yields.of(tmp_path)
