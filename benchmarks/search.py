@@ -89,6 +89,7 @@ def _speed_at(
     def batched(count: str) -> float:
         parts = engine.run("search")
         results["batched"] = {question_id: one for part in parts for question_id, one in part["batched"].items()}
+        results["grading"] = _grading(parts)
         return max(part["seconds"] for part in parts) / sum(part[count] for part in parts)
 
     def plain() -> float:
@@ -115,12 +116,30 @@ def _speed_at(
     print(f"  engine / published         {against_published}")
     if reward_named(args.reward).generates:
         print(f"  engine / plain generation  {against_plain}   (rollouts/s over responses/s)")
+        print(
+            "  grading                    {answers} answers, {ms_per_answer:.2f} ms each; the device waits for "
+            "grades {share_waiting:.1%} of the time".format(**results["grading"])
+        )
     print(f"  same results               {same} of {len(results['published'])} questions")
     return figures | {
+        "grading": results["grading"],
         "published_simulations_per_s": published_rate,
         "engine_simulations_per_s": engine_rate,
         "questions_with_same_result": same,
         "questions_compared": len(results["published"]),
+    }
+
+
+def _grading(parts: list[dict[str, Any]]) -> dict[str, float] | None:
+    """What grading cost in the processes of a search; None for a reward that grades nothing."""
+    grading = [part["grading"] for part in parts if "grading" in part]
+    if not grading:
+        return None
+    answers = sum(one["graded"] for one in grading)
+    return {
+        "answers": answers,
+        "ms_per_answer": 1000 * sum(one["seconds"] for one in grading) / max(answers, 1),
+        "share_waiting": sum(one["waited"] for one in grading) / sum(part["seconds"] for part in parts),
     }
 
 

@@ -231,6 +231,8 @@ def _serve(rank: int, count: int, args: argparse.Namespace, pipe: Any) -> None:
                 engine = make_engine(args, model, tokenizer)
                 batched, simulations = search_batched(engine, prompts, settings, args.seed, args.concurrency)
                 result = {"batched": batched, "simulations": simulations, "rollouts": engine.rollouts}
+                if grader := getattr(engine, "grader", None):
+                    result["grading"] = {name: getattr(grader, name) for name in ("graded", "seconds", "waited")}
             else:
                 plain_generation(model, tokenizer, prompts, args.batch_size)
         pipe.send(result | {"seconds": watch.seconds, "questions": len(prompts)})

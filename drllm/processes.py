@@ -1,6 +1,7 @@
 """The processes that share the work."""
 
 import datetime
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -25,3 +26,9 @@ def from_main(state: PartialState, make: Callable[[], Made]) -> Made:
     """What `make` returns on the main process, on every process."""
     made = [make() if state.is_main_process else None]
     return made[0] if state.num_processes == 1 else broadcast_object_list(made)[0]
+
+
+def helper_count() -> int:
+    """How many helpers work beside this process: its share of the machine's cores, one of which it needs itself."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)  # set by accelerate launch and torchrun

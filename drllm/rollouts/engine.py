@@ -13,6 +13,7 @@ over all rows that use it. Two shortcuts, which change answers by rounding at mo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +23,7 @@ from drllm.attention import kernels_without_plans
 from drllm.errors import UserError
 from drllm.questions.prompts import Prompt
 from drllm.questions.sets import Question
+from drllm.rollouts.background import BackgroundGrader, Rollout
 from drllm.rollouts.batches import BatchLimit, BatchSize, run_in_batches
 from train_models.cache import PathCache, RowSchedule
 from train_models.paths import EXECUTE, Path, default_path, path_to_layer_indices
@@ -36,20 +38,6 @@ class Request:
     prompt: Prompt
     path: Path
     to_the_end: bool = False
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """A greedy response, without special tokens, its reward, and whether it holds an answer that can be graded."""
-
-    response: str
-    is_right: bool
-    has_answer: bool = True
-
-    @property
-    def scores(self) -> tuple[float, float]:
-        """What a store of scores keeps of it."""
-        return float(self.is_right), float(self.has_answer)
 
 
 @dataclass
@@ -82,6 +70,7 @@ class RolloutEngine:
 
     Attributes:
         rollouts, block_tokens: rollouts done, and block applications times tokens that they took.
+        grader: grades the responses of one batch while the next one runs.
     """
 
     def __init__(
@@ -101,10 +90,11 @@ class RolloutEngine:
         self.reuse_default_states = reuse_default_states and not sliding
         self.rollouts = 0
         self.block_tokens = 0
+        self.grader = BackgroundGrader()
         self._default_states: dict[str, _DefaultStates] = {}
         # What is known of the responses of the questions being searched, by question id and tokens: there are few.
         self._settled: dict[str, dict[tuple[int, ...], bool]] = {}
-        self._graded: dict[str, dict[tuple[int, ...], Rollout]] = {}
+        self._graded: dict[str, dict[tuple[int, ...], Future[Rollout]]] = {}
 
     @property
     def batch_size(self) -> int:
@@ -113,7 +103,7 @@ class RolloutEngine:
 
     def respond(self, requests: Sequence[Request]) -> list[Rollout]:
         """One rollout a request, in the order of `requests`, which may hold any mixture of questions and paths."""
-        rollouts: list[Rollout | None] = [None] * len(requests)
+        rollouts: list[Future[Rollout]] = [Future()] * len(requests)
         rows = [_Row(request, place) for place, request in enumerate(requests)]
         default = default_path(self.num_blocks)
 
@@ -125,7 +115,7 @@ class RolloutEngine:
         for kind in (True, False):  # default paths by themselves: they run everything, and their states are kept
             of_kind = [row for row in rows if (row.request.path == default) == kind]
             run_in_batches(of_kind, lambda row: row.request.prompt.total_tokens, self.limit, run, self._make_room)
-        return rollouts
+        return self.grader.results(rollouts)
 
     def score(self, requests: Sequence[Request]) -> list[tuple[float, ...]]:
         """Per request (whether the response is right, whether it holds an answer), each 1.0 or 0.0."""
@@ -248,13 +238,10 @@ class RolloutEngine:
             known[tokens] = prompt.response_format.is_settled(prompt.question, response)
         return known[tokens]
 
-    def _grade(self, prompt: Prompt, tokens: tuple[int, ...]) -> Rollout:
+    def _grade(self, prompt: Prompt, tokens: tuple[int, ...]) -> Future[Rollout]:
         known = self._graded.setdefault(prompt.question.id, {})
         if tokens not in known:
-            response = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            form, question = prompt.response_format, prompt.question
-            is_right = form.grade(question, response)
-            known[tokens] = Rollout(response, is_right, is_right or form.has_answer(question, response))
+            known[tokens] = self.grader.submit(prompt, self.tokenizer.decode(tokens, skip_special_tokens=True))
         return known[tokens]
 
     def _make_room(self, batch: list[_Row]) -> bool:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from drllm.questions import math_answers
 from drllm.questions.grading import grade_span, span_f1
-from drllm.questions.math_answers import SymbolicChecker, grade_math
+from drllm.questions.math_answers import grade_math
+from drllm.questions.math_checker import SymbolicChecker
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.response_text import first_box, last_box
 from drllm.questions.sets import Question

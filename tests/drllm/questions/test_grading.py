@@ -1,6 +1,7 @@
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -13,7 +14,8 @@ from drllm.questions.grading import (
     span_can_still_be_right,
     span_f1,
 )
-from drllm.questions.math_answers import SymbolicChecker, grade_math, math_can_still_be_right
+from drllm.questions.math_answers import grade_math, math_can_still_be_right
+from drllm.questions.math_checker import CheckerPool, SymbolicChecker
 from drllm.questions.response_text import first_box, last_box
 
 LETTERS = ("A", "B", "C", "D")
@@ -161,7 +163,7 @@ def test_equal_strings_and_integers_need_no_symbolic_comparison(monkeypatch):
     def fail():
         raise AssertionError("started the helper process")
 
-    monkeypatch.setattr(math_answers, "_checker", fail)
+    monkeypatch.setattr(math_answers, "_checkers", fail)
     math_answers._same_value.cache_clear()
     assert grade_math(r"\boxed{\dfrac{x+1}{2}}", r"\frac{x + 1}{2}")
     assert grade_math(r"\boxed{+7}", "7")
@@ -201,6 +203,33 @@ def test_a_helper_that_hangs_is_replaced():
         assert checker.equal("x+1", "1+x")
     finally:
         checker.close()
+
+
+def test_helpers_of_a_pool_start_when_the_others_are_busy_and_share_the_work():
+    pool = CheckerPool(3)
+
+    def started() -> int:
+        return sum(checker._process is not None for checker in pool.checkers)
+
+    try:
+        assert all(pool.equal("x+1", "1+x") for _ in range(3))
+        assert started() == 1, "one after the other needs one"
+        busy = pool.checkers[-1]._process
+        busy.send_signal(19)  # SIGSTOP: its comparison is given up after 5 s, the others do not wait for it
+        with ThreadPoolExecutor(4) as threads:
+            start = time.monotonic()
+            hanging = threads.submit(pool.equal, "x+1", "1+x")
+            time.sleep(0.2)
+            assert all(threads.map(pool.equal, ["x+1"] * 6, ["1+x"] * 6))
+            assert time.monotonic() - start < 5
+            assert not hanging.done()
+            assert not hanging.result()
+        assert 2 <= started() <= 3
+        assert [pool.equal("x+1", "1+x") for _ in range(3)] == [True] * 3, "the one that hung is replaced"
+        assert busy.poll() is not None
+    finally:
+        pool.close()
+    assert started() == 0
 
 
 def test_deep_nesting_is_refused_before_it_is_parsed():
