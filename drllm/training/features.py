@@ -16,14 +16,14 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from drllm.errors import UserError
 from drllm.files import disk_errors, write_json, write_tensors
@@ -68,34 +68,57 @@ def key_digest(key: dict) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@dataclass
 class FeatureStore:
     """Memory-mapped router inputs, one entry per example.
 
     Attributes:
-        directory: the folder of the shards.
+        directory: the folder of the shards, named after the store's key.
         examples: one per entry, in their order.
-        layers: L, the number of routers.
-        statistics: cost of the pass that opened this store.
+        statistics: cost of the pass that filled this store.
     """
 
-    directory: Path
-    examples: Sequence[Example]
-    layers: int
-    statistics: PassStatistics = field(default_factory=PassStatistics)
-    _windows: list[torch.Tensor] = field(default_factory=list, repr=False)
-    _num_valid: torch.Tensor | None = field(default=None, repr=False)
-    _labels: torch.Tensor | None = field(default=None, repr=False)
+    def __init__(self, folder: Path, examples: Sequence[Example], key: dict, shape: Sequence[int], dtype: torch.dtype):
+        self.digest = key_digest(key)
+        self.directory = folder / self.digest
+        self.examples = examples
+        self.key = key
+        self.shape = tuple(shape)  # of the windows of one example: [L or 1, W, d]
+        self.dtype = dtype
+        self.shards = shard_ranges(len(examples))
+        self.labels = torch.tensor([example.path for example in examples], dtype=torch.int8)  # [N, L]
+        self.statistics = PassStatistics()
+        self._windows: list[torch.Tensor] = []
+        self._num_valid = torch.empty(0)
 
-    def __len__(self) -> int:
-        return len(self.examples)
+    def path(self, shard: int) -> Path:
+        """The file of a shard."""
+        return shard_path(self.directory, shard, len(self.shards))
 
-    @property
-    def labels(self) -> torch.Tensor:
-        """int8 [N, L]: the labelled paths."""
-        if self._labels is None:
-            self._labels = torch.tensor([e.path for e in self.examples], dtype=torch.int8)
-        return self._labels
+    def read(self, shard: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(windows, num_valid), memory-mapped; None when the shard is missing, cut off or of another key."""
+        rows = len(self.shards[shard])
+        try:
+            with safe_open(self.path(shard), framework="pt") as file:
+                if (file.metadata() or {}).get("key") != self.digest:
+                    return None
+                windows, num_valid = file.get_tensor("windows"), file.get_tensor("num_valid")
+        except (SafetensorError, OSError):
+            return None
+        if tuple(windows.shape) != (rows, *self.shape) or windows.dtype != self.dtype or len(num_valid) != rows:
+            return None
+        return windows, num_valid
+
+    def open(self) -> FeatureStore:
+        """Itself with all shards mapped, for `batch`; UserError when one cannot be read back."""
+        num_valid = []
+        for number in range(len(self.shards)):
+            shard = self.read(number)
+            if shard is None:
+                raise UserError(f"{self.path(number)} cannot be read back; is the disk full?")
+            self._windows.append(shard[0])
+            num_valid.append(shard[1])
+        self._num_valid = torch.cat(num_valid).long()
+        return self
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """Router inputs of some examples.
@@ -112,34 +135,6 @@ class FeatureStore:
             "window_mask": positions < self._num_valid[rows].unsqueeze(1),
             "labels": self.labels[rows].long(),
         }
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The shards of a store: where they are, and what they hold (windows [n, *shape] in `dtype`, key `digest`)."""
-
-    folder: Path
-    digest: str
-    shape: tuple[int, int, int]
-    dtype: torch.dtype
-    shards: list[range]
-
-    def path(self, shard: int) -> Path:
-        return shard_path(self.folder, shard, len(self.shards))
-
-    def open(self, shard: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(windows, num_valid), memory-mapped; None when the shard is missing, cut off or of another key."""
-        rows = len(self.shards[shard])
-        try:
-            with safe_open(self.path(shard), framework="pt") as file:
-                if (file.metadata() or {}).get("key") != self.digest:
-                    return None
-                windows, num_valid = file.get_tensor("windows"), file.get_tensor("num_valid")
-        except (SafetensorError, OSError):
-            return None
-        if tuple(windows.shape) != (rows, *self.shape) or windows.dtype != self.dtype or len(num_valid) != rows:
-            return None
-        return windows, num_valid
 
 
 def compute_features(
@@ -163,7 +158,7 @@ def compute_features(
         pad_token_id: padding token; masked.
         batch_size: prompts per forward pass.
         state: the processes at work; None for one process.
-        say: prints progress, on the main process.
+        say: prints a line.
 
     Raises:
         UserError: not enough space on the disk, hidden states that are not finite, a prompt without tokens.
@@ -173,112 +168,59 @@ def compute_features(
     model_fingerprint = config.base_model_fingerprint or fingerprint(model)
     key = feature_key(examples, model_fingerprint, config.num_windows, config.router_input, model.dtype)
     stored_layers = 1 if config.router_input == "embeddings" else config.num_hidden_layers
-    layout = _Layout(
-        Path(directory) / key_digest(key),
-        key_digest(key),
-        (stored_layers, config.num_windows, config.hidden_size),
-        model.dtype,
-        shard_ranges(len(examples)),
-    )
+    shape = (stored_layers, config.num_windows, config.hidden_size)
+    store = FeatureStore(Path(directory), examples, key, shape, model.dtype)
     for example in examples:
         if not example.token_ids:
             raise UserError(f"question {example.question}: its prompt has no tokens; remove it from the labels")
-
     if state.is_main_process:
-        with disk_errors(layout.folder):
-            layout.folder.mkdir(parents=True, exist_ok=True)
-        manifest = layout.folder / "features.json"
-        if not manifest.exists():
-            write_json(manifest, {"key": key, "shape": ["examples", *layout.shape]})
+        with disk_errors(store.directory):
+            store.directory.mkdir(parents=True, exist_ok=True)
+        write_json(store.directory / "features.json", {"key": key, "shape": ["examples", *shape]})
     state.wait_for_everyone()
-    missing = [shard for shard in range(len(layout.shards)) if layout.open(shard) is None]
+    missing = [shard for shard in range(len(store.shards)) if store.read(shard) is None]
     # All processes look before any of them writes, so that they agree on what is missing.
     state.wait_for_everyone()
-    statistics = PassStatistics()
-    if not missing:
-        if state.is_main_process:
-            say(f"features: all {len(examples)} examples are stored in {layout.folder}, nothing to compute")
-    else:
-        if state.is_main_process:
-            _announce(say, layout, sum(len(layout.shards[shard]) for shard in missing), len(examples))
-        statistics = _ShardPass(model, examples, layout, pad_token_id, batch_size, state, say).run(
-            missing[state.process_index :: state.num_processes]
-        )
+    if state.is_main_process:
+        _announce(say, store, sum(len(store.shards[shard]) for shard in missing))
+    if missing:
+        own = missing[state.process_index :: state.num_processes]
+        _fill(store, own, model, pad_token_id, batch_size, is_shown=state.is_main_process)
         state.wait_for_everyone()
         if state.num_processes > 1:
-            statistics = _of_all_processes(statistics)
-    return _open_store(layout, examples, config.num_hidden_layers, statistics)
+            store.statistics = _of_all_processes(store.statistics)
+    return store.open()
 
 
-def _open_store(layout: _Layout, examples: Sequence[Example], layers: int, statistics: PassStatistics) -> FeatureStore:
-    store = FeatureStore(layout.folder, examples, layers, statistics)
-    num_valid = []
-    for number in range(len(layout.shards)):
-        shard = layout.open(number)
-        if shard is None:
-            raise UserError(f"{layout.path(number)} cannot be read back; is the disk full?")
-        store._windows.append(shard[0])
-        num_valid.append(shard[1])
-    store._num_valid = torch.cat(num_valid).long()
-    return store
-
-
-@dataclass
-class _ShardPass:
-    """One process's share of the pass over the examples."""
-
-    model: Any
-    examples: Sequence[Example]
-    layout: _Layout
-    pad_token_id: int
-    batch_size: int
-    state: PartialState
-    say: Callable[[str], None]
-    statistics: PassStatistics = field(default_factory=PassStatistics)
-    last_report: float | None = None
-
-    def run(self, shards: Sequence[int]) -> PassStatistics:
-        """Computes and writes `shards`."""
-        start = time.perf_counter()
-        total = sum(len(self.layout.shards[shard]) for shard in shards)
+def _fill(
+    store: FeatureStore, shards: Sequence[int], model, pad_token_id: int, batch_size: int, is_shown: bool
+) -> None:
+    """Computes and writes `shards`, and counts what that costs."""
+    start, statistics = time.perf_counter(), store.statistics
+    total = sum(len(store.shards[shard]) for shard in shards)
+    with tqdm(total=total, desc="features", unit="prompt", mininterval=1, disable=not is_shown) as progress:
         for shard in shards:
-            rows = self.layout.shards[shard]
-            windows = torch.zeros((len(rows), *self.layout.shape), dtype=self.layout.dtype)
+            rows = store.shards[shard]
+            windows = torch.zeros((len(rows), *store.shape), dtype=store.dtype)
             num_valid = torch.zeros(len(rows), dtype=torch.uint8)
-            of_shard = [self.examples[row] for row in rows]
-            for places, read, mask in windows_in_batches(self.model, of_shard, self.batch_size, self.pad_token_id):
-                self._count([of_shard[place] for place in places], read)
-                read = read.masked_fill(~mask[:, None, :, None], 0)[:, : self.layout.shape[0]]
-                windows[places, :, : read.shape[2]] = read.to("cpu", self.layout.dtype)
+            of_shard = [store.examples[row] for row in rows]
+            for places, read, mask in windows_in_batches(model, of_shard, batch_size, pad_token_id):
+                finite = torch.isfinite(read).flatten(1).all(1).tolist()
+                if not all(finite):
+                    raise UserError(
+                        f"question {of_shard[places[finite.index(False)]].question}: the model's hidden states are not "
+                        f"finite in {dtype_name(model.dtype)}; make the labels in another dtype (--dtype bfloat16 or "
+                        "float32)"
+                    )
+                statistics.examples += len(places)
+                statistics.forward_passes += 1
+                statistics.block_applications += int(model.block_applications.sum())
+                read = read.masked_fill(~mask[:, None, :, None], 0)[:, : store.shape[0]]
+                windows[places, :, : read.shape[2]] = read.to("cpu", store.dtype)
                 num_valid[places] = mask.sum(1).to("cpu", torch.uint8)
-                self._report(start, total)
-            write_shard(self.layout.path(shard), windows, num_valid, self.layout.digest)
-        self.statistics.seconds = time.perf_counter() - start
-        if self.state.is_main_process:
-            self.say(f"features: done in {duration(self.statistics.seconds)}")
-        return self.statistics
-
-    def _count(self, batch: Sequence[Example], windows: torch.Tensor) -> None:
-        """Counts what a batch cost; refuses windows that are not finite."""
-        if not torch.isfinite(windows).all():
-            bad = (~torch.isfinite(windows)).flatten(1).any(1).nonzero()[0].item()
-            raise UserError(
-                f"question {batch[bad].question}: the model's hidden states are not finite in "
-                f"{dtype_name(self.model.dtype)}; make the labels in another dtype (--dtype bfloat16 or float32)"
-            )
-        self.statistics.examples += len(batch)
-        self.statistics.forward_passes += 1
-        self.statistics.block_applications += int(self.model.block_applications.sum())
-
-    def _report(self, start: float, total: int) -> None:
-        now = time.perf_counter()
-        if not self.state.is_main_process or (self.last_report is not None and now - self.last_report < 10):
-            return
-        done = self.statistics.examples
-        left = (now - start) / done * (total - done)
-        whose = " of the first process" if self.state.num_processes > 1 else ""
-        self.say(f"features: {done} of {total} examples{whose}, about {duration(left)} left")
-        self.last_report = now
+                progress.update(len(places))
+            write_shard(store.path(shard), windows, num_valid, store.digest)
+    statistics.seconds = time.perf_counter() - start
 
 
 def _of_all_processes(own: PassStatistics) -> PassStatistics:
@@ -291,19 +233,23 @@ def _of_all_processes(own: PassStatistics) -> PassStatistics:
     )
 
 
-def _announce(say: Callable[[str], None], layout: _Layout, todo: int, total: int) -> None:
-    layers, windows, width = layout.shape
-    needed = todo * layers * windows * width * layout.dtype.itemsize
+def _announce(say: Callable[[str], None], store: FeatureStore, todo: int) -> None:
+    total = len(store.examples)
+    if not todo:
+        say(f"features: all {total} examples are stored in {store.directory}, nothing to compute")
+        return
+    layers, windows, width = store.shape
+    needed = todo * layers * windows * width * store.dtype.itemsize
     reused = f", {total - todo} more are already stored" if todo < total else ""
     say(
         f"features: {todo} examples x {layers} routers x {windows} windows x {width} numbers in "
-        f"{dtype_name(layout.dtype)}: {size(needed)} in {layout.folder}{reused}"
+        f"{dtype_name(store.dtype)}: {size(needed)} in {store.directory}{reused}"
     )
-    free = shutil.disk_usage(layout.folder).free
+    free = shutil.disk_usage(store.directory).free
     if needed > free:
         raise UserError(
-            f"the features need {size(needed)}, but only {size(free)} are free in {layout.folder}; pass a folder on a "
-            "larger disk with --features_dir"
+            f"the features need {size(needed)}, but only {size(free)} are free in {store.directory}; pass a folder on "
+            "a larger disk with --features_dir"
         )
 
 
@@ -314,13 +260,6 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.3g} TB"
-
-
-def duration(seconds: float) -> str:
-    """ "45 s", "3.2 min" or "1.5 h"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def shard_ranges(count: int) -> list[range]:

@@ -33,7 +33,7 @@ from drllm.provenance import commit, dtype_name, fingerprint, parse_dtype, versi
 from drllm.questions.prompts import wants_chat_template
 from drllm.training.config import RouterTrainingConfig
 from drllm.training.data import TrainingLabels, default_folder, load_labels, make_examples
-from drllm.training.features import FeatureStore, compute_features, duration
+from drllm.training.features import FeatureStore, compute_features
 from drllm.training.fitting import FitResult, FitSettings, PromptCollator, Split, evaluate_logits, fit
 from drllm.training.losses import paper_alpha
 from drllm.training.resuming import RECORD, finished_run, locked, prepare_folder, run_identity
@@ -168,7 +168,7 @@ def _train(
     if state.is_main_process:
         _export(routed, base, config, labels, record, result.steps_log)
         say(
-            f"wrote {config.checkpoint} after {duration(record['seconds'])}: "
+            f"wrote {config.checkpoint} after {record['seconds'] / 60:.1f} min: "
             + ", ".join(f"{n} {metrics[n]:.3f}" for n in ("macro_f1", "f1_skip", "f1_execute", "f1_repeat"))
             + f", avg_layers {metrics['avg_layers']:.2f} of {labels.num_layers} on {record['metrics_on']}"
         )
