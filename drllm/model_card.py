@@ -43,111 +43,102 @@ def model_card(description: dict[str, Any], training: dict[str, Any] | None, is_
     """The README.md of a folder of routers, or of a checkpoint.
 
     Args:
-        description: router_config.json, see `drllm.checkpoints.save_routers`.
+        description: router_config.json, see `drllm.router_files.save_routers`.
         training: the training record (training.json), for a table of settings and metrics; None without one.
         is_whole: whether the folder is a checkpoint, which holds the base weights and the code, too.
     """
     base = description["base_model_name"] or "unknown"
     revision = f" at revision `{description['base_model_revision']}`" if description["base_model_revision"] else ""
     is_hub_name = not Path(base).exists() and base.count("/") <= 1 and base != "unknown"
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if is_hub_name:
-        front += [f"base_model: {base}", "base_model_relation: adapter"]
-    front += ["tags:", "- dr-llm", "- dynamic-depth", "- layer-routing", "---", ""]
-    shape = description["routers"]
-    lines = [
-        f"# {Path(base).name} with Dr.LLM routers" if is_whole else f"# Dr.LLM routers for {Path(base).name}",
-        "",
-        f"Routers of [Dr.LLM](https://arxiv.org/abs/2510.12773) for `{base}`{revision}: one MLP per block that "
-        "reads the prompt and decides whether to skip, execute or repeat the block. The base model's weights are not "
-        f"changed{'' if is_whole else ' and not included'}.",
-        "",
-        "| | |",
-        "| --- | --- |",
-        f"| base model | `{base}`{revision} |",
-        f"| base weights (fingerprint) | `{description['base_model_fingerprint']}` |",
-        f"| blocks, hidden size | {description['num_hidden_layers']}, {description['hidden_size']} |",
-        f"| routers | {description['num_hidden_layers']}, of {shape['router_depth']} linear layers, width "
-        f"{shape['router_width']}, {shape['num_windows']} windows, reading {_reads(shape['router_input'])} |",
-        f"| parameters | {description['parameters']:,} in {description['dtype']} |",
-        "",
-    ]
-    if training:
-        lines += _training_section(training)
-    lines += _use_of_the_checkpoint() if is_whole else _use_of_the_routers(base)
-    return "\n".join(front + lines)
+    on_hub = f"base_model: {base}\nbase_model_relation: adapter\n" if is_hub_name else ""
+    name, shape = Path(base).name, description["routers"]
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: text-generation
+{on_hub}tags:
+- dr-llm
+- dynamic-depth
+- layer-routing
+---
+
+# {f"{name} with Dr.LLM routers" if is_whole else f"Dr.LLM routers for {name}"}
+
+Routers of [Dr.LLM](https://arxiv.org/abs/2510.12773) for `{base}`{revision}: one MLP per block that reads the prompt \
+and decides whether to skip, execute or repeat the block. The base model's weights are not \
+changed{"" if is_whole else " and not included"}.
+
+| | |
+| --- | --- |
+| base model | `{base}`{revision} |
+| base weights (fingerprint) | `{description["base_model_fingerprint"]}` |
+| blocks, hidden size | {description["num_hidden_layers"]}, {description["hidden_size"]} |
+| routers | {description["num_hidden_layers"]}, of {shape["router_depth"]} linear layers, width \
+{shape["router_width"]}, {shape["num_windows"]} windows, reading {_reads(shape["router_input"])} |
+| parameters | {description["parameters"]:,} in {description["dtype"]} |
+
+{_training_section(training) if training else ""}## Use
+
+{_USE_OF_THE_CHECKPOINT if is_whole else _USE_OF_THE_ROUTERS.format(base=base)}
+"""
 
 
-def _code_is_tested(folder: str) -> str:
-    releases = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
-    return f"{folder} carries its code, which is tested with transformers {releases}."
+_TESTED = f"with transformers {'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
+_USE_OF_THE_CHECKPOINT = f"""\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+folder = "path/to/this/folder"
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+```
 
-def _use_of_the_checkpoint() -> list[str]:
-    return [
-        "## Use",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'folder = "path/to/this/folder"',
-        'model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")',
-        "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)",
-        "```",
-        "",
-        _code_is_tested("This folder") + " The subfolder `routers` holds the routers alone.",
-        "",
-        ENGINES,
-        "",
-    ]
+This folder carries its code, which is tested {_TESTED}. The subfolder `routers` holds the routers alone.
 
+{ENGINES}"""
+_USE_OF_THE_ROUTERS = f"""\
+From a checkout of the Dr.LLM reproduction that made this folder:
 
-def _use_of_the_routers(base: str) -> list[str]:
-    return [
-        "## Use",
-        "",
-        "From a checkout of the Dr.LLM reproduction that made this folder:",
-        "",
-        "```python",
-        "from drllm.checkpoints import join_routers",
-        "",
-        f'model = join_routers("path/to/this/folder", base="{base}")',
-        "```",
-        "",
-        "or, to write a checkpoint that `AutoModelForCausalLM` and lm-eval load with `trust_remote_code=True`:",
-        "",
-        "```",
-        "python -m drllm.router_checkpoint join path/to/this/folder --output_dir checkpoints/joined",
-        "```",
-        "",
-        _code_is_tested("That checkpoint"),
-        "",
-        ENGINES,
-        "",
-        "Any other base model is refused: routers only work with the hidden states they were trained on.",
-        "",
-    ]
+```python
+from drllm.router_files import join_routers
+
+model = join_routers("path/to/this/folder", base="{{base}}")
+```
+
+or, to write a checkpoint that `AutoModelForCausalLM` and lm-eval load with `trust_remote_code=True`:
+
+```
+python -m drllm.router_checkpoint join path/to/this/folder --output_dir checkpoints/joined
+```
+
+That checkpoint carries its code, which is tested {_TESTED}.
+
+{ENGINES}
+
+Any other base model is refused: routers only work with the hidden states they were trained on."""
 
 
 def _reads(router_input: str) -> str:
     return "the embeddings" if router_input == "embeddings" else "the output of the previous block"
 
 
-def _training_section(training: dict) -> list[str]:
-    metrics, config = training["metrics"], training["config"]
+def _training_section(training: dict) -> str:
+    config = training["config"]
     sets = ", ".join(f"{name} {count}" for name, count in sorted(training["questions_per_set"].items()))
     held_out = f"{training['held_out_examples']} held-out paths" if training["held_out_examples"] else "training paths"
-    lines = [
-        "## Training",
-        "",
-        f"Labels: {training['train_examples']} paths to train on ({sets} questions, held-out ones included). "
-        f"Loss {config['loss']}, {config['num_epochs']} epochs, effective batch {config['gradient_accumulation']}, "
-        f"AdamW at {config['learning_rate']:g} with weight decay {config['weight_decay']:g}, seed {config['seed']}.",
-        "",
-        f"| metric on {held_out} | value |",
-        "| --- | --- |",
-    ]
-    return [*lines, *(f"| {name} | {metrics[name]:.4g} |" for name in SHOWN_METRICS), ""]
+    metrics = "\n".join(f"| {name} | {training['metrics'][name]:.4g} |" for name in SHOWN_METRICS)
+    return f"""\
+## Training
+
+Labels: {training["train_examples"]} paths to train on ({sets} questions, held-out ones included). \
+Loss {config["loss"]}, {config["num_epochs"]} epochs, effective batch {config["gradient_accumulation"]}, \
+AdamW at {config["learning_rate"]:g} with weight decay {config["weight_decay"]:g}, seed {config["seed"]}.
+
+| metric on {held_out} | value |
+| --- | --- |
+{metrics}
+
+"""
 
 
 def missing_field(training: dict[str, Any]) -> str | None:

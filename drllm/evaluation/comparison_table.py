@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from drllm.evaluation.protocol import describe_parts
@@ -72,14 +73,8 @@ def table3(runs: Sequence[Run]) -> Table:
             label = "static path " + run.name.removeprefix("path-")
         rows.append([label, *_cells(base, run.accuracy, run.layers, signed=False)])
         if run is not base:
-
-            def accuracy(tasks: Sequence[str], run=run) -> Estimate | None:
-                return accuracy_difference(base, run, tasks)
-
-            def layers(tasks: Sequence[str], run=run) -> Estimate | None:
-                return layers_difference(base, run, tasks)
-
-            rows.append(["difference", *_cells(base, accuracy, layers, signed=True)])
+            differences = (partial(difference, base, run) for difference in (accuracy_difference, layers_difference))
+            rows.append(["difference", *_cells(base, *differences, signed=True)])
     return _header(base), rows
 
 
@@ -115,10 +110,7 @@ def detail(base: Run, router: Run) -> Table:
             for document, before in base.correct.get(task, {}).items()
             if document in router.correct.get(task, {})
         ]
-        changes = [
-            str(sum(after > before for before, after in pairs)),
-            str(sum(after < before for before, after in pairs)),
-        ]
+        changes = [sum(after > before for before, after in pairs), sum(after < before for before, after in pairs)]
         rows.append(
             [
                 name.removeprefix("drllm_"),
@@ -126,7 +118,7 @@ def detail(base: Run, router: Run) -> Table:
                 percent(base.score(name)),
                 percent(router.score(name)),
                 percent(accuracy_difference(base, router, tasks), signed=True),
-                *(changes if pairs else [EMPTY, EMPTY]),
+                *(map(str, changes) if pairs else [EMPTY, EMPTY]),
                 with_error(base.layers(tasks)),
                 with_error(router.layers(tasks)),
                 with_error(layers_difference(base, router, tasks), signed=True),

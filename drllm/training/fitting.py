@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from drllm.errors import UserError
@@ -101,19 +100,6 @@ class FitResult:
     kept_step: int
     steps: int
     seconds: float
-
-
-class _Rows(Dataset):
-    """Indices of examples; the collator puts a batch together at once."""
-
-    def __init__(self, indices: Sequence[int]):
-        self._indices = list(indices)
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, i: int) -> int:
-        return self._indices[i]
 
 
 @dataclass(frozen=True)
@@ -227,8 +213,8 @@ def fit(
         model=module,
         args=_trainer_arguments(config, settings, len(split.train), isinstance(module, StackedRouters)),
         data_collator=collator,
-        train_dataset=_Rows(split.train),
-        eval_dataset=_Rows(split.evaluated),
+        train_dataset=split.train,  # indices; the collator puts a batch together at once
+        eval_dataset=split.evaluated,
         compute_loss_func=RoutingObjective(config, split.alpha),
         compute_metrics=metrics_of,
         callbacks=[_EpochLines(settings.say, "held-out" if split.held_out else "training"), *settings.callbacks],
