@@ -5,14 +5,13 @@ routers alone: routers.safetensors, router_config.json (the routers' shape, and 
 and weight fingerprint) and README.md, the model card. Routers read hidden states, so they only work with the base model
 they were trained on: joining checks layer count, hidden size and fingerprint.
 
-Nothing here runs Python code that a checkpoint carries: routed checkpoints are loaded with the classes of
-`train_models`.
+`drllm.saving` writes them. Nothing here runs Python code that a checkpoint carries: routed checkpoints are loaded with
+the classes of `train_models`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,32 +22,26 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from drllm.errors import UserError
-from drllm.files import check_output_folder, disk_errors, read_json, shorten, write_json, write_tensors, write_whole
+from drllm.files import read_json, shorten
 from drllm.loading import check_complete, check_finite, loading, one_line
 from drllm.manifests import CHECKPOINT_MANIFEST
-from drllm.model_card import missing_field, model_card
-from drllm.provenance import dtype_name, fingerprint, parse_dtype
+from drllm.provenance import fingerprint, parse_dtype
+from drllm.schema import INTEGER, OBJECT, TEXT, Schema, check_fields, or_null
 from train_models import retrofit, routed_classes
 
 FORMAT = 1
 WEIGHTS, CONFIG, CARD = "routers.safetensors", "router_config.json", "README.md"
 ROUTED_PREFIX = "drllm_"
-ROUTER_FIELDS = {
-    "num_windows": int,
-    "router_width": int,
-    "router_depth": int,
-    "router_input": str,
-}
-DESCRIPTION_FIELDS: dict[str, tuple[type, ...]] = {
-    "format": (int,),
-    "base_model_name": (str, type(None)),
-    "base_model_revision": (str, type(None)),
-    "base_model_fingerprint": (str,),
-    "num_hidden_layers": (int,),
-    "hidden_size": (int,),
-    "dtype": (str,),
-    "parameters": (int,),
-    "routers": (dict,),
+ROUTERS: Schema = {"num_windows": INTEGER, "router_width": INTEGER, "router_depth": INTEGER, "router_input": TEXT}
+DESCRIPTION: Schema = {
+    "base_model_name": or_null(TEXT),
+    "base_model_revision": or_null(TEXT),
+    "base_model_fingerprint": TEXT,
+    "num_hidden_layers": INTEGER,
+    "hidden_size": INTEGER,
+    "dtype": TEXT,
+    "parameters": INTEGER,
+    "routers": OBJECT,
 }
 
 
@@ -116,8 +109,7 @@ def checkpoint_info(name_or_path: str | Path, *, is_local: bool = False, **locat
         raise UserError(f"{path}: 'model_type' is {shorten(model_type)}, expected text")
     is_routed = model_type.startswith(ROUTED_PREFIX)
     if is_routed:
-        for name in ROUTER_FIELDS.keys() & fields.keys():
-            _check_field(path, name, fields, (ROUTER_FIELDS[name],), "pass an undamaged checkpoint")
+        check_fields(fields, ROUTERS, path, "pass an undamaged checkpoint", may_lack=ROUTERS)
         layers = fields.get("num_hidden_layers", 1)
         if type(layers) is int and layers < 1:
             raise UserError(f"{path}: 'num_hidden_layers' is {layers}, expected at least 1")
@@ -181,68 +173,6 @@ def load_tokenizer(name_or_path: str | Path, revision: str | None = None):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Saving
-
-
-def save_checkpoint(
-    routed: PreTrainedModel, tokenizer, directory: Path, manifest: dict | list, training: dict | None = None
-) -> None:
-    """Write a routed checkpoint, with its routers alone in the subfolder `routers`.
-
-    Args:
-        manifest: manifest of the labels; eval.sh reads there whether prompts have the chat template.
-        training: see `save_routers`.
-
-    Raises:
-        UserError: the checkpoint cannot be written.
-    """
-    with disk_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        routed.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-    for folder in (directory, save_routers(routed, directory / "routers", training)):
-        write_json(folder / CHECKPOINT_MANIFEST, manifest)
-    write_whole(directory / CARD, model_card(_read_description(directory / "routers"), training, is_whole=True))
-
-
-def save_routers(routed: PreTrainedModel, directory: str | Path, training: dict | None = None) -> Path:
-    """Write the routers of a routed model, without its base.
-
-    Args:
-        routed: a routed model whose config names the base (base_model_name, ..._revision, ..._fingerprint).
-        directory: created if needed.
-        training: the training record (training.json of a checkpoint), for the model card.
-
-    Returns:
-        The folder.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    directory = Path(directory)
-    with disk_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    config = routed.config
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in routed.model.routers.state_dict().items()}
-    description = {
-        "format": FORMAT,
-        "base_model_name": config.base_model_name,
-        "base_model_revision": config.base_model_revision,
-        "base_model_fingerprint": config.base_model_fingerprint or fingerprint(routed),
-        "num_hidden_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "dtype": dtype_name(next(iter(weights.values())).dtype),
-        "parameters": sum(tensor.numel() for tensor in weights.values()),
-        "routers": {name: getattr(config, name) for name in ROUTER_FIELDS}
-        | {"num_windows": config.trained_num_windows or config.num_windows},
-    }
-    write_tensors(directory / WEIGHTS, weights, metadata={"format": "pt"})
-    write_whole(directory / CARD, model_card(description, training))
-    write_json(directory / CONFIG, description)
-    return directory
-
-
-# ----------------------------------------------------------------------------------------------------
 # Routers on their own
 
 
@@ -261,7 +191,7 @@ def join_routers(
         UserError: a missing or damaged router checkpoint, a base with another layer count, hidden size or weights.
     """
     directory = router_folder(routers)
-    description = _read_description(directory)
+    description = read_description(directory)
     if base is None:
         base, revision = description["base_model_name"], revision or description["base_model_revision"]
         if not base:
@@ -275,7 +205,7 @@ def join_routers(
                 f"{getattr(base_config, name, None)}, the routers need {description[name]}; their base is "
                 f"{description['base_model_name']}"
             )
-    routed = load_routed(base, dtype, revision, {name: description["routers"][name] for name in ROUTER_FIELDS})
+    routed = load_routed(base, dtype, revision, {name: description["routers"][name] for name in ROUTERS})
     base_fingerprint = fingerprint(routed)
     if base_fingerprint != description["base_model_fingerprint"]:
         raise UserError(
@@ -297,62 +227,6 @@ def join_routers(
     return routed
 
 
-def join_to_folder(
-    routers: str, output_dir: str | Path, base: str | None = None, revision: str | None = None, dtype: str | None = None
-) -> Path:
-    """`join_routers`, written as a routed checkpoint."""
-    output_dir = Path(output_dir)
-    check_output_folder(output_dir, "--output_dir")
-    routed = join_routers(routers, base, revision, parse_dtype(dtype) if dtype else None)
-    tokenizer = load_tokenizer(base or routed.config.base_model_name, routed.config.base_model_revision)
-    with disk_errors(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        routed.save_pretrained(output_dir)
-        tokenizer.save_pretrained(output_dir)
-        _copy_labels_manifest(router_folder(routers), output_dir)
-    write_whole(output_dir / CARD, model_card(_read_description(router_folder(routers)), None, is_whole=True))
-    return output_dir
-
-
-def extract_routers(checkpoint: str | Path, output_dir: str | Path) -> Path:
-    """Write the router checkpoint of a routed checkpoint (a folder written by train.py or by joining)."""
-    checkpoint, output_dir = Path(checkpoint), Path(output_dir)
-    check_output_folder(output_dir, "--output_dir")
-    checkpoint_info(checkpoint, is_local=True).require_routers()
-    record = _training_record(checkpoint / "training.json")
-    routed = load_routed_checkpoint(checkpoint, device="cpu")
-    directory = save_routers(routed, output_dir, record)
-    with disk_errors(directory):
-        _copy_labels_manifest(checkpoint, directory)
-    return directory
-
-
-def _training_record(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    fix = "delete the file to extract the routers without it"
-    record = read_json(path, fix)
-    if (field := missing_field(record)) is not None:
-        raise UserError(f"{path}: no valid field '{field}'; {fix}")
-    return record
-
-
-def push_routers(routers: str, repo_id: str, private: bool = False) -> str:
-    """Upload a router checkpoint to the Hub; returns its address. Run `hf auth login` first."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-
-    _read_description(Path(routers))
-    api = HfApi()
-    try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        names = [WEIGHTS, CONFIG, CARD, CHECKPOINT_MANIFEST]
-        api.upload_folder(folder_path=routers, repo_id=repo_id, allow_patterns=names)
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        raise UserError(f"cannot push to {repo_id}: {one_line(error)} (log in with `hf auth login`)") from None
-    return f"https://huggingface.co/{repo_id}"
-
-
 def router_folder(routers: str | Path) -> Path:
     """The local folder of a router checkpoint, downloaded if it is on the Hub."""
     if Path(routers).is_dir():
@@ -368,7 +242,8 @@ def router_folder(routers: str | Path) -> Path:
         ) from None
 
 
-def _read_description(directory: Path) -> dict[str, Any]:
+def read_description(directory: Path) -> dict[str, Any]:
+    """The router_config.json of a router checkpoint; UserError when it is missing or damaged."""
     path = directory / CONFIG
     if not path.is_file():
         raise UserError(f"{directory} is not a router checkpoint: it has no {CONFIG}")
@@ -376,24 +251,8 @@ def _read_description(directory: Path) -> dict[str, Any]:
     description = read_json(path, fix)
     if description.get("format") != FORMAT:
         raise UserError(f"{path} has format {shorten(description.get('format'))}, this version reads format {FORMAT}")
-    for name, types in DESCRIPTION_FIELDS.items():
-        _check_field(path, name, description, types, fix)
+    check_fields(description, DESCRIPTION, path, fix)
     if description["routers"].pop("router_domain", 0):
         raise UserError(f"{path}: the routers have domains, which this version does not know; train them again")
-    for name, kind in ROUTER_FIELDS.items():
-        _check_field(path, name, description["routers"], (kind,), fix)
+    check_fields(description["routers"], ROUTERS, path, fix)
     return description
-
-
-def _check_field(path: Path | str, name: str, values: dict[str, Any], types: tuple[type, ...], fix: str) -> None:
-    if name not in values:
-        raise UserError(f"{path}: no field '{name}'; {fix}")
-    if type(values[name]) not in types:
-        expected = {str: "text", int: "a whole number", dict: "an object"}[types[0]]
-        raise UserError(f"{path}: '{name}' is {shorten(values[name])}, expected {expected}; {fix}")
-
-
-def _copy_labels_manifest(source: Path, target: Path) -> None:
-    # eval.sh reads in it whether prompts have the chat template.
-    if (source / CHECKPOINT_MANIFEST).is_file() and source.resolve() != target.resolve():
-        shutil.copyfile(source / CHECKPOINT_MANIFEST, target / CHECKPOINT_MANIFEST)

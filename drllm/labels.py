@@ -22,7 +22,8 @@ from typing import Any
 from drllm import manifests
 from drllm.errors import UserError
 from drllm.files import read_json, shorten, write_json, write_whole
-from drllm.manifests import LABELS, MANIFEST, Manifest, Schema, is_count, is_flag, is_name, is_text
+from drllm.manifests import LABELS, MANIFEST, Manifest
+from drllm.schema import COUNT, FLAG, NAME, NUMBER, TEXT, Schema, check_fields, is_name, is_text
 from train_models.paths import Path as BlockPath
 from train_models.paths import check_path
 
@@ -37,29 +38,29 @@ def _is_path(value: Any) -> bool:
 
 
 COLUMNS: Schema = {
-    "question": (is_text, "text"),
+    "question": TEXT,
     PATH: (_is_path, "a list of 0, 1 and 2"),
-    "answer": (is_text, "text"),
-    "set": (is_text, "text"),
-    "question_id": (is_text, "text"),
+    "answer": TEXT,
+    "set": TEXT,
+    "question_id": TEXT,
     "kind": (
         lambda value: value in (WRONG_TO_RIGHT, SHORTER, GROUP),
         f'"{WRONG_TO_RIGHT}" or "{SHORTER}", or "{GROUP}"',
     ),
-    "prompt": (is_name, "text"),
-    "base_correct": (is_flag, "true or false"),
+    "prompt": NAME,
+    "base_correct": FLAG,
     "path_correct": (lambda value: value is True, "true: a label keeps the answer right"),
-    "base_response": (is_text, "text"),
-    "path_response": (is_text, "text"),
-    "simulations": (is_count, "a count"),
-    "inferences": (is_count, "a count"),
+    "base_response": TEXT,
+    "path_response": TEXT,
+    "simulations": COUNT,
+    "inferences": COUNT,
     "good_paths": (lambda value: isinstance(value, list) and all(map(_is_path, value)), "a list of paths"),
 }
 GROUP_COLUMNS = COLUMNS | {"path_correct": COLUMNS["base_correct"]}
 PLAIN_COLUMNS: Schema = {
-    "question": (is_name, "text"),
+    "question": NAME,
     PATH: COLUMNS[PATH],
-    "answer": (lambda value: is_text(value) or type(value) in (int, float), "text"),
+    "answer": (lambda value: is_text(value) or NUMBER[0](value), "text"),
 }
 
 
@@ -147,7 +148,7 @@ def read_labels(folder: Path | str) -> LabelSet:
     for number, line in _lines(path):
         where = f"{path}:{number}"
         row = _parse(line, where)
-        _check_row(row, GROUP_COLUMNS if row.get("kind") == GROUP else COLUMNS, where)
+        check_fields(row, GROUP_COLUMNS if row.get("kind") == GROUP else COLUMNS, where, word="column")
         _check_paths(row, manifest.num_layers, manifest.budget, where)
         first = first_line.setdefault(row["question_id"], number)
         if first != number:
@@ -201,7 +202,7 @@ def read_plain_labels(source: Path | str) -> list[Label]:
     first_place: dict[tuple[str, str], str] = {}
     for path in plain_label_files(source):
         for where, row in _plain_rows(path):
-            _check_row(row, PLAIN_COLUMNS, where)
+            check_fields(row, PLAIN_COLUMNS, where, word="column")
             _check_paths({PATH: row[PATH]}, len(labels[0].path) if labels else len(row[PATH]), 2.0, where)
             set_name = row.get("set") if is_name(row.get("set")) else "labels"
             question_id = hashlib.sha256(row["question"].encode()).hexdigest()[:16]
@@ -245,14 +246,6 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise UserError(f"{where}: not an object with the columns {', '.join(COLUMNS)}")
     return row
-
-
-def _check_row(row: dict[str, Any], schema: Schema, where: str) -> None:
-    for column, (is_valid, expected) in schema.items():
-        if column not in row:
-            raise UserError(f"{where}: no column '{column}'")
-        if not is_valid(row[column]):
-            raise UserError(f"{where}: '{column}' is {shorten(row[column], 80)}, expected {expected}")
 
 
 def _check_paths(row: dict[str, Any], num_layers: int, budget: float, where: str) -> None:

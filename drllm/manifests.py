@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from drllm.files import disk_errors, read_json, shorten, write_json
 from drllm.provenance import DTYPES
 from drllm.questions.response_format import ResponseFormat
 from drllm.rollouts.rewards import PUBLISHED, REWARDS
+from drllm.schema import COUNT, FLAG, NAME, OBJECT, TEXT, Schema, check_fields, or_null
 
 FORMAT = 1
 MANIFEST, LABELS, PROGRESS = "manifest.json", "labels.jsonl", "progress"  # in a label folder
@@ -27,50 +27,21 @@ MAKE_AGAIN = f"make the labels again with {PROGRAM}"
 COPY_AGAIN = f"copy the {MANIFEST} of the labels there, or delete it"
 
 
-def is_text(value: Any) -> bool:
-    """Whether a JSON value is text that a tokenizer takes."""
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-    return True
-
-
-def is_name(value: Any) -> bool:
-    """Whether a JSON value is text that is not empty."""
-    return is_text(value) and bool(value)
-
-
-def is_count(value: Any) -> bool:
-    """Whether a JSON value is a whole number from 0 on."""
-    return type(value) is int and value >= 0
-
-
-def is_flag(value: Any) -> bool:
-    """Whether a JSON value is true or false."""
-    return isinstance(value, bool)
-
-
-# column or field -> (check, what is expected)
-Schema = dict[str, tuple[Callable[[Any], bool], str]]
-
 REQUIRED: Schema = {
-    "model": (is_name, "text"),
-    "model_fingerprint": (is_name, "text"),
-    "num_layers": (lambda value: is_count(value) and value > 0, "the number of blocks"),
+    "model": NAME,
+    "model_fingerprint": NAME,
+    "num_layers": (lambda value: type(value) is int and value > 0, "the number of blocks"),
     "dtype": (lambda value: isinstance(value, str) and value in DTYPES, "the name of a dtype"),
-    "chat_template": (is_flag, "true or false"),
-    "arguments": (lambda value: isinstance(value, dict), "an object"),
+    "chat_template": FLAG,
+    "arguments": OBJECT,
 }
 OPTIONAL: Schema = {
     "reward": (lambda value: isinstance(value, str) and value in REWARDS, f"one of {', '.join(REWARDS)}"),
-    "revision": (lambda value: value is None or is_text(value), "text or null"),
-    "data_dir": (lambda value: value is None or is_text(value), "text or null"),
-    "program": (is_name, "text"),
-    "grader_version": (lambda value: value is None or is_count(value), "a whole number or null"),
-    "labels": (lambda value: value is None or is_count(value), "a count"),
+    "revision": or_null(TEXT),
+    "data_dir": or_null(TEXT),
+    "program": NAME,
+    "grader_version": or_null(COUNT),
+    "labels": or_null(COUNT),
 }
 
 
@@ -141,12 +112,7 @@ class Manifest:
         Raises:
             UserError: a field is missing or has another type.
         """
-        for name, (is_valid, expected) in (REQUIRED | OPTIONAL).items():
-            if name in record:
-                if not is_valid(record[name]):
-                    raise UserError(f"{path}: '{name}' is {shorten(record[name])}, expected {expected}; {fix}")
-            elif is_whole and name in REQUIRED:
-                raise UserError(f"{path}: no field '{name}'; {fix}")
+        check_fields(record, REQUIRED | OPTIONAL, path, fix, may_lack=OPTIONAL if is_whole else REQUIRED | OPTIONAL)
         budget = record.get("arguments", {}).get("budget")
         if is_whole and not (type(budget) in (int, float) and 0 < budget < math.inf):
             raise UserError(f"{path}: 'arguments.budget' is {shorten(budget)}, expected a number above 0; {fix}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from drllm.schema import COUNT, NUMBER, OBJECT, TEXT, Schema, check_fields
 from train_models._releases import NEWEST, OLDEST
 
 SHOWN_METRICS = (
@@ -17,21 +18,17 @@ SHOWN_METRICS = (
     "avg_layers",
     "routers_loss",
 )
-# What the card reads in a training record, with the type of each field.
-RECORD_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "metrics": dict,
-    "config": dict,
-    "questions_per_set": dict,
-    "train_examples": int,
-    "held_out_examples": int,
-    **{f"metrics.{name}": (int, float) for name in SHOWN_METRICS},
-    "config.loss": str,
-    **{
-        f"config.{name}": (int, float)
-        for name in ("num_epochs", "gradient_accumulation", "learning_rate", "weight_decay", "seed")
-    },
+# What the card reads in a training record.
+RECORD: Schema = {
+    "metrics": OBJECT,
+    "config": OBJECT,
+    "questions_per_set": OBJECT,
+    "train_examples": COUNT,
+    "held_out_examples": COUNT,
 }
-
+SETTINGS: Schema = {"loss": TEXT} | dict.fromkeys(
+    ("num_epochs", "gradient_accumulation", "learning_rate", "weight_decay", "seed"), NUMBER
+)
 
 ENGINES = (
     "vLLM, TGI and llama.cpp do not know routed checkpoints. Use `generate` of transformers on padded batches, or "
@@ -43,7 +40,7 @@ def model_card(description: dict[str, Any], training: dict[str, Any] | None, is_
     """The README.md of a folder of routers, or of a checkpoint.
 
     Args:
-        description: router_config.json, see `drllm.router_files.save_routers`.
+        description: router_config.json, see `drllm.saving.save_routers`.
         training: the training record (training.json), for a table of settings and metrics; None without one.
         is_whole: whether the folder is a checkpoint, which holds the base weights and the code, too.
     """
@@ -100,7 +97,7 @@ _USE_OF_THE_ROUTERS = f"""\
 From a checkout of the Dr.LLM reproduction that made this folder:
 
 ```python
-from drllm.router_files import join_routers
+from drllm.checkpoints import join_routers
 
 model = join_routers("path/to/this/folder", base="{{base}}")
 ```
@@ -141,14 +138,8 @@ AdamW at {config["learning_rate"]:g} with weight decay {config["weight_decay"]:g
 """
 
 
-def missing_field(training: dict[str, Any]) -> str | None:
-    """The first field that the card needs and that a training record lacks or holds with another type."""
-    for field, kind in RECORD_FIELDS.items():
-        value: Any = training
-        for name in field.split("."):
-            if name not in value:
-                return field
-            value = value[name]
-        if not isinstance(value, kind):
-            return field
-    return None
+def check_record(training: dict[str, Any], path: Path, fix: str) -> None:
+    """Raises UserError when a training record, read from `path`, lacks what the card needs."""
+    check_fields(training, RECORD, path, fix)
+    check_fields(training["metrics"], dict.fromkeys(SHOWN_METRICS, NUMBER), f"{path}, metrics", fix)
+    check_fields(training["config"], SETTINGS, f"{path}, config", fix)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 
 from drllm.arguments import add_shared
-from drllm.checkpoints import extract_routers, join_routers, join_to_folder, push_routers
+from drllm.checkpoints import join_routers
 from drllm.errors import main_guard
+from drllm.saving import extract_routers, join_to_folder, push_routers
 
 __all__ = ["join_routers", "main"]  # model cards import join_routers from here
 

@@ -19,6 +19,7 @@ from drllm.evaluation.protocol import is_likelihood
 from drllm.files import read_json
 from drllm.questions.sets import GROUPS, SETS
 from drllm.rollouts.rewards import PUBLISHED, reward_named
+from drllm.schema import INTEGER, LIST, NUMBER, OBJECT, TEXT, Schema, check_fields, each, or_null
 
 BASE, ROUTER = "base", "router"
 BENCHMARKS_FILE = Path(__file__).resolve().parents[2] / "eval_tasks" / "benchmarks.json"
@@ -95,67 +96,58 @@ class Estimate:
         return cls(statistics.mean(estimate.mean for estimate in estimates), stderr, estimates[0].count)
 
 
-NUMBER = (int, float)
-# Fields of config.block_applications in results.json that tables and figures read.
-COUNT_FIELDS: dict[str, Any] = {
-    "queries": int,
-    "blocks_per_query": NUMBER,
-    "blocks_per_query_stderr": (int, float, type(None)),
-    "share": dict,
-    "share_per_block": dict,
+# What tables and figures read in results.json, in its "config" and in that's "block_applications" of a task.
+RESULTS: Schema = {
+    "results": each(OBJECT),
+    "config": OBJECT,
+    "n-samples": each((lambda value: type(value) is dict and INTEGER[0](value.get("effective")), '"effective"')),
+    "group_subtasks": each(each(TEXT, list)),
 }
+CONFIG: Schema = {
+    "routing": (
+        lambda value: type(value) is dict and INTEGER[0](value.get("num_blocks")),
+        'an object with "num_blocks"',
+    ),
+    "model_dtype": TEXT,
+    "model_fingerprint": TEXT,
+    "block_applications": each(OBJECT),
+}
+COUNTS: Schema = {
+    "queries": INTEGER,
+    "blocks_per_query": NUMBER,
+    "blocks_per_query_stderr": or_null(NUMBER),
+    "share": each(NUMBER),
+    "share_per_block": each(LIST),
+}
+QUERY: Schema = {"task": TEXT, "doc_id": INTEGER, "blocks": INTEGER, "paths": LIST}
 
 
 def _check_results(path: Path, results: dict[str, Any]) -> None:
     """Raises UserError, with file and field, unless results.json has what tables and figures read."""
-    for name in ("results", "config", "n-samples"):
-        _require(path, results, name, dict)
-    for name in results["results"]:
-        _require(path, results["results"], name, dict)
-    config = results["config"]
-    for name, kind in (("routing", dict), ("model_dtype", str), ("model_fingerprint", str)):
-        _require(path, config, name, kind)
-    _require(path, config["routing"], "num_blocks", int)
-    for name in results["n-samples"]:
-        _require(path, _require(path, results["n-samples"], name, dict), "effective", int)
-    groups = results.setdefault("group_subtasks", {})
-    for name in _require(path, results, "group_subtasks", dict):
-        if any(not isinstance(child, str) for child in _require(path, groups, name, list)):
-            raise UserError(f"{path}: 'group_subtasks.{name}' is not a list of tasks; {RUN_AGAIN}")
-    counts = config.setdefault("block_applications", {})
-    for task in _require(path, config, "block_applications", dict):
-        of_task = _require(path, counts, task, dict)
-        for name, kind in COUNT_FIELDS.items():
-            if name in of_task:
-                _require(path, of_task, name, kind)
-        for name, kind in (("share", NUMBER), ("share_per_block", list)):
-            for action in ("skip", "execute", "repeat") if name in of_task else ():
-                _require(path, of_task[name], action, kind)
+    results.setdefault("group_subtasks", {})
+    check_fields(results, RESULTS, path, RUN_AGAIN)
+    results["config"].setdefault("block_applications", {})
+    check_fields(results["config"], CONFIG, path, RUN_AGAIN)
+    for task, counts in results["config"]["block_applications"].items():
+        check_fields(counts, COUNTS, f"{path}, {task}", RUN_AGAIN, may_lack=COUNTS)
 
 
-def _require(source: Path | str, record: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
-    """The value of a field of `record`, which was read from `source`; UserError when missing or of another type."""
-    value = record.get(name)
-    if not isinstance(value, kind):
-        kinds = " or ".join(part.__name__ for part in (kind if isinstance(kind, tuple) else (kind,)))
-        raise UserError(f"{source}: the field {name!r} is missing or not of type {kinds}; {RUN_AGAIN}")
-    return value
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("FILE, line N", object) of each line; UserError on a line that is not a JSON object."""
+def _json_lines(path: Path, schema: Schema) -> Iterator[dict[str, Any]]:
+    """The object of each line; UserError on a line that is none, or not as `schema` says."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); {RUN_AGAIN}") from None
     for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error}); {RUN_AGAIN}") from None
+            raise UserError(f"{where}: not valid JSON ({error}); {RUN_AGAIN}") from None
         if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object; {RUN_AGAIN}")
-        yield f"{path}, line {number}", record
+            raise UserError(f"{where}: not a JSON object; {RUN_AGAIN}")
+        check_fields(record, schema, where, RUN_AGAIN)
+        yield record
 
 
 class Run:
@@ -185,14 +177,12 @@ class Run:
         self.record: dict[str, Any] = read_json(record_file, RUN_AGAIN)
         _check_results(results_file, self.results)
         self._file = results_file
-        _require(record_file, _require(record_file, self.record, "run", dict), "tasks", str)
+        check_fields(self.record, {"run": OBJECT}, record_file, RUN_AGAIN)
+        check_fields(self.record["run"], {"tasks": TEXT}, record_file, RUN_AGAIN)
         self.queries: dict[str, dict[int, dict[str, Any]]] = {}
         log = folder / "queries.jsonl"
-        for place, query in _json_lines(log) if log.is_file() else ():
-            _require(place, query, "blocks", int)
-            _require(place, query, "paths", list)
-            document = _require(place, query, "doc_id", int)
-            self.queries.setdefault(_require(place, query, "task", str), {})[document] = query
+        for query in _json_lines(log, QUERY) if log.is_file() else ():
+            self.queries.setdefault(query["task"], {})[query["doc_id"]] = query
         self._counted: dict[str, Any] = self.results["config"]["block_applications"]
         self.tasks = set(self.queries) or set(self._counted)
         self.correct: dict[str, dict[int, float]] = {}
@@ -209,8 +199,8 @@ class Run:
             return {}
         name, _, chosen_filter = metric.partition(",")
         correct, documents = {}, set()
-        for place, sample in _json_lines(path):
-            documents.add(_require(place, sample, "doc_id", int))
+        for sample in _json_lines(path, {"doc_id": INTEGER}):
+            documents.add(sample["doc_id"])
             if sample.get("filter", "none") == chosen_filter and isinstance(sample.get(name), int | float):
                 correct[sample["doc_id"]] = float(sample[name])
         total = self.results["n-samples"].get(path.stem, {}).get("effective", len(documents))
@@ -246,10 +236,10 @@ class Run:
         scores, (name, _, chosen_filter) = self.results["results"][task], metric.partition(",")
         stderr = scores.get(f"{name}_stderr,{chosen_filter}")
         samples = self.results["n-samples"]
-        count = sum(_require(self._file, samples, leaf, dict)["effective"] for leaf in self.leaves(task))
-        return Estimate(
-            _require(self._file, scores, metric, NUMBER), stderr if isinstance(stderr, float) else None, count
-        )
+        check_fields(samples, dict.fromkeys(self.leaves(task), OBJECT), self._file, RUN_AGAIN)
+        check_fields(scores, {metric: NUMBER}, self._file, RUN_AGAIN)
+        count = sum(samples[leaf]["effective"] for leaf in self.leaves(task))
+        return Estimate(scores[metric], stderr if isinstance(stderr, float) else None, count)
 
     def accuracy(self, tasks: Sequence[str]) -> Estimate | None:
         """The mean over all questions of `tasks`, each with the same weight."""
@@ -272,7 +262,9 @@ class Run:
         Raises:
             UserError: the results do not have it.
         """
-        return _require(self._file, _require(self._file, self._counted, task, dict), "share_per_block", dict)
+        check_fields(self._counted, {task: OBJECT}, self._file, RUN_AGAIN)
+        check_fields(self._counted[task], {"share_per_block": OBJECT}, self._file, RUN_AGAIN)
+        return self._counted[task]["share_per_block"]
 
     def share(self, tasks: Sequence[str], action: int) -> float:
         """Share of blocks skipped (0), executed (1) or repeated (2), over the queries of `tasks`."""

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedConfig, TrainerCallback
 from transformers.utils import logging
 
-from drllm.checkpoints import load_config, load_routed, load_tokenizer, save_checkpoint
+from drllm.checkpoints import load_config, load_routed, load_tokenizer
 from drllm.errors import UserError
 from drllm.files import check_output_folder, write_json, write_whole
 from drllm.labels import Example
@@ -31,6 +31,7 @@ from drllm.manifests import Manifest, checkpoint_record
 from drllm.processes import process_state
 from drllm.provenance import commit, dtype_name, fingerprint, parse_dtype, versions
 from drllm.questions.prompts import wants_chat_template
+from drllm.saving import save_checkpoint
 from drllm.training.config import RouterTrainingConfig
 from drllm.training.data import TrainingLabels, default_folder, load_labels, make_examples
 from drllm.training.features import FeatureStore, compute_features

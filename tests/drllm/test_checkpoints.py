@@ -14,17 +14,16 @@ from transformers import AutoModelForCausalLM
 
 from drllm.checkpoints import (
     checkpoint_info,
-    extract_routers,
     join_routers,
     load_routed,
     load_routed_checkpoint,
     load_tokenizer,
-    save_routers,
 )
 from drllm.errors import UserError
 from drllm.evaluation.protocol import uses_chat_template
 from drllm.provenance import fingerprint
 from drllm.router_checkpoint import main
+from drllm.saving import extract_routers, save_routers
 from drllm.training.trainer import RouterTrainingConfig, train_routers
 from tests.bad_input.hostile import hostile_checkpoint
 from train_models import RouterBlock, retrofit
@@ -362,10 +361,10 @@ def test_a_damaged_router_config_names_the_field(change, checkpoint, tmp_path):
     [
         ("{", "not valid JSON"),
         ("[]", "expected an object"),
-        ("{}", "no valid field 'metrics'"),
-        ({"metrics": {}}, "no valid field 'metrics.macro_f1'"),
-        ({"config": 3}, "no valid field 'config'"),
-        ({"questions_per_set": None}, "no valid field 'questions_per_set'"),
+        ("{}", "no field 'metrics'"),
+        ({"metrics": {}}, "metrics: no field 'macro_f1'"),
+        ({"config": 3}, "'config' is 3, expected an object"),
+        ({"questions_per_set": None}, "'questions_per_set' is null, expected an object"),
     ],
 )
 def test_a_damaged_training_record(content, message, checkpoint, tmp_path):
