@@ -25,7 +25,15 @@ from extensions.baselines.interface import Answered, Tensors
 from extensions.baselines.outcomes import Outcome
 from train_models.paths import Path, default_path
 
-CHUNK = 64  # questions of similar length that are scored one after the other, and whose decisions are kept in one file
+CHUNK = 64  # questions whose decisions are kept in one file
+
+
+def by_set(prompts: Sequence[AnyPrompt]) -> dict[str, list[int]]:
+    """Set -> places of its questions."""
+    places: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        places.setdefault(prompt.question.set, []).append(place)
+    return places
 
 
 class Bench:
@@ -160,10 +168,8 @@ class Bench:
         Args:
             places: the test questions that `outcome` is of; None: all.
         """
-        members: dict[str, list[int]] = {}
-        for index, place in enumerate(range(len(self.prompts)) if places is None else places):
-            members.setdefault(self.prompts[place].question.set, []).append(index)
-        return {name: outcome.of(own).summary() | {"questions": len(own)} for name, own in members.items()}
+        prompts = self.prompts if places is None else [self.prompts[place] for place in places]
+        return {name: outcome.of(own).summary() | {"questions": len(own)} for name, own in by_set(prompts).items()}
 
     def _store(self, name: str, **key: str) -> ScoreStore:
         return ScoreStore(self.folder / name, self.key | key, self.state.process_index)
@@ -175,16 +181,8 @@ class Bench:
     def _score(
         self, store: ScoreStore, prompts: Sequence[AnyPrompt], paths: Sequence[Sequence[Path]], title: str | None
     ) -> None:
-        order = [
-            index
-            for start in range(0, len(prompts), CHUNK)
-            for index in sorted(
-                range(start, min(start + CHUNK, len(prompts))), key=lambda index: len(prompts[index].input_ids)
-            )
-        ]
-        work = [(prompts[index], paths[index]) for index in order]
-        share = {"rank": self.state.process_index, "num_processes": self.state.num_processes}
-        score_all(self.engine, work, store, title, **share)
+        work = list(zip(prompts, paths, strict=True))
+        score_all(self.engine, work, store, title, self.state.process_index, self.state.num_processes)
         self.state.wait_for_everyone()
         store.update()
 

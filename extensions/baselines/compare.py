@@ -51,6 +51,7 @@ from drllm.questions.per_set import numbers_per_set
 from drllm.questions.sets import expand_sets
 from drllm.rollouts.rewards import REWARDS
 from drllm.rollouts.scores import ScoreStore
+from extensions.baselines.bench import by_set
 from extensions.baselines.ceiling import NAME as CEILING
 from extensions.baselines.ceiling import ceiling
 from extensions.baselines.flexidepth import FlexiDepth
@@ -260,11 +261,8 @@ class Comparison:
 
     def ceiling(self) -> None:
         """The rows of the search with the test questions' answers, and of the base on the same questions."""
-        bench, seen, places = self.bench, {}, []
-        for place, prompt in enumerate(bench.prompts):
-            seen[prompt.question.set] = seen.get(prompt.question.set, 0) + 1
-            if seen[prompt.question.set] <= CEILING_QUESTIONS:
-                places.append(place)
+        bench = self.bench
+        places = [place for of_set in by_set(bench.prompts).values() for place in of_set[:CEILING_QUESTIONS]]
         prompts = [bench.prompts[place] for place in places]
         base = bench.base.of(places)
         store = ScoreStore(bench.folder / "ceiling", bench.key | {"seed": self.arguments.seed})
@@ -273,9 +271,7 @@ class Comparison:
 
     def differences(self) -> dict[str, dict[str, dict[str, float]]]:
         """Each named checkpoint against the base and every other method: paired, by set and for the mix."""
-        bench, places = self.bench, {}
-        for place, prompt in enumerate(bench.prompts):
-            places.setdefault(prompt.question.set, []).append(place)
+        places = by_set(self.bench.prompts)
         named = dict.fromkeys(checkpoint.partition("=")[0] for checkpoint in self.arguments.checkpoint)
         return {
             f"{name} - {other}": differences_by_set(self.outcomes[name], reference, places, self.weights)
