@@ -15,10 +15,16 @@ from drllm.questions.sets import SETS
 
 @dataclass(frozen=True)
 class Rollout:
-    """A greedy response, without special tokens, and its reward."""
+    """A greedy response, without special tokens, its reward, and whether it holds an answer that can be graded."""
 
     response: str
     is_right: bool
+    has_answer: bool = True
+
+    @property
+    def scores(self) -> tuple[float, float]:
+        """What a store of scores keeps of it."""
+        return float(self.is_right), float(self.has_answer)
 
 
 class BackgroundGrader:
@@ -59,7 +65,9 @@ class BackgroundGrader:
 
     def _grade(self, prompt: Prompt, response: str) -> Rollout:
         start = time.perf_counter()
-        rollout = Rollout(response, prompt.response_format.grade(prompt.question, response))
+        form, question = prompt.response_format, prompt.question
+        is_right = form.grade(question, response)
+        rollout = Rollout(response, is_right, is_right or form.has_answer(question, response))
         with self._counting:
             self.seconds += time.perf_counter() - start
             self.graded += 1
