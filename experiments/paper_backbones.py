@@ -90,8 +90,11 @@ def paper_models() -> dict[str, dict[str, Any]]:
     return {model["id"].rpartition("/")[2].lower(): model for model in numbers.paper_models()}
 
 
-def find_backbones(names: str) -> list[Backbone]:
+def find_backbones(names: str, is_base: bool = False) -> list[Backbone]:
     """The backbones called `names`: comma-separated short names, Hub names or folders, or "all".
+
+    Args:
+        is_base: whether models that are not the paper's are base models.
 
     Raises:
         UserError: an unknown name.
@@ -100,22 +103,27 @@ def find_backbones(names: str) -> list[Backbone]:
     for name in models if names == "all" else names.split(","):
         short = name.rstrip("/").rpartition("/")[2].lower()
         if (Path(name) / "config.json").is_file():
-            backbones.append(_local_backbone(name, short))
+            backbones.append(_other_backbone(name, short, is_base))
         elif name.lower() in (short, models.get(short, {"id": ""})["id"].lower()) and short in models:
             size = {key: models[short][key] for key in SIZES}
             backbones.append(Backbone(models[short]["id"], short, **size, is_base="instruct" not in short))
         else:
-            raise UserError(f"--model {name} is neither a folder with a model nor one of {', '.join(models)}, all")
+            try:
+                backbones.append(_other_backbone(name, short, is_base))
+            except UserError as error:
+                raise UserError(
+                    f"--model {name} is neither a folder with a model nor one of {', '.join(models)}, all; {error}"
+                ) from None
     return backbones
 
 
-def _local_backbone(folder: str, name: str) -> Backbone:
-    config = load_config(folder)
+def _other_backbone(model: str, name: str, is_base: bool) -> Backbone:
+    config = load_config(model)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     sizes = (config.num_hidden_layers, config.hidden_size, parameters, config.num_key_value_heads * head)
-    return Backbone(folder, name, *sizes, config.intermediate_size, config.vocab_size)
+    return Backbone(model, name, *sizes, config.intermediate_size, config.vocab_size, is_base)
 
 
 class Commands:
@@ -141,7 +149,7 @@ class Commands:
         command += ["--budget", "2", "--seed", str(args.seed), *self.limit]
         command += ["--samples", "paper" if args.samples is None else str(args.samples)]
         command += ["--max_new_tokens", f"dart={args.dart_max_new_tokens}"]
-        command += ["--inject_boxed"] if self.backbone.is_base else []  # Appendix A
+        command += ["--chat_template", "off", "--inject_boxed"] if self.backbone.is_base else []  # Appendix A
         return [*command, "--output_dir", str(self.labels)]
 
     def train(self) -> list[str]:
@@ -287,6 +295,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_shared(
         parser, "model", required=True, about=": several, comma-separated, of " + ", ".join(paper_models()) + "; or all"
     )
+    add(
+        "--base_model",
+        action="store_true",
+        help="treat models that are not the paper's as base models: no chat template, math prompts end with \\boxed{",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry_run", action="store_true", help="print commands and costs (default)")
     what.add_argument("--run", action="store_true", help="run the steps, one after the other")
@@ -345,7 +358,7 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the plan or the Slurm script, or runs the steps."""
     given = sys.argv[1:] if argv is None else argv
     args = parse_arguments(given)
-    backbones = find_backbones(args.model)
+    backbones = find_backbones(args.model, args.base_model)
     if args.slurm:
         position = next(n for n, part in enumerate(given) if part.split("=")[0] == "--model")
         width = 1 if "=" in given[position] else 2

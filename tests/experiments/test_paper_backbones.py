@@ -138,13 +138,27 @@ def test_printed_commands_have_the_papers_settings(name, capsys):
         "figure8",
     }
     table = PAPER | {step: PAPER[step] | EVALUATION for step in paper_backbones.EVALUATIONS}
-    # Appendix A: the responses of base models begin with a box.
-    table["labels"] = table["labels"] | {"inject_boxed": "instruct" not in name}
+    # Appendix A: the responses of base models begin with a box; their prompts have no template.
+    is_base = "instruct" not in name
+    table["labels"] = table["labels"] | {"inject_boxed": is_base, "chat_template": "off" if is_base else "auto"}
     for step, settings in table.items():
         parsed = _parse(step, commands[step])
         assert {key: parsed[key] for key in settings} == settings, step
     checkpoint = f"out/backbones/{name}/checkpoints/{name}"
     assert all(_parse(step, commands[step])["checkpoint"] == [checkpoint] for step in paper_backbones.EVALUATIONS)
+
+
+@pytest.mark.parametrize("is_base", [True, False])
+def test_other_models_are_base_models_where_an_argument_says_so(is_base, monkeypatch):
+    flag = ["--base_model"] if is_base else []
+    config = paper_backbones.load_config(MINIATURE)
+    monkeypatch.setattr(paper_backbones, "load_config", lambda name: config)
+    for name in (str(MINIATURE), "org/On-The-Hub"):
+        args = paper_backbones.parse_arguments(["--model", name, *flag])
+        (backbone,) = paper_backbones.find_backbones(args.model, args.base_model)
+        assert (backbone.model, backbone.is_base) == (name, is_base)
+        parsed = _parse("labels", {step.name: step for step in paper_backbones.plan(backbone, args)}["labels"].command)
+        assert (parsed["inject_boxed"], parsed["chat_template"]) == ((True, "off") if is_base else (False, "auto"))
 
 
 def test_estimates_follow_from_sizes_and_assumptions():
