@@ -65,8 +65,8 @@ extend() {  # beyond the paper: labels of groups, labels on which the published 
   launch -m extensions.groups.search --model "$model" "${data[@]}" --prompts_of "$(labels_of "$first")" \
     --groups collection --num_simulations 40 --finalists 8 --batch_size "$rows" ${LIMIT:+--limit "$LIMIT"} \
     --output_dir $out/group_labels
-  "$PYTHON" -m extensions.agreement --data "$(labels_of "$first")" --checkpoint "$out/checkpoints/published-$first-0" \
-    --batch_size "$rows" --output_dir $out/agreed_labels
+  "$PYTHON" -m extensions.agreement --data "$(labels_of "$first")" --batch_size "$rows" \
+    --checkpoint "$out/checkpoints/published-$first-${SEEDS%%,*}" --output_dir $out/agreed_labels
   train groups $out/group_labels
   train agreed $out/agreed_labels
 }
