@@ -21,14 +21,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drllm.attention import kernels_without_plans
 from drllm.errors import UserError
+from drllm.questions.padding import pad_ids
 from drllm.questions.prompts import Prompt
 from drllm.questions.sets import Question
 from drllm.rollouts.background import BackgroundGrader, Rollout
 from drllm.rollouts.batches import BatchLimit, BatchSize, run_in_batches
-from train_models.cache import PathCache, RowSchedule
-from train_models.paths import EXECUTE, Path, default_path, path_to_layer_indices
+from drllm.rollouts.default_states import DefaultStates
+from train_models.cache import PathCache
+from train_models.paths import Path, default_path, path_to_layer_indices
 
-COMPACT_SHARE = 0.25  # ended rows are dropped from the cache once they are this share of it: dropping copies the rest
+# Ended rows are dropped from the cache once they are this share of it, else 0.5: dropping copies the rest, and on a GPU
+# a step costs launches rather than rows.
+COMPACT_SHARE = {"cpu": 0.25}
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,6 @@ class Request:
     prompt: Prompt
     path: Path
     to_the_end: bool = False
-
-
-@dataclass
-class _DefaultStates:
-    """The default path over a prompt of T tokens: block inputs [L, T, d], keys and values [L, H, T, d_h]."""
-
-    inputs: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
 
 
 @dataclass
@@ -91,7 +86,7 @@ class RolloutEngine:
         self.rollouts = 0
         self.block_tokens = 0
         self.grader = BackgroundGrader()
-        self._default_states: dict[str, _DefaultStates] = {}
+        self._default_states = DefaultStates()
         # What is known of the responses of the questions being searched, by question id and tokens: there are few.
         self._settled: dict[str, dict[tuple[int, ...], bool]] = {}
         self._graded: dict[str, dict[tuple[int, ...], Future[Rollout]]] = {}
@@ -123,7 +118,7 @@ class RolloutEngine:
 
     def forget(self, question: Question) -> None:
         """Gives back the memory that `question` holds; call it when its search is over."""
-        self._default_states.pop(question.id, None)
+        self._default_states.forget(question.id)
         self._settled.pop(question.id, None)
         self._graded.pop(question.id, None)
 
@@ -134,37 +129,34 @@ class RolloutEngine:
         for row in batch:
             row.tokens = []
         active = list(batch)
-        widths = [len(row.request.prompt.input_ids) for row in active]
-        width, device = max(widths), self.model.device
-        mask = torch.zeros(len(active), width, dtype=torch.long)
-        for place, length in enumerate(widths):
-            mask[place, width - length :] = 1
-        mask = mask.to(device)
-        is_padded = min(widths) < width
-        logits, cache = self._prefill(active, mask, is_padded)
+        widths = {len(row.request.prompt.input_ids) for row in active}
+        padded = pad_ids([row.request.prompt.input_ids for row in active], 0, self.model.device)
+        mask, is_padded = padded["attention_mask"], len(widths) > 1
+        logits, cache = self._prefill(active, padded["input_ids"], mask, is_padded)
         for row, is_finite in zip(active, logits.isfinite().all(-1).tolist(), strict=True):
             # An edited path may overflow: then its answer is wrong. If the base model does, no reward means anything.
             if not is_finite and row.request.path == default_path(len(row.request.path)):
                 raise UserError(not_finite("logits", row.request, self.model))
+        compact_share = COMPACT_SHARE.get(mask.device.type, 0.5)
         while True:
-            next_ids = logits.argmax(-1).tolist()
+            next_ids = logits.argmax(-1)
             ended = []
-            for place, (row, token) in enumerate(zip(active, next_ids, strict=True)):
+            for place, (row, token) in enumerate(zip(active, next_ids.tolist(), strict=True)):
                 if not self._has_ended(row):
                     row.tokens.append(token)
                 if self._has_ended(row):
                     ended.append(place)
             if len(ended) == len(active):
                 break
-            if len(ended) >= COMPACT_SHARE * len(active):
-                kept = torch.tensor(sorted(set(range(len(active))) - set(ended)), device=device)
+            if len(ended) >= compact_share * len(active):
+                kept = torch.tensor(sorted(set(range(len(active))) - set(ended)), device=mask.device)
                 cache.batch_select_indices(kept)
-                mask = mask[kept]
+                mask, next_ids = mask[kept], next_ids[kept]
                 active = [active[place] for place in kept.tolist()]
             mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
             self.block_tokens += sum(sum(row.request.path) for row in active)
             logits = self.model(
-                input_ids=torch.tensor([[row.tokens[-1]] for row in active], device=device),
+                input_ids=next_ids[:, None],
                 attention_mask=mask if is_padded else None,
                 position_ids=mask.sum(1, keepdim=True) - 1,
                 past_key_values=cache,
@@ -173,20 +165,17 @@ class RolloutEngine:
             ).logits[:, -1]
         self.rollouts += len(batch)
 
-    def _prefill(self, rows: list[_Row], mask: torch.Tensor, is_padded: bool) -> tuple[torch.Tensor, PathCache]:
+    def _prefill(
+        self, rows: list[_Row], ids: torch.Tensor, mask: torch.Tensor, is_padded: bool
+    ) -> tuple[torch.Tensor, PathCache]:
         """Next-token logits [B, V] and the filled cache. Each row starts at its first edited block where it can."""
         paths = [row.request.path for row in rows]
         prompts = [row.request.prompt for row in rows]
-        width = mask.shape[1]
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        for place, prompt in enumerate(prompts):
-            ids[place, width - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
-        embeddings = self.model.get_input_embeddings()(ids.to(mask.device))
-        states = [self._default_states.get(prompt.question.id) for prompt in prompts]
-        starts = [0 if known is None else _first_edit(path) for known, path in zip(states, paths, strict=True)]
-        for place, (known, start) in enumerate(zip(states, starts, strict=True)):
-            if start:
-                embeddings[place, width - known.inputs.shape[1] :] = known.inputs[start]
+        embeddings = self.model.get_input_embeddings()(ids)
+        question_ids = [prompt.question.id for prompt in prompts]
+        starts = self._default_states.starts(question_ids, paths)
+        if any(starts):
+            places = self._default_states.begin(embeddings, question_ids, starts)
         keep_states = self.reuse_default_states and all(path == default_path(self.num_blocks) for path in paths)
         cache = PathCache()
         output = self.model(
@@ -205,21 +194,10 @@ class RolloutEngine:
         for path, start, prompt in zip(paths, starts, prompts, strict=True):
             self.block_tokens += (sum(path) - start) * len(prompt.input_ids)
         if keep_states:
-            self._keep(prompts, output.hidden_states, cache)
+            self._default_states.keep(question_ids, mask, output.hidden_states, cache)
         if any(starts):
-            _add_default_states(cache, paths, starts, states, width)
+            self._default_states.complete(cache, paths, starts, places)
         return output.logits[:, -1], cache
-
-    def _keep(self, prompts: list[Prompt], hidden_states: Sequence[torch.Tensor], cache: PathCache) -> None:
-        """Remembers the default path's states of each prompt, unpadded."""
-        first_visits = cache.layers[: self.num_blocks]
-        for place, prompt in enumerate(prompts):
-            length = len(prompt.input_ids)
-            self._default_states[prompt.question.id] = _DefaultStates(
-                torch.stack([states[place, -length:] for states in hidden_states[: self.num_blocks]]),
-                torch.stack([layer.keys[place, :, -length:] for layer in first_visits]),
-                torch.stack([layer.values[place, :, -length:] for layer in first_visits]),
-            )
 
     def _has_ended(self, row: _Row) -> bool:
         if row.tokens and row.tokens[-1] in self.end_ids:
@@ -246,60 +224,13 @@ class RolloutEngine:
 
     def _make_room(self, batch: list[_Row]) -> bool:
         """Drops the states of default paths, which are only a shortcut; whether one row is worth another try then."""
-        held_states = bool(self._default_states)
-        self._default_states.clear()  # rollouts start at block 0 again
+        held_states = self._default_states.clear()  # rollouts start at block 0 again
         if len(batch) == 1 and not held_states:
             length = len(batch[0].request.prompt.input_ids)
             raise UserError(
                 f"one prompt of {length} tokens runs out of memory; free some, use a smaller dtype or a larger device"
             )
         return len(batch) == 1
-
-
-def _add_default_states(
-    cache: PathCache,
-    paths: list[Path],
-    starts: list[int],
-    states: list[_DefaultStates | None],
-    width: int,
-) -> None:
-    """Completes a cache whose row r ran the blocks from `starts[r]` on with the default path's keys and values.
-
-    Left-padded positions are zero; the attention mask hides them.
-    """
-    highest = max(starts)
-    some = next(known for known, start in zip(states, starts, strict=True) if start)
-    parts = []
-    for name in ("keys", "values"):
-        stored = getattr(some, name)
-        whole = stored.new_zeros(highest, len(paths), stored.shape[1], width, stored.shape[3])
-        for row, (known, start) in enumerate(zip(states, starts, strict=True)):
-            if start:
-                whole[:start, row, :, width - known.inputs.shape[1] :] = getattr(known, name)[:start]
-        parts.append(whole)
-    device = some.keys.device
-    for block in range(highest):
-        computed = [row for row, path in enumerate(paths) if starts[row] <= block and path[block]]
-        visiting = [row for row, path in enumerate(paths) if path[block]]
-        layer = cache.layers[block]
-        keys, values = parts[0][block], parts[1][block]
-        if computed:
-            where = torch.tensor(computed, device=device)
-            keys.index_copy_(0, where, layer.keys)
-            values.index_copy_(0, where, layer.values)
-        if len(visiting) < len(paths):
-            where = torch.tensor(visiting, device=device)
-            keys, values = keys[where], values[where]
-        if computed:
-            layer.keys, layer.values = keys, values
-        elif visiting:
-            layer.update(keys, values)  # the first use of an empty layer
-    cache.schedule = RowSchedule.of(paths, len(paths[0]), device)
-
-
-def _first_edit(path: Path) -> int:
-    """The first block that does not run exactly once; 0 for the default path, which is computed whole."""
-    return next((block for block, visits in enumerate(path) if visits != EXECUTE), 0)
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -124,7 +124,7 @@ def test_known_default_states_save_the_blocks_below_the_first_edit(toy):
     prompt_tokens = sum(len(prompt.input_ids) for prompt in prompts)
     assert costs[False] - costs[True] == 4 * prompt_tokens
     engine.forget(prompts[0].question)
-    assert prompts[0].question.id not in engine._default_states
+    assert prompts[0].question.id not in engine._default_states.places
 
 
 def test_a_batch_that_runs_out_of_memory_is_halved_and_changes_nothing(toy, capsys, monkeypatch):
@@ -159,8 +159,8 @@ def test_one_row_out_of_memory_is_tried_again_without_stored_states(toy, monkeyp
     run, tries = engine._run, []
 
     def full(batch):
-        tries.append(len(engine._default_states))
-        if engine._default_states:
+        tries.append(len(engine._default_states.places))
+        if engine._default_states.places:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         run(batch)
 
@@ -219,7 +219,7 @@ def test_searches_do_not_depend_on_what_runs_beside_them(toy):
         engine = RolloutEngine(model, tokenizer, batch_size, reuse_default_states=reuse)
         found = by_id(SearchPool(engine, settings, 0, concurrency).search(prompts[::order]))
         assert found == expected
-        assert not engine._default_states
+        assert not engine._default_states.places
         assert not engine._settled
         assert not engine._graded
         # Nothing is computed twice: one rollout a distinct path of a question.
@@ -263,7 +263,7 @@ def test_questions_are_read_as_there_is_room(toy):
     searched = SearchPool(engine, SearchSettings(num_simulations=5), 0, 8).search(reading())
     next(searched)
     assert len(read) == 8
-    assert len(engine._default_states) <= 8
+    assert len(engine._default_states.places) <= 8
     list(searched)
     assert len(read) == len(prompts)
 
