@@ -107,16 +107,21 @@ class Bench:
         """Scores test question n along `paths[n]`, as far as that is not known; paths that begin alike share blocks."""
         self._score(self._test_scores, self.prompts, paths, title)
 
-    def training_rewards(self, paths: Sequence[Path], title: str) -> dict[Path, list[float]]:
-        """The reward in [0, 1] of each training question along each of `paths`."""
+    def training_outcomes(self, paths: Sequence[Path], title: str) -> dict[Path, Outcome]:
+        """The outcome of each of `paths` on all training questions."""
         prompts = [answered.prompt for answered in self.training]
         store = self._store("training")
-        self._score(store, prompts, [[default_path(self.num_blocks), *paths]] * len(prompts), title)
-        rewards = {}
-        for path in paths:
-            rows = [store.get(prompt.question.id, path) for prompt in prompts]
-            rewards[path] = self._judged(prompts, rows, [float(sum(path))] * len(rows)).value
-        return rewards
+        self._score(store, prompts, [paths] * len(prompts), title)
+        return {
+            path: self._judged(
+                prompts, [store.get(prompt.question.id, path) for prompt in prompts], [float(sum(path))] * len(prompts)
+            )
+            for path in paths
+        }
+
+    def training_rewards(self, paths: Sequence[Path], title: str) -> dict[Path, list[float]]:
+        """The reward in [0, 1] of each training question along each of `paths`."""
+        return {path: outcome.value for path, outcome in self.training_outcomes(paths, title).items()}
 
     def decisions(self, routed: PreTrainedModel, prompts: Sequence[AnyPrompt], control: float | None = None):
         """The paths that the routers of `routed` decide on, one per prompt; they are kept on disk.
