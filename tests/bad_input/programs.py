@@ -11,7 +11,7 @@ from collections.abc import Callable
 import data_generation
 import train
 from benchmarks import evaluation as evaluation_speed
-from benchmarks import latency, search, training, training_memory
+from benchmarks import exported_paths, latency, search, training, training_memory
 from drllm import evaluate, export_path, gguf_checkpoint, router_checkpoint
 from drllm.evaluation import eval_sh
 from experiments import (
@@ -19,6 +19,7 @@ from experiments import (
     fresh_questions,
     inspect_prompt,
     label_choice,
+    menu,
     paper_backbones,
     paper_figures,
     paper_tables,
@@ -45,6 +46,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "fresh_questions": fresh_questions.main,
     "inspect_prompt": inspect_prompt.main,
     "label_choice": label_choice.main,
+    "menu": menu.main,
     "paper_backbones": paper_backbones.main,
     "paper_figures": paper_figures.main,
     "paper_tables": paper_tables.main,
@@ -52,6 +54,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "sweep": sweep.main,
     "miniature/make.py": make.main,
     "benchmarks/evaluation.py": evaluation_speed.main,
+    "benchmarks/exported_paths.py": exported_paths.main,
     "benchmarks/latency.py": latency.main,
     "benchmarks/search.py": search.main,
     "benchmarks/training.py": training.main,
@@ -83,6 +86,8 @@ COMMON = {
     "ablation": "table6 --data {labels} --data_dir {questions} --work_dir {out} --output {out} --num_epochs 1",
     "compare": "--model {base} --data_dir {questions} --dataset arc_easy --work_dir {out} --output {out}/r.json "
     "--train_questions 2",
+    "menu": "--model {base} --data_dir {questions} --dataset arc_easy --work_dir {out} --output {out}/r.json",
+    "exported": "--model {base} --data_dir {questions} --work_dir {out} --output {out}/r.json",
     "group_search": "--model {base} --data_dir {questions} --dataset arc_easy --output_dir {out} --limit 2",
     "sweep": "{checkpoint} --data_dir {questions} --dataset arc_easy --output {out}/r.json",
     "backbone": "--model {base} --output_dir {out}",

@@ -1,6 +1,7 @@
 """An exported path is a stock checkpoint that does what the path does here; bad input is one sentence."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_models import load_path_model
 from drllm import stock_checkpoint
 from drllm.export_path import main
-from drllm.provenance import fingerprint
+from drllm.provenance import ROOT, fingerprint
 from tests.conftest import STOCK
 from train_models import retrofit
 
@@ -180,3 +181,15 @@ def test_a_wrong_checkpoint_or_folder(harm, sentence, tiny_base, tmp_path, capsy
     assert main([str(base), "--path", "skip 1", "--output_dir", str(tmp_path / "out")]) == 2
     assert sentence in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_copies_of_a_repeated_block_can_share_their_weights(stock_checkpoint, tmp_path):
+    """The lines of docs/serving.md, at another place."""
+    model = AutoModelForCausalLM.from_pretrained(export(stock_checkpoint("qwen2"), "repeat 2", tmp_path / "out"))
+    prompt = torch.arange(1, 13)[None]
+    before = model(prompt).logits
+    (code,) = re.findall(r"```python\n(layers = .*?)```", (ROOT / "docs" / "serving.md").read_text(), re.S)
+    exec(code.replace("(17, 18)", "(2, 3)"), {"model": model})
+    assert torch.equal(model(prompt).logits, before)
+    kept, copy = (model.model.layers[place].mlp.up_proj.weight for place in (2, 3))
+    assert kept.data_ptr() == copy.data_ptr()
