@@ -9,6 +9,10 @@ command, with any number of processes and any batch size.
 
 from __future__ import annotations
 
+from drllm.errors import main_guard, require_packages
+
+require_packages("torch", "transformers", "accelerate", "datasets", "math_verify")
+
 import argparse
 import functools
 import math
@@ -18,7 +22,6 @@ import torch
 
 from data_models import load_path_model
 from drllm.arguments import HelpFormatter, check_ranges
-from drllm.errors import main_guard
 from drllm.loading import check_finite, loading
 from drllm.manifests import LABELS, PROGRAM
 from drllm.questions.per_set import numbers_per_set

@@ -13,4 +13,5 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="${PYTHON:-python3}"
 command -v "$python" > /dev/null || { echo "error: no $python here; set PYTHON to your interpreter" >&2; exit 2; }
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+"$python" -c 'from drllm.errors import require_packages as r; r("torch", "transformers", "accelerate", "lm_eval", "math_verify")'
 exec "$python" -m drllm.evaluation.eval_sh "$@"

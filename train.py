@@ -8,12 +8,15 @@ Trains one router per block on the paths that data_generation.py found and write
 
 from __future__ import annotations
 
+from drllm.errors import main_guard, require_packages
+
+require_packages("torch", "transformers", "accelerate")
+
 from accelerate import PartialState
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from drllm.arguments import HelpFormatter
-from drllm.errors import main_guard
 from drllm.training.config import RouterTrainingConfig
 from drllm.training.trainer import quiet_libraries, train_routers
 

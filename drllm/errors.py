@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any
+
+
+def require_packages(*names: str) -> None:
+    """Ends the program with one sentence and status 2 where this interpreter lacks one of the packages `names`.
+
+    Programs call it before they import anything else of their own.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"error: {sys.executable} has no {', '.join(missing)}: activate the environment with the packages of "
+            "requirements.txt (source .venv/bin/activate), or call its interpreter (eval.sh: PYTHON=.venv/bin/python)",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
 
 
 class UserError(Exception):

@@ -13,10 +13,12 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data_models import path_model_class
 from drllm.arguments import MAX_SEED, add_shared, check_ranges
-from drllm.checkpoints import load_tokenizer
+from drllm.checkpoints import checkpoint_info, load_tokenizer
 from drllm.errors import UserError
 from drllm.files import check_output_folder
+from drllm.loading import loading
 from drllm.manifests import Manifest
 from drllm.miniature import MINIATURE_DATA, MINIATURE_MODEL
 from drllm.processes import process_state
@@ -88,7 +90,8 @@ def check_arguments(args: argparse.Namespace, defaults: SearchSettings) -> Searc
     """Checks the arguments of `add_arguments` and fills in the bundled model; returns the settings of the trees.
 
     Raises:
-        UserError: a value out of range, an unknown set, a set that the reward cannot judge, an unwritable folder.
+        UserError: a value out of range, an unknown set, a set that the reward cannot judge, an unwritable folder, no
+            such model, a family that is not supported.
     """
     ranges = dict.fromkeys(("num_simulations", "budget", "batch_size"), (1, math.inf)) | {"c": (0, math.inf)}
     ranges |= {"p_rand": (0, 1), "seed": (0, MAX_SEED)}
@@ -104,6 +107,8 @@ def check_arguments(args: argparse.Namespace, defaults: SearchSettings) -> Searc
     if args.data_dir is None and args.model is None:
         args.data_dir = str(MINIATURE_DATA)
     args.model = args.model or str(MINIATURE_MODEL)
+    with loading(args.model, "model", args.revision):
+        path_model_class(checkpoint_info(args.model, revision=args.revision).family)
     try:
         return replace(defaults, **{TREE[name]: getattr(args, name) for name in TREE if hasattr(args, name)})
     except ValueError as error:
