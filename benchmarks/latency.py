@@ -30,7 +30,7 @@ after the other. The stock model's batch is the same in all of them.
 
 A ratio is marked UNUSABLE when there are fewer than five rounds or when the rounds of either side differ too much
 (`benchmarks/pairs.py`). Compiled runs compile in the warm-up round: "compiled" has one graph for all blocks and paths,
-"compiled whole" one per path. CUDA graphs have not been tested.
+"compiled whole" one per path. Decoding from CUDA graphs is measured by `benchmarks/decode.py`.
 """
 
 from __future__ import annotations

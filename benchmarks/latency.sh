@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The checked-in figures of benchmarks/latency.py; run on a quiet machine. No argument: all that need no GPU.
 #
-#   benchmarks/latency.sh [static|prefill|decode|routers|compiled|llm|gpu]...
+#   benchmarks/latency.sh [static|prefill|decode|routers|compiled|llm]...
 #
 # MODEL is the folder of the language model of `llm`.
 set -euo pipefail
@@ -45,21 +45,12 @@ llm() {
         --rows shared --threads 1 --measure path,router,stock_again --output results/speed/latency_llm.json
 }
 
-# The paper's table at its shapes.
-gpu() {
-    local shape
-    for shape in llama-3.2-3b llama-3.1-8b; do
-        latency --shape "$shape" --device cuda --dtype bfloat16 --new_tokens 1000 --skip 0,4 --batch_sizes 1,16 \
-            --rows shared,mixed --output "results/speed/latency_${shape}.json"
-    done
-}
-
 [ $# -gt 0 ] || set -- static prefill decode routers compiled
 for recipe in "$@"; do
     case $recipe in
-    static | prefill | decode | routers | compiled | llm | gpu) "$recipe" ;;
+    static | prefill | decode | routers | compiled | llm) "$recipe" ;;
     *)
-        echo "error: unknown recipe $recipe; choose from static, prefill, decode, routers, compiled, llm, gpu" >&2
+        echo "error: unknown recipe $recipe; choose from static, prefill, decode, routers, compiled, llm" >&2
         exit 2
         ;;
     esac

@@ -125,6 +125,8 @@ class PathCache(DynamicCache):
     that the caller holds is right after the call.
     """
 
+    holder = None  # the graphs whose buffers hold entries that the slots lack
+
     def __init__(self, config: PreTrainedConfig | None = None, max_cache_len: int | None = None):
         """
         Args:
@@ -135,6 +137,7 @@ class PathCache(DynamicCache):
         self._start(config, max_cache_len)
 
     def _start(self, config: PreTrainedConfig | None, max_cache_len: int | None) -> None:
+        self.holder = None
         self.schedule: RowSchedule | None = None
         self.tokens_seen = 0
         self.forward_passes = 0
@@ -157,6 +160,25 @@ class PathCache(DynamicCache):
         # Made once and not at each visit: in decoding a small model, Python's time counts.
         slots = [_Slot(layer) for layer in self.layers]
         self._slots = list(zip(slots[: len(slots) // 2], slots[len(slots) // 2 :], strict=True))
+
+    @property
+    def layers(self) -> list[CacheLayerMixin]:
+        """The slots, with all entries: first visits, then second ones."""
+        self.settle()
+        return self._slot_layers
+
+    @layers.setter
+    def layers(self, layers: list[CacheLayerMixin]) -> None:
+        self._slot_layers = layers
+
+    def settle(self) -> None:
+        """Takes back the newest entries from the buffers of CUDA graphs (`graphs.py`), where these hold them."""
+        if self.holder is not None:
+            self.holder.release()
+
+    def __getstate__(self) -> dict:
+        self.settle()
+        return self.__dict__
 
     def activate_past_recording(self) -> None:
         """Also before the first forward pass makes the slots."""
@@ -189,7 +211,9 @@ class PathCache(DynamicCache):
                 "whole prompt"
             )
         max_cache_len = cache.layers[0].max_cache_len if type(cache) is StaticCache else None
+        layers = cache.__dict__.pop("layers")
         cache.__class__ = cls
+        cache.layers = layers
         cache._start(config, max_cache_len)
         return cache
 
@@ -208,6 +232,7 @@ class PathCache(DynamicCache):
 
     def slot(self, block: int, visit: int) -> _Slot:
         """What the attention of `block` gets as its cache on its (`visit` + 1)-th visit."""
+        self.settle()
         return self._slots[block][visit]
 
     def advance(self, schedule: RowSchedule, num_tokens: int) -> None:
@@ -217,6 +242,11 @@ class PathCache(DynamicCache):
         self.forward_passes += 1
 
     # The stock cache takes its length from the first layer, which here may be skipped by some rows or by all.
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether masks are made for slots of a fixed length; not while graphs, which make their own, hold them."""
+        return self._max_cache_len is not None and self.holder is None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far, whichever blocks they ran through."""

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .cache import CACHE_NAME, PathCache, RowSchedule, applications, one_cache
 from .generating import GeneratesAlongPaths, LayerIndices, has_a_path_per_row
+from .graphs import DecodingGraphs
 from .paths import default_path, layer_indices_to_path
 from .self_check import ChecksItself
 from .sharding import in_step, is_sharded, visits_elsewhere
@@ -142,6 +143,7 @@ class FollowsPaths(ChecksItself):
     def __init__(self, config):
         super().__init__(config)
         self._last_call = _LastCall()
+        self.graphs: DecodingGraphs | None = None  # see `decode_with_graphs`
         self._layer_indices: LayerIndices | None = None
 
     @property
@@ -227,18 +229,17 @@ class FollowsPaths(ChecksItself):
             tokens_seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(num_tokens, device=inputs_embeds.device) + tokens_seen).unsqueeze(0)
 
-        kinds = self._attention_kinds
-        views = _RowViews(
-            self._masks(set(kinds), inputs_embeds, attention_mask, cache, position_ids),
-            position_ids,
-            self.rotary_emb(inputs_embeds, position_ids),
-            batch_size,
-        )
+        kinds, blocks, hidden_states, views = self._attention_kinds, self.layers, inputs_embeds, None
+        if self.graphs is not None and self.graphs.serves(num_tokens, cache):
+            hidden_states = self.graphs.step(inputs_embeds, attention_mask, position_ids, cache, output_hidden_states)
+            blocks = ()
+        else:
+            masks = self._masks(set(kinds), inputs_embeds, attention_mask, cache, position_ids)
+            views = _RowViews(masks, position_ids, self.rotary_emb(inputs_embeds, position_ids), batch_size)
 
-        hidden_states = inputs_embeds
         all_hidden_states = [hidden_states]
         is_in_step = is_sharded(self.layers)
-        for block, layer in enumerate(self.layers):
+        for block, layer in enumerate(blocks):
             is_compiled = layer._compiled_call_impl is not None
             run = layer._call_impl if is_compiled and num_tokens > 1 else layer  # see `compile_blocks`
             if decider is not None:

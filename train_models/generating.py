@@ -11,10 +11,13 @@ from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
 from .cache import CACHE_NAME
+from .graphs import DecodingGraphs
 from .paths import path_to_layer_indices
 
 # Arguments of `generate` that say which blocks run.
 ROUTING_ARGUMENTS = ("layer_indices", "prompt_mask", "prompt_length", "prompt_width")
+
+MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile
 
 LayerIndices = Sequence[int] | Sequence[Sequence[int]] | torch.Tensor
 
@@ -22,6 +25,19 @@ LayerIndices = Sequence[int] | Sequence[Sequence[int]] | torch.Tensor
 def has_a_path_per_row(layer_indices: LayerIndices) -> bool:
     """Whether `layer_indices` lists one path per row rather than one for the whole batch."""
     return len(layer_indices) > 0 and hasattr(layer_indices[0], "__len__") and getattr(layer_indices[0], "ndim", 1) > 0
+
+
+def _reason_against_graphs(generation_config) -> str | None:
+    """Why `generate` with these settings cannot decode from CUDA graphs, as a clause; None where it can."""
+    is_set = generation_config.return_dict_in_generate
+    reasons = {
+        "beams change their rows at every step (num_beams)": (generation_config.num_beams or 1) > 1,
+        "it needs the cache (use_cache)": not generation_config.use_cache,
+        "two streams take turns (guidance_scale)": generation_config.guidance_scale not in (None, 1),
+        "the whole step is compiled (compile_config)": generation_config.compile_config is not None,
+        "it keeps no hidden states (output_hidden_states)": is_set and generation_config.output_hidden_states,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 class GeneratesAlongPaths:
@@ -39,9 +55,36 @@ class GeneratesAlongPaths:
         shapes stay the same. Forward passes over several tokens are not compiled: every length of a prompt would
         be compiled again, and the slots of the cache, which the first pass allocates, get fixed addresses only outside
         of compiled code.
+
+        Raises ValueError for modes with CUDA graphs of their own.
         """
+        has_graphs = (compile_arguments.get("options") or {}).get("triton.cudagraphs", False)
+        if has_graphs or compile_arguments.get("mode") in MODES_WITH_GRAPHS:
+            raise ValueError(
+                f"compile_blocks cannot use torch's own CUDA graphs ({compile_arguments}): a block would overwrite "
+                "what the one before it hands on; omit the mode, and call decode_with_graphs() for CUDA graphs"
+            )
         for block in self.model.layers:
             block.compile(**compile_arguments)
+
+    def decode_with_graphs(self, is_on: bool = True) -> None:
+        """Decodes from CUDA graphs, one for each visit of each block; False turns it off and frees their memory.
+
+        Every path is an order of the same graphs, so new paths cost no capture. The first step with a new number of
+        rows, or beyond 256, 512, 1024, ... tokens, captures 2L graphs and compares a few steps with eager decoding.
+        Prompts run without graphs. Blocks that were compiled (`compile_blocks()`) are captured compiled.
+
+        Buffers take 4 L x rows x tokens x key-value heads x head size numbers (tokens: rounded up as above).
+
+        Raises:
+            ValueError: on a CPU, for quantised, sharded or offloaded weights, adapters that are not merged, hooks,
+                sliding windows, attention other than "sdpa" and in train mode, here or at a step; and in `generate` for
+                beams, assistants, `use_cache=False`, `guidance_scale`, `compile_config` and `output_hidden_states`.
+            RuntimeError: at a step, where a capture fails or its steps differ from eager ones.
+        """
+        if self.model.graphs is not None:
+            self.model.graphs.release()
+        self.model.graphs = DecodingGraphs(self.model) if is_on else None
 
     def get_compiled_call(self, compile_config):
         """The compiled decoding step of `generate`. The cache's counts are kept outside of it, because a graph break
@@ -57,6 +100,8 @@ class GeneratesAlongPaths:
         return call
 
     def _assisted_decoding(self, input_ids, *args, **model_kwargs):
+        if self.model.graphs is not None:
+            raise ValueError("decode_with_graphs does not apply: an assistant sends several tokens at a time")
         if model_kwargs[CACHE_NAME].get_seq_length() > 0:
             raise ValueError(
                 f"{CACHE_NAME} already holds tokens, but assisted decoding sends the whole prompt again; pass an empty "
@@ -80,6 +125,8 @@ class GeneratesAlongPaths:
                 "output_attentions is not offered: a repeated block attends twice and a skipped one not at all; "
                 "use the stock model to look at attention"
             )
+        if self.model.graphs is not None and (reason := _reason_against_graphs(generation_config)):
+            raise ValueError(f"decode_with_graphs does not apply: {reason}; call decode_with_graphs(False)")
         for name in {"past_key_values", "cache"} & model_kwargs.keys():  # both are understood in every release
             model_kwargs[CACHE_NAME] = model_kwargs.pop(name)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -111,10 +158,12 @@ class GeneratesAlongPaths:
 
     def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **kwargs):
         """With a static cache `generate` prepares the masks of the blocks outside of its compiled forward pass. Not at
-        prefill, where that would hide the padding from the routers: there, the mask [batch, tokens] as it is."""
+        prefill, where that would hide the padding from the routers, and not for graphs: there, the mask [batch, tokens]
+        as it is."""
         cache = kwargs.get(CACHE_NAME)
-        is_prefill = cache is None or cache.get_seq_length() == 0
-        if is_prefill or self.config._attn_implementation == "flex_attention":  # whose masks `generate` cannot handle
+        takes_plain_mask = cache is None or cache.get_seq_length() == 0 or self.model.graphs is not None
+        # Nor can `generate` handle the masks of flex attention.
+        if takes_plain_mask or self.config._attn_implementation == "flex_attention":
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 

@@ -12,6 +12,7 @@ from transformers import GenerationMixin, Qwen2Config, Qwen2ForCausalLM, Qwen2Mo
 from .cache import PathCache  # noqa: F401
 from .following import FollowsPaths  # noqa: F401
 from .generating import GeneratesAlongPaths  # noqa: F401
+from .graphs import DecodingGraphs  # noqa: F401
 from .paths import Path  # noqa: F401
 from .routed import RoutedCausalLM, RoutedConfigFields, RoutedModel
 from .routing import RouterBlock  # noqa: F401

@@ -21,7 +21,7 @@ from drllm.questions.response_text import has_value
 from drllm.questions.sets import SETS, Question
 
 # Goes up by one with every change that grades a response differently; labels and results record it.
-GRADER_VERSION = 3
+GRADER_VERSION = 4
 
 
 def grade(question: Question, response: str) -> bool:

@@ -46,8 +46,9 @@ _ANNOUNCED = re.compile(
 _OPERATION_BEFORE = re.compile(r"(?:(?:\d|[)%]|(?<![\w<])(?<!</)\w)[ \t]*[-+*/^=<>][ \t]*|(?<![-\w])[-+]|[€£¥])\Z")
 _OPERATION_AFTER = re.compile(r"[ \t]*(?:[%°€£]|[-+*/^=<>][ \t]*[\d(\\])|[:,]\d")
 _MARKUP = r"[ \t*_`\"'()\[\]{}$]*"
+_OR = r"(?:or|and|oder|und|ou|et|или|и)(?![\w'’-])"
 _ALTERNATIVE = re.compile(
-    rf"{_MARKUP}(?P<connector>(?:or|and|oder|und|ou|et|или|и)(?![\w'’-])|[/&|]|或者?|和|か|または)?"
+    rf"{_MARKUP}(?P<connector>(?:,\s*)?{_OR}|[/&|]|或者?|和|か|または|,(?={_MARKUP}{_LETTER}{_MARKUP}(?:\.?\s*\Z|\n|,|{_OR})))?"
     rf"(?(connector){_MARKUP}(?:(?:maybe|perhaps|possibly|even|else|option|choice|answer)[ \t]+)*{_MARKUP})"
     rf"(?P<word>{_LETTER}*)"
 )
@@ -90,7 +91,7 @@ def _alternatives(text: str, end: int, labels: tuple[str, ...]) -> tuple[int, in
         match = _ALTERNATIVE.match(text, end)
         word = _WORD.match(text, match.start("word"))
         if match["connector"] is None:
-            return found, match.end() + 1
+            return found, match.end() + (1 if text[match.start("word") :][:1] != "," else 12)
         if word is None or word.group() not in labels:
             return found, match.end() + _WORD_LOOKAHEAD
         found = end = word.end()

@@ -16,6 +16,10 @@ _UNREADABLE = re.compile(
     r"\d\s+[\d.]|[A-Za-z]\s*\d|\d\s*_|'|\"|[?;:&@#~`%$°]|(?<![a-zA-Z\\])[a-zA-Z]{3}|"
     r"(?<![a-zA-Z\\])[A-Z]{2}|\^[\w]\s+\w|\}\s*\d"
 )
+# "1/2x" is x/2 to some and 1/(2x) to others.
+_LOOSE_SLASH = re.compile(
+    r"/\s*(?:[\d.]+|[a-zA-Z]|\\pi|\\sqrt\s*(?:\[\w\])?\s*(?:\{[^{}]*\}|\w))\s*(?:[a-zA-Z(]|\\(?:pi|sqrt|frac)(?![a-zA-Z]))"
+)
 _SYMBOL = re.compile(r"\\[a-zA-Z]+(?:_(?:\{[^{}]*\}|\w))?|[A-Za-z](?:_\s*(?:\{[^{}]*\}|\w))?")
 LETTERS = "xyzabcfghjkmnpqrstuvw"
 
@@ -34,7 +38,7 @@ def readable(text: str) -> str | None:
     text = re.sub(r"\\sqrt\s+\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"([\w)}])\s*(?=\()|(?<=\))\s*(?=[\w\\])", _product, text)
     text = re.sub(r"(\d)\s*(?=\\(?:frac|sqrt))", r"\1\\cdot ", text)
-    if re.search(r"\\(?:text|ldots|begin)", text) or not text.strip():
+    if re.search(r"\\(?:text|ldots|begin)", text) or _LOOSE_SLASH.search(text) or not text.strip():
         return None
     text = re.sub(r"\\sqrt\s*(\[\d+\])\s*(\w)", r"\\sqrt\1{\2}", text)
     if re.search(r"\^\s*\w\s*\d", text):
@@ -46,7 +50,7 @@ def readable(text: str) -> str | None:
 
 def _product(match: re.Match[str]) -> str:
     before = match.string[: match.end(1)] if match[1] else ""
-    if match[1] and re.search(r"(?:\\[a-zA-Z]+|\}|_\w|[a-zA-Z])\Z", before):
+    if match[1] and re.search(r"(?:\\(?!pi)[a-zA-Z]+(?:\^\s*\w)?|\}|_\w|(?<!\\p)[a-zA-Z])\Z", before):
         return match[0]  # a function and its argument, or a group
     if re.match(r"\\(?:cdot|times|pm|mp|right|cup|in|le|ge)", match.string[match.end() :]):
         return match[0]
@@ -64,7 +68,7 @@ def _latex(value: Fraction) -> str:
 
 def fraction(text: str) -> Fraction | None:
     """The value of a whole number or a fraction of two, else None."""
-    plain = re.sub(r"\\frac\s*\{(\d+)\}\s*\{(\d+)\}", r"\1/\2", text.replace(" ", ""))
+    plain = re.sub(r"\\frac(?:\{(\d+)\}|(\d))(?:\{(\d+)\}|(\d))", r"\1\2/\3\4", text.replace(" ", ""))
     if not re.fullmatch(r"[-+]?\d{1,300}(?:/0*[1-9]\d{0,300})?", plain):
         return None
     return Fraction(plain)

@@ -18,7 +18,7 @@ from drllm.questions.math_tables import (
     NUMBER_WORDS,
     UNITS,
 )
-from drllm.questions.math_text import TEXT, THOUSANDS, as_words
+from drllm.questions.math_text import TEXT, THOUSANDS, same_words
 
 # (gold, given, "value" | "equation" | "inequality") -> whether two LaTeX expressions agree.
 Checker = Callable[[str, str, str], bool]
@@ -34,21 +34,24 @@ _SEPARATOR = re.compile(
 _RELATION = re.compile(r"\s*(\\(?:le|ge|ne|in|approx)(?![a-zA-Z])|<=|>=|<|>|=)\s*")
 _TURNED = {">": "<", r"\ge": r"\le", ">=": r"\le", "<=": r"\le"}
 _NAME = re.compile(
-    r"[A-Z]{2,3}|[a-z]\(\d+\)|m?\s*\\angle\s*[A-Z]+|\([a-z](?:,\s*[a-z])+\)|[A-Z][a-z]+"
+    r"[A-Z]{2,3}|[a-z]\(\d+\)|m?\s*\\angle\s*[A-Z]+|\((?:[a-z]|\\[a-z]+)(?:,\s*(?:[a-z]|\\[a-z]+))+\)|[A-Z][a-z]+"
     r"|(?:\\text\{)?[A-Za-z](?:'|_\{?\w+\}?)?(?:\([a-z]\))?\}?|\\[a-z]{2,7}|\\text\{[^{}\d]*\}"
 )
 _PERCENT = re.compile(r"(.*?\d.*?)\s*(?:%|\\text\{\s*%?\s*(?:percent|per cent)?\s*\}|percent|per cent)")
 _WORDS_AT_END = re.compile(
-    r"(?P<core>.*?(?:[\d)}\]!]|\\pi))\s*(?P<words>(?:(?:\\text\{[^{}]*\}|(?<![a-zA-Z\\_^])[A-Za-z]{2,}\.?)[\s/]*)+)"
+    r"(?P<core>.*?(?:[\d)}\]!]|\\pi))\s*(?P<words>(?:(?:\\text\{[^{}]*\}|(?<![a-zA-Z\\_^])[A-Za-z]{2,}\.?|(?<=/)[hs])[\s/]*)+)"
     r"(?:\^\s*\{?\s*(?P<power>[23])\s*\}?)?",
     re.DOTALL,
 )
 _BASED = re.compile(
-    r"([0-9A-Z]*\d[0-9A-Z]*)\s*(?:_\s*\{?\s*\(?(\w+)\)?\s*\}?|\(?\s*,?\s*(?:in\s+)?base\s*[-\s]?(\w+)\s*\)?)", re.I
+    r"\(?([0-9A-Z]*\d[0-9A-Z]*)\)?\s*(?:_\s*\{?\s*\(?(\w+)\)?\s*\}?|\(?\s*,?\s*(?:in\s+)?base\s*[-\s]?(\w+)\s*\)?)",
+    re.I,
 )
-_MATRIX = re.compile(r"\\begin\{([pbvVB]?(?:small)?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}", re.DOTALL)
-_EMPTY = re.compile(r"\\emptyset|\\text\{\s*(?:the )?empty set\s*\}")
-_ALL = re.compile(r"\\mathbb\{R\}|\(-\\infty,\s*\\infty\)|\\text\{\s*all real numbers\s*\}")
+_MATRIX = re.compile(
+    r"([(\[|]?)\s*\\begin\{([pbvVB]?(?:small)?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\2\}\s*[)\]|]?", re.DOTALL
+)
+_EMPTY = re.compile(r"\\emptyset|(?:\\text\{\s*)?(?:the )?empty set\s*\}?", re.IGNORECASE)
+_ALL = re.compile(r"\\mathbb\{R\}|\(-\\infty,\s*\\infty\)|(?:\\text\{\s*)?all (?:real numbers|reals)\s*\}?")
 
 
 def outside(text: str) -> list[bool]:
@@ -85,7 +88,7 @@ class Comparison:
 
     def same(self, gold: str, given: str) -> bool:
         """Whether two answers, or two parts of answers, are equal."""
-        if gold == given or as_words(gold) == as_words(given):
+        if gold == given or same_words(gold, given):
             return True
         for pattern in (_EMPTY, _ALL):
             if pattern.fullmatch(gold) or pattern.fullmatch(given):
@@ -128,9 +131,10 @@ class Comparison:
         first, second = _MATRIX.fullmatch(gold), _MATRIX.fullmatch(given)
         if not first and not second:
             return None
-        if not first or not second or ("vmatrix" in first[1]) != ("vmatrix" in second[1]):
+        if not first or not second or len({m[1] == "|" or "vmatrix" in m[2] for m in (first, second)}) > 1:
             return False
-        rows = [[row.split("&") for row in re.split(r"\\\\", m[2]) if row.strip()] for m in (first, second)]
+        ends = r"\\\\(?:\s*\[[^\]]*\])?"
+        rows = [[row.split("&") for row in re.split(ends, m[3]) if row.strip()] for m in (first, second)]
         return len(rows[0]) == len(rows[1]) and all(
             self._in_order([cell.strip() for cell in one], [cell.strip() for cell in other])
             for one, other in zip(*rows, strict=True)
@@ -163,19 +167,22 @@ class Comparison:
         return None not in values and self.same(*values)
 
     def _lists(self, gold: str, given: str) -> bool | None:
-        plus_minus = [split_signs(text) for text in (gold, given)]
-        if any(len(parts) > 1 for parts in plus_minus):
-            gold, given = (", ".join(parts) for parts in plus_minus)
+        if r"\pm" in gold + given:
+            gold, given = (
+                ", ".join(s for p in split(text, _SEPARATOR)[0] for s in split_signs(p)) for text in (gold, given)
+            )
         (first, _), (second, _) = (split(text, _SEPARATOR) for text in (gold, given))
         if len(first) == 1 and len(second) == 1:
             return None
         if len(first) == 1 or len(second) == 1:
-            if THOUSANDS.fullmatch(gold if len(first) == 1 else given):
-                first, second = (split(text, _SEPARATOR, False)[0] for text in (gold, given))
+            if THOUSANDS.fullmatch(gold):
+                return self._in_order(gold.split(","), second)
+            if THOUSANDS.fullmatch(given):
+                second = given.split(",")
             else:
                 one, other = (gold, second) if len(first) == 1 else (given, first)
                 inner = bracketed(one)
-                if inner and inner[0] == "(":  # "3, 4" for the point (3, 4)
+                if inner and inner[:2] == ("(", ")"):  # "3, 4" for the point (3, 4)
                     return self._in_order(*((inner[2], other) if len(first) == 1 else (other, inner[2])))
                 if not (inner and inner[0] == r"\{"):
                     return False
@@ -206,7 +213,8 @@ class Comparison:
             return None
         if len(parts[0]) != len(parts[1]):
             one, other = sorted(parts, key=len)
-            return len(one) == 1 and len(other) == 2 and self._quantities(rf"\frac{{{other[0]}}}{{{other[1]}}}", one[0])
+            is_share = len(one) == 1 and len(other) == 2 and re.search(r"/|\\frac", one[0])
+            return bool(is_share) and self._quantities(rf"\frac{{{other[0]}}}{{{other[1]}}}", one[0])
         if all(re.fullmatch(r"\d+", part) for part in parts[0] + parts[1]) and ":" in gold:
             if re.fullmatch(r"\d{1,2}:\d\d", gold) or re.fullmatch(r"\d{1,2}:\d\d", given):
                 return [int(part) for part in parts[0]] == [int(part) for part in parts[1]]
@@ -228,8 +236,9 @@ class Comparison:
             plain = {unit.rstrip("s"), other.rstrip("s")}
             if len(plain) > 1 and not ("unit" in plain and "percent" not in plain):
                 return False
-        if self._checked(first, second):
-            return True
+        if self._checked(first, second):  # 12.5% for 12.5 where the question asks for percent
+            share = fraction(readable(second) or "") if other == "percent" != unit else None
+            return share is None or abs(share) >= 1
         if "percent" in (unit, other) and unit != other:
             share, number = (first, second) if unit == "percent" else (second, first)
             return self._checked(rf"\frac{{{share}}}{{100}}", number)
@@ -240,7 +249,7 @@ class Comparison:
             return bool(gold)
         first, second = readable(gold), readable(given)
         if first is None or second is None:
-            return mode == "value" and as_words(gold) == as_words(given) != ""
+            return mode == "value" and same_words(gold, given)
         numbers = fraction(first), fraction(second)
         if mode == "value" and None not in numbers:
             return numbers[0] == numbers[1] or rounds_to(*numbers, gold, given)
@@ -283,6 +292,10 @@ def region(text: str) -> list[Interval] | None:
     """The intervals of an inequality of one variable, of "or" between them, or of a union; None for anything else."""
     if match := re.match(r"[a-zA-Z]\s*\\in(?![a-zA-Z])\s*", text):
         text = text[match.end() :]
+    if match := re.fullmatch(r"\\\{\s*[a-zA-Z]\s*[:|]\s*(.*)\\\}", text):
+        text = match[1].strip()
+    if match := re.fullmatch(r"\\mathbb\{R\}\s*\\setminus\s*\\\{\s*([^{},]+)\\\}", text):
+        text = rf"x\ne {match[1]}"
     unions = re.split(r"\\cup(?![a-zA-Z])", text)
     if len(unions) > 1 or r"\infty" in text or (text[:1] in "([" and text[:1] + text[-1:] in ("[)", "(]")):
         found = [as_interval(part.strip()) for part in unions]
@@ -384,7 +397,7 @@ def unit_names(words: str, power: str | None) -> list[str] | None:
     plain = re.sub(r"\b([ap])\.?\s?m\b\.?", r"\1m", plain)
     plain = re.sub(r"\s*\^\s*\{?\s*([23])\s*\}?", r" ^\1", plain)
     names, exponent = [], power
-    for word in re.findall(r"[^\s.,]+", plain):
+    for word in re.findall(r"[^\s.,()]+", plain):
         if word in ("square", "sq", "squared", "^2"):
             exponent = "2"
         elif word in ("cubic", "cu", "cubed", "^3"):

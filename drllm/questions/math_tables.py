@@ -6,7 +6,7 @@ from __future__ import annotations
 CHARACTERS = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "﹣": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
     "∙": r"\cdot ", "∗": "*", "÷": "/", "⁄": "/", "∕": "/", "∶": ":", "°": r"^\circ ", "º": r"^\circ ",
-    "π": r"\pi ", "𝜋": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]",
+    "π": r"\pi ", "𝜋": r"\pi ", "∞": r"\infty ", "√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]",
     "±": r"\pm ", "∓": r"\mp ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ",
     "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "Ø": r"\emptyset ", "ø": r"\emptyset ",
     "∈": r"\in ", "∖": r"\setminus ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}",
@@ -46,6 +46,8 @@ _TENS = _words("thirty forty fifty sixty seventy eighty ninety hundred")
 NUMBER_WORDS = {word: number for number, word in enumerate(_UP_TO_TWENTY)} | {
     word: 10 * number for number, word in enumerate(_TENS, start=3)
 }
+NUMBER_WORDS |= {f"{ten}-{_UP_TO_TWENTY[one]}": NUMBER_WORDS[ten] + one for ten in _TENS[:-1] for one in range(1, 10)}
+NUMBER_WORDS |= {f"twenty-{_UP_TO_TWENTY[one]}": 20 + one for one in range(1, 10)}
 BASE_WORDS = NUMBER_WORDS | {"binary": 2, "ternary": 3, "octal": 8, "decimal": 10, "hexadecimal": 16}
 MULTIPLES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 CURRENCIES = {"\\$": "dollar", "$": "dollar", "€": "euro", "£": "pound sterling", "¥": "yen", "₹": "rupee"}

@@ -1,6 +1,6 @@
 r"""One spelling for LaTeX answers: "\dfrac{1}{2}", "½" and "$\frac12$" become the same text.
 
-Nothing here changes a value. What the readers of values cannot read is compared as this text (`as_words`).
+Nothing here changes a value. What the readers of values cannot read is compared as this text (`same_words`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TEXT_COMMAND = (
 )
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _SYMBOL_STYLE = re.compile(r"\\(?:mathbf|boldsymbol|bm|mathit)\s*\{((?:\\[a-z]+|[^{}\\])*)\}")
-_NAMED_FUNCTIONS = "|".join(sorted({*FUNCTIONS, "gcd", "lcm", "max", "min", "det"}))
+_NAMED_FUNCTIONS = "|".join(sorted({*FUNCTIONS, "gcd", "lcm", "max", "det"}))
 _NAMED = re.compile(rf"\\text\{{\s*({_NAMED_FUNCTIONS})\s*\}}")
 _SIZES = re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?(?=[^a-zA-Z]|\Z)")
 _STYLES = re.compile(
@@ -45,20 +45,24 @@ def tidy(latex: str) -> str:
     text = _plain_characters(latex)
     text = re.sub(r"(?<!\\)\$|\\[()\[\]](?![a-zA-Z])|\*\*", "", _keep_row_ends(text))
     text = _SIZES.sub("", text)
-    text = re.sub(r"\{\s*,\s*\}|,\s*\\!", ",", text)
+    text = re.sub(r"\{\s*([,:])\s*\}|(,)\s*\\!", r"\1\2", text)
     text = re.sub(r"\\!", "", text)
     text = re.sub(r"\\[,;:> ]|~|\\q?quad(?![a-zA-Z])|\\(?:h|v)?space\*?\{[^{}]*\}|\\(?:thin|med|thick)space", " ", text)
     text = _STYLES.sub(" ", text)
     text = _SYMBOL_STYLE.sub(_symbol_or_word, text)
     text = re.sub(_TEXT_COMMAND + r"\s*", lambda match: "\\text", text)
-    text = _NAMED.sub(r"\\\1 ", text)
+    text = re.sub(r"\\text\{\s*\}", " ", _NAMED.sub(r"\\\1 ", text))
     text = TEXT.sub(_text_parts, text)
     text = _COMMAND.sub(_rename, text)
     text = re.sub(r"\\%|\\text\{\s*\\?%\s*\}", "%", text).replace(r"\&", "&").replace(r"\#", "#").replace(r"\_", "_")
     text = re.sub(r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])|\\text\{\s*\^\\circ\s*\}", "°", text)
     text = re.sub(r"(?:\.\s*){3,}", r"\\ldots ", text)
+    text = re.sub(r"(?<=\d)\s*x\s*(?=10\s*\^)", r"\\times ", text)
+    text = re.sub(r"\^\s*(-\d+|\d{2,})", r"^{\1}", text)
     text = re.sub(r"(?<![a-zA-Z])([apAP])\.?\s?[mM]\.(?![a-zA-Z])", r"\1m", text)
     text = re.sub(r"\\\{\s*\\\}", r"\\emptyset ", text)
+    text = re.sub(r"\\mathbb\s+(\w)", r"\\mathbb{\1}", text)
+    text = re.sub(r"\\frac\s*(?:\{([^{}]*)\}|\b(\w))\s*(?:\{([^{}]*)\}|(\w))", r"\\frac{\1\2}{\3\4}", text)
     text = _WORD_COMMANDS.sub(_command_of_word, text)
     return _without_frame(" ".join(text.split())).replace(_ROW_END, r"\\")
 
@@ -72,8 +76,7 @@ def _plain_characters(text: str) -> str:
     text = _RAISED.sub(lambda match: f"^{{{''.join(_SUPERSCRIPTS[c] for c in match[0])}}}", text)
     text = _LOWERED.sub(lambda match: f"_{{{''.join(_SUBSCRIPTS[c] for c in match[0])}}}", text)
     text = _VULGAR.sub(_vulgar_fraction, text)
-    text = re.sub(r"√\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
-    text = re.sub(r"√\s*(\d+|\w)", r"\\sqrt{\1}", text)
+    text = re.sub(r"([√∛∜])\s*(?:\(([^()]*)\)|(\d+|\w))", r"\1{\2\3}", text)
     return re.sub("[\u200b-\u200f\u2060\ufeff\ufe0f]", "", text).translate(_TABLE)
 
 
@@ -150,17 +153,26 @@ def brackets(text: str) -> int:
     return deepest
 
 
+_POINTS = re.compile(r"(?<![a-zA-Z\\])[A-Z]{3,}(?![a-zA-Z])")
 _DAY_MONTH = re.compile(rf"\b(\d{{1,2}})(?:\s*of)?\s+({'|'.join(MONTHS)})\b")
 
 
-def as_words(tidied: str) -> str:
-    r"""A tidied answer as text to compare: "\text{June } 20" is "june20", "\text{(C)}" is "C".
+def same_words(first: str, second: str) -> bool:
+    r"""Whether two tidied answers are the same text: "\text{June } 20" is "June 20th", "\text{(C)}" is "C".
 
-    Capitals count only where no word is longer than two letters: "AB" is not "ab", but "Yes" is "yes".
+    Capitals count where no word is longer than two letters, and in names of points: "ABC" is not "abc".
     """
+    one, other = as_words(first), as_words(second)
+    if one != other and not any(_POINTS.search(TEXT.sub("", text)) for text in (first, second)):
+        one, other = as_words(first, fold=True), as_words(second, fold=True)
+    return one == other != ""
+
+
+def as_words(tidied: str, fold: bool = False) -> str:
+    """A tidied answer as text to compare, without marks; with `fold` words are lower case and dates in one order."""
     text = TEXT.sub(lambda match: f" {match[1]} ", tidied)
     text = re.sub(r"(?<=\d)\s*\^?\{?\s*(?:st|nd|rd|th)\b\s*\}?", "", text)
-    if re.search(r"(?<!\\)\b[a-zA-Z]{3,}", text):
+    if fold and re.search(r"(?<!\\)\b[a-zA-Z]{3,}", text):
         text = _DAY_MONTH.sub(r"\2 \1", text.casefold())
     text = re.sub(r"([_^])\s*\{\s*(\w)\s*\}", r"\1\2", text)
     text = text.strip().rstrip(".,;")

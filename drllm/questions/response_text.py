@@ -140,7 +140,7 @@ def answer_of(response: str) -> str | None:
 
 
 def _unboxed(text: str) -> str | None:
-    text = text.strip()
+    text = re.sub(r"</?answer>|\A\s*A(?:ns)?\s*:(?=\s)", " ", text).strip()
     if (display := _DISPLAY.match(text)) and not text[display.end() :].split("\n", 1)[0].strip(" .*"):
         return (display[1] or display[2]).strip()
     answer = _after_announcement(text)

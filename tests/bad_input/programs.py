@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import data_generation
 import train
+from benchmarks import decode, exported_paths, latency, search, training, training_memory
 from benchmarks import evaluation as evaluation_speed
-from benchmarks import exported_paths, latency, search, training, training_memory
 from drllm import evaluate, export_path, gguf_checkpoint, router_checkpoint
 from drllm.evaluation import eval_sh
 from experiments import (
@@ -54,6 +54,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "sweep": sweep.main,
     "miniature/make.py": make.main,
     "benchmarks/evaluation.py": evaluation_speed.main,
+    "benchmarks/decode.py": decode.main,
     "benchmarks/exported_paths.py": exported_paths.main,
     "benchmarks/latency.py": latency.main,
     "benchmarks/search.py": search.main,

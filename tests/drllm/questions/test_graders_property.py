@@ -22,7 +22,7 @@ QUESTIONS = (
     Question("squadv2", "d", "?", ("red tower", "tower"), (), "red tower"),
 )
 LABEL_PIECES = (
-    *"ABCabc123", " ", "\n", ".", "(", ")", "*", "'", "-", "_", "$", "/", "Ｂ", "answer is ", "because", "the ",
+    *"ABCabc123", " ", "\n", ".", "(", ")", "*", ",", "'", "-", "_", "$", "/", "Ｂ", "answer is ", "because", "the ",
     "tower", "red", "or ", "答案是", "<think>", "</think>", "</s>", "would be ", "vitamin ", "option ", "Réponse : ",
 )  # fmt: skip
 LATEX_PIECES = (

@@ -35,7 +35,7 @@ def test_one_rule_for_all_labels(way):
     "response",
     ["A or B", "A/B", "B or C", "Either B or C", "(A) or (B)", "**A** or **B**", "A or B or C", "A | B", "A oder B",
     "A ou B",
-     "The answer is A or B", "A or maybe B", "A或B"],
+     "The answer is A or B", "A or maybe B", "A或B", "A, B", "A, B.", "A, B or C", "A, B, and C"],
 )  # fmt: skip
 def test_alternatives_name_no_option(response):
     assert extract_label(response, LETTERS) is None
@@ -48,6 +48,7 @@ def test_alternatives_name_no_option(response):
     [
         ("A or B? B.", "B"),  # named after all
         ("A, because", "A"),
+        ("A, B is wrong", "A"),
         ("<think>A or C?</think>B", "B"),
         ("<think>A</think>", None),
         ("<think>A is right. So", None),  # cut off while it thinks

@@ -1,8 +1,10 @@
 """Grading of mathematical answers on tables of pairs: gold answer, response, whether the response is right.
 
 `math_pairs_reported.jsonl` holds pairs of the kinds that users of graders reported. `math_pairs_own.jsonl` holds our
-own pairs of the same kinds, and responses made to be accepted wrongly. Version 2 of the graders rejected 18 + 98 right
-answers of the two tables and accepted 2 + 60 wrong ones.
+own pairs of the same kinds, and responses made to be accepted wrongly. `math_pairs_kinds.jsonl` holds pairs that were
+written before anyone looked at what the graders make of them: version 3 rejected 55 right answers and accepted 5 wrong
+ones; what version 4 still rejects is named below. Version 2 rejected 18 + 98 right answers of the first two tables and
+accepted 2 + 60 wrong ones.
 """
 
 import json
@@ -18,16 +20,27 @@ DATA = Path(__file__).with_name("data")
 
 
 def pairs(name):
-    return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+    rows = [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+    return [
+        {"gold": row["gold"], "response": response, "is_right": kind == "right"}
+        for row in rows
+        for kind in ("right", "wrong")
+        for response in row.get(kind, ())
+    ] or rows
+
+
+def all_pairs():
+    return [pair for name in ("reported", "own", "kinds") for pair in pairs(f"math_pairs_{name}.jsonl")]
 
 
 @pytest.mark.parametrize(
     ("name", "right", "wrong", "rejected"),
     [
         ("math_pairs_reported.jsonl", 142, 47, []),
+        ("math_pairs_own.jsonl", 305, 337, []),
         (
-            "math_pairs_own.jsonl", 305, 337,
-            [r"\boxed{-1}", r"\boxed{\mathbb{R}\setminus\{0\}}", r"\boxed{x^10}", r"\boxed{2^10}"],
+            "math_pairs_kinds.jsonl", 1056, 869,
+            [r"\boxed{|x|\le 1}", r"\boxed{aab}", r"\boxed{3h}", r"\boxed{(x,y)=(2,-1)}"],
         ),
     ],
 )  # fmt: skip
@@ -40,18 +53,18 @@ def test_pairs_are_judged_rightly_but_for_those_named(name, right, wrong, reject
 
 
 def test_an_answer_is_equal_to_itself():
-    for row in pairs("math_pairs_reported.jsonl") + pairs("math_pairs_own.jsonl"):
+    for row in all_pairs():
         assert grade_math(rf"\boxed{{{row['gold']}}}", row["gold"]), row["gold"]
 
 
 def test_a_wrong_answer_stays_wrong_when_gold_and_response_change_places():
-    """Except where the gold answer alone may lack something: its base."""
+    """Except where the gold answer alone may lack something (its base, a percent sign) or is one of two readings."""
     accepted = []
-    for row in pairs("math_pairs_reported.jsonl") + pairs("math_pairs_own.jsonl"):
+    for row in all_pairs():
         content = first_box(row["response"])
         if not row["is_right"] and content and "<think>" not in row["response"]:
             accepted += [(content, row["gold"])] * grade_math(rf"\boxed{{{row['gold']}}}", content)
-    assert accepted == [("12_3", "12")]
+    assert accepted == [("12_3", "12"), (r"\frac14\%", r"\frac{1}{4}"), ("234,1", "1,234")]
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,11 @@ def decoded(checkpoint: str) -> dict:
         "given paths": {"layer_indices": [[0, 1, 1, 3], [0, 2, 3, 5, 5], [1, 2, 3, 4, 5]]},
     }
     tokens = {kind: model.generate(input_ids, **case, **arguments).tolist() for kind, case in kinds.items()}
+    graphs = sys.modules[type(model).__module__.rpartition(".")[0] + ".graphs"]  # the checkpoint's own code
+    model.model.graphs = graphs.DecodingGraphs(model.model, capture=lambda function: function)
+    for kind in ("cache", "static cache", "given paths"):
+        assert model.generate(input_ids, **kinds[kind], **arguments).tolist() == tokens[kind], f"graphs, {kind}"
+    model.decode_with_graphs(False)
     repeated = input_ids[:1].repeat(1, 2)  # so that the lookup finds something
     lookup = {
         "attention_mask": torch.ones_like(repeated),
