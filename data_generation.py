@@ -71,8 +71,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--strict_letters",
         action="store_true",
-        help="multiple choice: the response must begin with A, B, C or D, standing alone, so items with labels 1 to 4 "
-        "or E are wrong; without it, every item's own labels count, in the usual phrasings",
+        help="multiple choice: the response must begin with A, B, C or D, standing alone, after an optional Answer: "
+        "(Appendix A), so items with labels 1 to 4 or E are wrong; without it, every item's own labels count, in the "
+        "usual phrasings",
     )
     add(
         "--concurrency",

@@ -12,7 +12,7 @@ from drllm.questions.response_text import has_settled_box
 from drllm.questions.sets import SETS, Question
 
 BOX = r"\boxed{"
-STRICT_LETTERS = ("A", "B", "C", "D")
+STRICT_LETTERS, STRICT_PREFIX = ("A", "B", "C", "D"), "Answer:"
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class ResponseFormat:
     Attributes:
         max_new_tokens: set -> most new tokens of a response; sets that are missing have the limit of `SETS`.
         inject_boxed: math prompts end with "\\boxed{", which belongs to the response when it is graded.
-        strict_letters: a multiple-choice response must begin with one of the letters A to D, standing alone. Items
-            whose answer is another label (E, or 1 to 4) are then always wrong.
+        strict_letters: a multiple-choice response must begin with one of the letters A to D, standing alone, after an
+            optional "Answer:". Items whose answer is another label (E, or 1 to 4) are then always wrong.
     """
 
     max_new_tokens: Mapping[str, int] = field(default_factory=dict)
@@ -77,19 +77,22 @@ class ResponseFormat:
     def grade(self, question: Question, response: str) -> bool:
         """Whether `response`, the text after prompt and seed, is right."""
         if self._is_strict(question):
-            return _is_letter(response.lstrip(), question.answer)
+            return _strict_letter(response) == question.answer
         return grade(question, self.seed(question) + response)
 
     def has_answer(self, question: Question, response: str) -> bool:
         """Whether `response` holds an answer to grade, right or wrong; see `grading.has_answer`."""
         if self._is_strict(question):
-            return any(_is_letter(response.lstrip(), letter) for letter in STRICT_LETTERS)
+            return _strict_letter(response) is not None
         return has_answer(question, self.seed(question) + response)
 
     def is_settled(self, question: Question, partial: str) -> bool:
         """Whether `grade` and `has_answer` are the same for every continuation of the partial response."""
         if self._is_strict(question):
             text = partial.lstrip()
+            if STRICT_PREFIX.startswith(text):  # nothing, or an A that may become "Answer:"
+                return False
+            text = text.removeprefix(STRICT_PREFIX).lstrip()
             return len(text) > 1 or (bool(text) and text not in STRICT_LETTERS)
         text = self.seed(question) + partial
         # The first closed box decides, whether it is right or wrong.
@@ -100,5 +103,7 @@ class ResponseFormat:
         return self.strict_letters and SETS[question.set].kind == "choice"
 
 
-def _is_letter(text: str, answer: str) -> bool:
-    return text[:1] == answer and answer in STRICT_LETTERS and not text[1:2].isalnum()
+def _strict_letter(response: str) -> str | None:
+    """The letter A to D with which a response begins, standing alone, after an optional "Answer:"; None without one."""
+    text = response.lstrip().removeprefix(STRICT_PREFIX).lstrip()
+    return text[0] if text[:1] in STRICT_LETTERS and not text[1:2].isalnum() else None

@@ -42,7 +42,8 @@ def test_an_injected_box_ends_the_prompt_and_begins_the_response():
 @pytest.mark.parametrize(
     ("response", "is_right"),
     [("B", True), (" B.", True), ("\nB) y", True), ("Because", False), ("(B)", False), ("b", False), ("", False),
-     ("The answer is B", False), ("A or B", False), ("B2", False)],
+     ("The answer is B", False), ("A or B", False), ("B2", False), ("Answer: B", True), ("Answer:\nB.", True),
+     ("Answer: A", False), ("Answers: B", False), ("Answer: Answer: B", False), ("Answer: Because", False)],
 )  # fmt: skip
 def test_strict_letters(response, is_right):
     strict = ResponseFormat(strict_letters=True)
