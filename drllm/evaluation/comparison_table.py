@@ -13,6 +13,7 @@ from drllm.evaluation.results import (
     Estimate,
     Run,
     accuracy_difference,
+    has_unweighted_score,
     in_domain_columns,
     layers_difference,
     load_runs,
@@ -146,6 +147,11 @@ def _notes(base: Run, router: Run) -> list[str]:
         f"Routing: num_windows={settings.get('num_windows')}, routing_control={settings.get('routing_control')}; "
         f"dtype {router.results['config']['model_dtype']}; "
         f"base weights {router.results['config']['model_fingerprint']}.",
+    ]
+    notes += [
+        f"{name}: every subtask has the same weight; weighed by their questions, as lm-eval does, base "
+        f"{percent(base.reported(name))}, router {percent(router.reported(name))}."
+        for name in filter(has_unweighted_score, rows_of(base))
     ]
     notes += describe_parts(router.record["run"].get("parts", []))
     if router.record["run"].get("limit") is not None:

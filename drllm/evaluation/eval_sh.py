@@ -34,8 +34,10 @@ from drllm.errors import UserError, main_guard
 from drllm.evaluation.lm_eval_command import is_batch_size
 from drllm.evaluation.lm_eval_process import run_lm_eval
 from drllm.evaluation.protocol import (
+    AUTHORS_TASKS,
     GENERATION_TASKS,
     Protocol,
+    authors_tasks,
     default_tasks,
     describe_parts,
     parse_path,
@@ -66,8 +68,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--tasks",
         default=None,
-        help=f"lm-eval tasks and groups, comma-separated; default: {GENERATION_TASKS}, or the log-likelihood tasks of "
-        "the label sets for a checkpoint with a likelihood reward",
+        help=f"lm-eval tasks and groups, comma-separated, {', '.join(AUTHORS_TASKS)} as well; default: "
+        f"{GENERATION_TASKS}, or the log-likelihood tasks of the label sets for a checkpoint with a likelihood reward",
     )
     add_shared(parser, "data_dir", says="the Hub")
     add(
@@ -239,6 +241,10 @@ def main(argv: list[str] | None = None) -> None:
     check_arguments(args)
     output = Path(args.output_dir or ROOT / "results" / Path(args.checkpoint[0]).resolve().name)
     check_output_folder(output, "--output_dir")
+    if args.tasks is not None:
+        args.tasks, said = authors_tasks(args.tasks)
+        args.chat_template, _ = authors_tasks(args.chat_template)
+        print("".join(f"--tasks {sentence}\n" for sentence in said), end="")
     runs = plan(args)
     print("\n".join(describe_parts(runs[BASE]["parts"])), flush=True)
     for checkpoint in map(Path, args.checkpoint):

@@ -22,6 +22,12 @@ from drllm.rollouts.rewards import PUBLISHED, Reward, reward_named
 
 GENERATION_TASKS = "drllm_arc,drllm_dart"
 LIKELIHOOD_PREFIX = "drllm_ll_"
+# Names of the authors' README -> task, and why it is not lm-eval's own of that name.
+AUTHORS_TASKS = {
+    "dart": ("drllm_dart", "lm-eval has no such task"),
+    "gpqa_diamond": ("gpqa_diamond_zeroshot", "lm-eval has it per number of shots"),
+    "truthfulqa": ("truthfulqa_mc1", "in lm-eval a tag of three tasks"),
+}
 # Names for the limit on new tokens; lm-eval 0.4.13 prefers the first, which its tasks use, to the paper's spelling.
 LIMIT_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
@@ -107,6 +113,13 @@ def reward_warning(checkpoint: Path, tasks: str) -> str | None:
 def is_in_domain(task: str) -> bool:
     """Whether `task` is one of ours: the sets and the reward of the labels."""
     return task.startswith("drllm_")
+
+
+def authors_tasks(tasks: str) -> tuple[str, list[str]]:
+    """Comma-separated tasks with the names of the authors' README replaced, and a sentence for each of these."""
+    names = tasks.split(",")
+    said = [f"{name}: {AUTHORS_TASKS[name][0]} ({AUTHORS_TASKS[name][1]})" for name in names if name in AUTHORS_TASKS]
+    return ",".join(AUTHORS_TASKS.get(name, (name,))[0] for name in names), said
 
 
 def is_likelihood(task: str) -> bool:

@@ -38,6 +38,11 @@ def benchmarks() -> list[dict[str, Any]]:
     return json.loads(BENCHMARKS_FILE.read_text())["benchmarks"]
 
 
+def has_unweighted_score(task: str) -> bool:
+    """Whether the score of a group is the mean over its subtasks, whatever their numbers of questions (AGIEval)."""
+    return any(row["task"] == task and row.get("average") == "subtasks" for row in benchmarks())
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean with its standard error over `count` queries (None for one query)."""
@@ -228,8 +233,12 @@ class Run:
         primary metric; the standard error takes the subtasks as independent.
         """
         subtasks = [leaf for leaf in self.leaves(task) if leaf != task]
-        if subtasks and any(row["task"] == task and row.get("average") == "subtasks" for row in benchmarks()):
+        if subtasks and has_unweighted_score(task):
             return Estimate.equally_weighted([self.score(leaf) for leaf in subtasks])
+        return self.reported(task)
+
+    def reported(self, task: str) -> Estimate | None:
+        """The primary metric as lm-eval reports it, which weighs the subtasks of a group by their questions."""
         metric = self.metric(task)
         if metric is None:
             return None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from drllm.evaluation.comparison_table import mean_over_sets
-from drllm.evaluation.results import BASE, Estimate, Run, benchmarks, in_domain_columns
+from drllm.evaluation.results import BASE, Estimate, Run, benchmarks, has_unweighted_score, in_domain_columns
 from drllm.files import write_whole
 from drllm.manifests import Manifest
 from drllm.paper.numbers import Cell, paper_models, paper_sets, paper_table, printed
@@ -203,6 +203,19 @@ def _commands(evaluations: Sequence[Evaluated], columns: Sequence[str]) -> list[
     return [found.command for found in evaluations if _scores([found], BASE, columns)]
 
 
+def _weighted(folders: Sequence[Evaluated]) -> Iterator[str]:
+    """A sentence for each benchmark whose score is unweighted, with the score that weighs questions alike."""
+    for benchmark in benchmarks():
+        task = benchmark["task"]
+        for evaluated in folders if has_unweighted_score(task) else ():
+            scores = [Estimate.over_checkpoints([run.reported(task) for run in evaluated.runs(row)]) for row in ROWS]
+            if None not in scores:
+                yield (
+                    f"{benchmark['paper']} of {evaluated.model} is the mean of its subtasks; weighed by their "
+                    f"questions, as lm-eval does: {' and '.join(with_error(score, 100, 1) for score in scores)} (base, + router)."
+                )
+
+
 def table4(evaluations: Sequence[Evaluated]) -> Document:
     """Scores on out-of-domain benchmarks of each instruct backbone, with standard errors and mean difference."""
     paper = paper_table(4)
@@ -225,6 +238,7 @@ def table4(evaluations: Sequence[Evaluated]) -> Document:
     notes = [
         "± is one standard error, in ours that of lm-eval.",
         f"{AVERAGE_DIFFERENCE}: mean over benchmarks of + router minus base; its mean over models is -0.85.",
+        *_weighted(evaluations),
     ]
     notes += [f"Questions of ours: {'; '.join(counts)}."] * bool(counts)
     return Document(4, [("", (["model", "", *paper.columns], rows))], notes, _commands(evaluations, tasks))

@@ -121,6 +121,19 @@ def test_a_group_of_tasks_is_one_row(tmp_path):
     assert rows[0][header.index("fixed")] == "1"
 
 
+def test_agieval_is_reported_weighted_too(tmp_path):
+    for name, share in (("base", 0.9), ("router", 0.8)):
+        run = make_run(tmp_path, name, {"agieval_aqua_rat": [1, 0]}, {"agieval_aqua_rat": [4, 4]})
+        results = json.loads((run / "results.json").read_text())
+        results["results"] = {"agieval": {"acc,none": share}, "agieval_aqua_rat": {"acc_norm,none": 0.5}}
+        results["group_subtasks"] = {"agieval": ["agieval_aqua_rat"]}
+        (run / "results.json").write_text(json.dumps(results))
+        (run / "run.json").write_text(json.dumps({"run": {"limit": None, "tasks": "agieval"}}))
+    text = comparison_table.write_comparison(tmp_path)
+    assert " 50.00 |" in text
+    assert "weighed by their questions, as lm-eval does, base 90.00, router 80.00." in text
+
+
 def test_several_checkpoints_give_mean_and_spread(folder):
     make_run(
         folder,

@@ -311,6 +311,18 @@ def test_a_damaged_checkpoint_is_one_sentence(checkpoint, tmp_path, eval_sh, cap
     assert len(error.splitlines()) == 1
 
 
+def test_names_of_the_authors_are_tasks_and_eval_sh_says_which(checkpoint, tmp_path, eval_sh, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(program, "run_lm_eval", lambda name, run, folder, args: asked.append(run["tasks"]))
+    arguments = ["--tasks", "dart,gpqa_diamond,agieval,squadv2,truthfulqa", "--output_dir", tmp_path, "--device", "cpu"]
+    eval_sh(checkpoint, *arguments, "--chat_template", "truthfulqa")  # ends where it finds no results
+    assert asked == ["drllm_dart,gpqa_diamond_zeroshot,agieval,squadv2,truthfulqa_mc1"] * 2
+    printed = capsys.readouterr().out
+    assert "--tasks truthfulqa: truthfulqa_mc1 (in lm-eval a tag of three tasks)" in printed
+    assert "--tasks dart: drllm_dart" in printed
+    assert "truthfulqa_mc1: with chat template" in printed
+
+
 @pytest.mark.parametrize("allowed", [False, True])
 def test_generated_code_runs_only_when_asked_for(checkpoint, tmp_path, eval_sh, monkeypatch, allowed):
     launched = []

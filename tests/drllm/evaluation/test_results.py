@@ -83,6 +83,7 @@ def test_agieval_is_the_mean_of_its_subtasks(tmp_path):
     results["group_subtasks"] = {"agieval": list(correct)}
     (folder / "results.json").write_text(json.dumps(results))
     assert Run(folder).score("agieval") == Estimate(0.375, 0.25, 6)
+    assert Run(folder).reported("agieval") == Estimate(0.99, 0.01, 6)
     del results["results"]["agieval_lsat_ar"]
     (folder / "results.json").write_text(json.dumps(results))
     assert Run(folder).score("agieval") is None
