@@ -212,7 +212,7 @@ def _weighted(folders: Sequence[Evaluated]) -> Iterator[str]:
             if None not in scores:
                 yield (
                     f"{benchmark['paper']} of {evaluated.model} is the mean of its subtasks; weighed by their "
-                    f"questions, as lm-eval does: {' and '.join(with_error(score, 100, 1) for score in scores)} (base, + router)."
+                    f"questions, as lm-eval does: {', + router '.join(with_error(score, 100, 1) for score in scores)}."
                 )
 
 
