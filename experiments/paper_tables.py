@@ -1,9 +1,9 @@
-"""The paper's Tables 2 to 6 with our numbers beside the paper's: paper / ours / difference in every cell.
+"""The paper's Tables 2 to 6, and the numbers of its text, with our numbers beside the paper's.
 
     python -m experiments.paper_tables results/            # everything below it -> results/tables/
 
 Reads the folders of eval.sh, with the manifests of their labels, and the JSON of experiments/ablations.py. Writes
-table2.md to table6.md, and the same tables for LaTeX.
+table2.md to table6.md, and the same tables for LaTeX, with paper / ours / difference in every cell, and text.md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_folder
 from drllm.paper.tables import write_paper_tables
+from drllm.paper.text_numbers import write_text_table
 
 
 @main_guard
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     for path in write_paper_tables(args.results, output):
         print(path.read_text())
         print(f"wrote {path} and {path.with_suffix('.tex')}\n")
+    if path := write_text_table(args.results, output):
+        print(f"{path.read_text()}\nwrote {path}")
 
 
 if __name__ == "__main__":
