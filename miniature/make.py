@@ -101,9 +101,9 @@ def check_model(arguments: argparse.Namespace) -> None:
 
 
 def pretraining_settings(arguments: argparse.Namespace) -> PretrainingSettings:
-    """What `train` is to do. ValueError when the file of known paths is not valid."""
+    """What `train` is to do. UserError when the file of known paths is not valid."""
     if arguments.double and arguments.init is None:
-        raise ValueError("--double needs the model whose blocks it doubles: add --init")
+        raise UserError("--double needs the model whose blocks it doubles: add --init")
     if arguments.known_paths is None:
         paths = RandomEdits(arguments.blocks, arguments.default_share, arguments.skip_rate, arguments.repeat_rate)
     else:
@@ -122,16 +122,9 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the sub-command of the command line."""
     arguments = parse_arguments(argv)
     if arguments.command == "questions":
-        try:
-            write_questions(arguments.output_dir, arguments.train, arguments.test, arguments.seed)
-        except ValueError as error:
-            raise UserError(f"{error} Lower --train or --test.") from None
+        write_questions(arguments.output_dir, arguments.train, arguments.test, arguments.seed)
     elif arguments.command == "train":
-        try:
-            settings = pretraining_settings(arguments)
-        except (OSError, ValueError) as error:
-            raise UserError(str(error)) from None
-        train(settings)
+        train(pretraining_settings(arguments))
     else:
         evaluate(arguments)
 

@@ -19,6 +19,7 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 from drllm.errors import UserError
+from drllm.files import write_state
 from miniature.base_model import (
     answer_positions,
     build_model,
@@ -214,12 +215,10 @@ class _Pretraining:
 
     def save(self, step: int, seconds: float) -> None:
         """Writes checkpoint and model."""
-        checkpoint = self.settings.checkpoint
         state = {"identity": self.settings.identity(), "step": step, "seconds": seconds,
                  "model": self.model.state_dict(), "adamw": self.adamw.state_dict(),
                  "muon": self.muon.buffers}  # fmt: skip
-        torch.save(state, f"{checkpoint}.part")
-        os.replace(f"{checkpoint}.part", checkpoint)
+        write_state(self.settings.checkpoint, state)
         write_model(self.model, self.tokenizer, self.settings.output_dir)
 
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from drllm.errors import UserError
+from drllm.files import write_whole
 
 SETS = ("arc_easy", "arc_challenge", "dart-1", "dart-2", "dart-3", "dart-4", "dart-5")
 LABELS = ("A", "B", "C", "D")
@@ -261,7 +263,7 @@ def questions(set_name: str, part: str, number: int, seed: int) -> list[Question
     A kind with no unused content left drops out. A smaller number gives a prefix of a larger one.
 
     Raises:
-        ValueError: no kind is left.
+        UserError: no kind is left.
     """
     rng = random.Random(f"{seed}/{set_name}/{part}")
     kinds = list(KINDS[set_name])
@@ -269,7 +271,9 @@ def questions(set_name: str, part: str, number: int, seed: int) -> list[Question
     drawn: list[Question] = []
     while len(drawn) < number:
         if not kinds:
-            raise ValueError(f"{set_name} has only {len(drawn)} different questions in part {part!r}, not {number}.")
+            raise UserError(
+                f"{set_name} has only {len(drawn)} different questions in part {part!r}, not {number}; ask for fewer"
+            )
         kind = kinds.pop(0)
         for _ in range(2_000):
             question = draw(rng, set_name, kind, part)
@@ -298,12 +302,5 @@ def write_questions(folder: Path, train: int, test: int, seed: int) -> None:
         for stem, sets in (("arc_easy", SETS[:1]), ("arc_challenge", SETS[1:2]), ("dart_math", SETS[2:])):
             rows = [row(q, part, i) for s in sets for i, q in enumerate(questions(s, part, number, seed))]
             path = folder / f"{stem}_{part}.jsonl"
-            _write(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+            write_whole(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
             print(f"{path}: {len(rows)} questions")
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file atomically."""
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(text)
-    os.replace(scratch, path)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from drllm.errors import UserError
 from drllm.files import read_json
 from miniature.questions import KINDS, Question
 
@@ -90,15 +91,15 @@ def read_known_paths(file: Path) -> dict[str, tuple[int, ...]]:
     """The known path of each kind from a JSON object, kind -> digits of the path, e.g. {"sum": "1101111211"}.
 
     Raises:
-        UserError: the file is missing or not a JSON object.
-        ValueError: a kind is missing or unknown, or the paths are not digits 0, 1, 2 of one length.
+        UserError: the file is missing or not a JSON object, a kind is missing or unknown, or the paths are not digits
+            0, 1, 2 of one length.
     """
     kinds = {kind for of_set in KINDS.values() for kind in of_set}
     written = read_json(file, "write an object, kind -> digits of the path")
     if written.keys() != kinds:
-        raise ValueError(f"{file}: missing kinds {sorted(kinds - written.keys())}, "
-                         f"unknown kinds {sorted(written.keys() - kinds)}.")  # fmt: skip
+        missing, unknown = sorted(kinds - written.keys()), sorted(written.keys() - kinds)
+        raise UserError(f"{file}: missing kinds {missing}, unknown kinds {unknown}")
     paths = [path if isinstance(path, str) else "?" for path in written.values()]
     if len(set(map(len, paths))) != 1 or not set("".join(paths)) <= set("012"):
-        raise ValueError(f"{file}: paths must be strings of the digits 0, 1 and 2, all of one length.")
+        raise UserError(f"{file}: paths must be strings of the digits 0, 1 and 2, all of one length")
     return {kind: tuple(map(int, digits)) for kind, digits in written.items()}

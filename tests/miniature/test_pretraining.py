@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 from safetensors.torch import load_file
 
+from drllm.errors import UserError
 from miniature.make import HERE
 from miniature.questions import KINDS, draw
 from miniature.training_paths import KnownPaths, RandomEdits, read_known_paths
@@ -54,7 +55,7 @@ def test_a_file_of_known_paths_is_checked(tmp_path):
         (good | {"sum": "1103"}, "digits 0, 1 and 2"),
     ):
         file.write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             read_known_paths(file)
 
 

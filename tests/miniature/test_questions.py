@@ -7,6 +7,7 @@ import statistics
 
 import pytest
 
+from drllm.errors import UserError
 from drllm.questions.grading import grade
 from drllm.questions.prompts import render_prompt
 from drllm.questions.sets import load_questions
@@ -220,5 +221,5 @@ def test_a_smaller_number_is_a_prefix():
 def test_asking_for_more_contents_than_there_are_is_said(monkeypatch):
     tiny = {"tiny": lambda rng: (miniature_questions._key("tiny", rng.randrange(40)), "?", (), "1")}
     monkeypatch.setitem(KINDS, "dart-1", tiny)
-    with pytest.raises(ValueError, match="dart-1 has only"):
+    with pytest.raises(UserError, match="dart-1 has only"):
         questions("dart-1", "test", 50, 0)

@@ -89,7 +89,10 @@ def test_the_form_of_responses_is_told_from_what_they_know(toy, tmp_path):
         assert row["accuracy_of_answered"] == pytest.approx(right / answered)
     cell = f"{100 * answered / len(labels):.1f}% ({100 * right / answered:.2f}%)"
     assert cell in (tmp_path / "result.md").read_text()
-    assert result["rows"][1]["answered"] == result["rows"][0]["answered"], "FlexiDepth with every block is the base"
+    flexidepth, base_row = result["rows"][1], result["rows"][0]
+    assert (flexidepth["answered"], flexidepth["layers"]) == (base_row["answered"], 6), (
+        "with every block it is the base"
+    )
 
 
 LIKELIHOOD_TASK = """
