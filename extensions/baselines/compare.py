@@ -142,7 +142,7 @@ def _check(arguments: argparse.Namespace) -> None:
     check_output_folder(arguments.work_dir, "--work_dir")
 
 
-class Comparison:
+class MethodTable:
     """The bench, and the rows of the table as they are finished."""
 
     def __init__(self, arguments: argparse.Namespace, protocol: Protocol, state: PartialState) -> None:
@@ -284,7 +284,7 @@ class Comparison:
 def compare(arguments: argparse.Namespace, state: PartialState) -> dict:
     """Everything that the JSON holds but its provenance."""
     protocol = Protocol.of(arguments, state)
-    comparison = Comparison(arguments, protocol, state)
+    comparison = MethodTable(arguments, protocol, state)
     bench = comparison.bench
     comparison.add("base", [bench.base], Cost(), paths=[bench.default])
     comparison.static()

@@ -1,33 +1,13 @@
 import json
 import math
 
-import pytest
-
 from drllm.evaluation import comparison_table
 from drllm.evaluation.results import in_domain_columns, load_runs
 from tests.eval_toys import make_run
 
 
-@pytest.fixture
-def folder(tmp_path):
-    make_run(
-        tmp_path,
-        "base",
-        {"drllm_arc_easy": [1, 0, 1, 1], "drllm_dart_2": [0, 0]},
-        {"drllm_arc_easy": [8, 8, 8, 8], "drllm_dart_2": [20, 12]},
-    )
-    make_run(
-        tmp_path,
-        "router",
-        {"drllm_arc_easy": [1, 1, 0, 1], "drllm_dart_2": [1, 0]},
-        {"drllm_arc_easy": [6, 8, 8, 10], "drllm_dart_2": [15, 12]},
-        paths=("0112",),
-    )
-    return tmp_path
-
-
-def test_numbers_are_those_computed_by_hand(folder):
-    base, router = load_runs(folder)
+def test_numbers_are_those_computed_by_hand(two_runs):
+    base, router = load_runs(two_runs)
     assert in_domain_columns(base) == {
         "ARC": ["drllm_arc_easy"],
         "DART": ["drllm_dart_2"],
@@ -79,8 +59,8 @@ def test_total_is_the_papers_two_sevenths_and_five_sevenths(tmp_path):
         assert len(base) == len(header)
 
 
-def test_detail_counts_fixed_and_broken_answers(folder):
-    header, (arc, dart) = comparison_table.detail(*load_runs(folder))
+def test_detail_counts_fixed_and_broken_answers(two_runs):
+    header, (arc, dart) = comparison_table.detail(*load_runs(two_runs))
     assert arc[header.index("fixed")] == "1"
     assert arc[header.index("broken")] == "1"
     assert dart[header.index("fixed")] == "1"
@@ -89,10 +69,10 @@ def test_detail_counts_fixed_and_broken_answers(folder):
     assert arc[header.index("questions")] == "4"
 
 
-def test_markdown_and_latex_have_the_same_cells(folder):
-    text = comparison_table.write_comparison(folder)
+def test_markdown_and_latex_have_the_same_cells(two_runs):
+    text = comparison_table.write_comparison(two_runs)
     assert "Questions: ARC 4, DART 2, Total 6." in text
-    tex = (folder / "table.tex").read_text()
+    tex = (two_runs / "table.tex").read_text()
     assert tex.count("\\\\") == 4 + 3
     assert "acc. (\\%)" in tex
     assert "$\\pm$" in tex
@@ -134,14 +114,14 @@ def test_agieval_is_reported_weighted_too(tmp_path):
     assert "weighed by their questions, as lm-eval does, base 90.00, router 80.00." in text
 
 
-def test_several_checkpoints_give_mean_and_spread(folder):
+def test_several_checkpoints_give_mean_and_spread(two_runs):
     make_run(
-        folder,
+        two_runs,
         "router-2",
         {"drllm_arc_easy": [1, 1, 1, 1], "drllm_dart_2": [1, 1]},
         {"drllm_arc_easy": [4, 4, 4, 4], "drllm_dart_2": [8, 8]},
     )
-    loaded = load_runs(folder)
+    loaded = load_runs(two_runs)
     assert [run.name for run in loaded] == ["base", "router", "router-2"]
     _, (base, router, difference) = comparison_table.table3_over_seeds(loaded[0], loaded[1:])
     assert base[1] == "75.00"
@@ -149,16 +129,16 @@ def test_several_checkpoints_give_mean_and_spread(folder):
     # ARC: 75 and 100, layers 8 and 4; of base 75 and 8
     assert router[1:3] == ["87.50 ± 17.68", "6.00 ± 2.83"]
     assert difference[1:3] == ["+12.50 ± 17.68", "-2.00 ± 2.83"]
-    text = comparison_table.write_comparison(folder)
+    text = comparison_table.write_comparison(two_runs)
     assert text.index("+ router, 2 seeds") < text.index("seed by seed") < text.index("+ router-2")
 
 
-def test_checked_in_results_have_differences_without_errors(folder):
+def test_checked_in_results_have_differences_without_errors(two_runs):
     """Without the files by question a difference has no paired error, and nobody knows what was fixed or broken."""
-    whole = comparison_table.table3(load_runs(folder))
+    whole = comparison_table.table3(load_runs(two_runs))
     for name in ("base", "router"):
-        results = json.loads((folder / name / "results.json").read_text())
-        for run in load_runs(folder)[:2]:
+        results = json.loads((two_runs / name / "results.json").read_text())
+        for run in load_runs(two_runs)[:2]:
             if run.name == name:
                 results["config"]["block_applications"] = {
                     task: {
@@ -171,14 +151,14 @@ def test_checked_in_results_have_differences_without_errors(folder):
                     }
                     for task in run.tasks
                 }
-        (folder / name / "results.json").write_text(json.dumps(results))
+        (two_runs / name / "results.json").write_text(json.dumps(results))
     for name in ("base", "router"):
-        (folder / name / "queries.jsonl").unlink()
-        for samples in (folder / name / "samples").iterdir():
+        (two_runs / name / "queries.jsonl").unlink()
+        for samples in (two_runs / name / "samples").iterdir():
             samples.unlink()
-    _, rows = comparison_table.table3(load_runs(folder))
+    _, rows = comparison_table.table3(load_runs(two_runs))
     assert [cell.split(" ± ")[0] for cell in rows[2]] == [cell.split(" ± ")[0] for cell in whole[1][2]]
     assert "±" not in rows[2][5]
-    header, (arc, _) = comparison_table.detail(*load_runs(folder))
+    header, (arc, _) = comparison_table.detail(*load_runs(two_runs))
     assert (arc[header.index("fixed")], arc[header.index("skipped (%)")]) == ("–", "25.0")
-    assert "not run" not in comparison_table.write_comparison(folder)
+    assert "not run" not in comparison_table.write_comparison(two_runs)

@@ -11,20 +11,10 @@ from drllm import evaluate
 from drllm.evaluation import eval_sh as program
 from drllm.evaluation import lm_eval_process
 from drllm.evaluation.results import in_domain_columns, layers_difference, load_runs
-from tests.eval_toys import make_base, make_routed, make_tasks
+from tests.eval_toys import make_routed, make_tasks
 
 ROOT = Path(__file__).parents[3]
 BLOCKS = 6
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, stock_model):
-    return make_base(tmp_path_factory.mktemp("base"), stock_model)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, base):
-    return make_routed(base, tmp_path_factory.mktemp("routed"))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from drllm.questions.sets import load_questions
 from tests.eval_toys import (
     HookCounter,
     evaluate,
-    make_base,
     make_routed,
     make_tasks,
     metrics,
@@ -33,16 +32,6 @@ from train_models import RoutedLlamaForCausalLM
 GENERATION = ["drllm_arc_easy", "drllm_dart_1", "toy_stop"]
 CHOICES = ["toy_choice", "toy_label"]
 BLOCKS = 6
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, stock_model) -> Path:
-    return make_base(tmp_path_factory.mktemp("base"), stock_model)
-
-
-@pytest.fixture(scope="module")
-def routed(tmp_path_factory, base) -> Path:
-    return make_routed(base, tmp_path_factory.mktemp("routed"))
 
 
 @pytest.fixture(scope="module")

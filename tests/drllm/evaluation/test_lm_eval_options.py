@@ -11,19 +11,9 @@ from transformers import LlamaForCausalLM
 
 from drllm.errors import UserError
 from drllm.provenance import fingerprint
-from tests.eval_toys import make_base, make_routed, routed_lm, stock_lm
+from tests.eval_toys import routed_lm, stock_lm
 
 WINDOW = 12
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, stock_model) -> Path:
-    return make_base(tmp_path_factory.mktemp("base"), stock_model)
-
-
-@pytest.fixture(scope="module")
-def routed(tmp_path_factory, base) -> Path:
-    return make_routed(base, tmp_path_factory.mktemp("routed"))
 
 
 def scores(lm, rows: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:

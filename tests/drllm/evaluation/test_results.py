@@ -7,41 +7,23 @@ from drllm.evaluation.results import Estimate, Run, in_domain_columns, load_runs
 from tests.eval_toys import make_run
 
 
-@pytest.fixture
-def folder(tmp_path):
-    make_run(
-        tmp_path,
-        "base",
-        {"drllm_arc_easy": [1, 0, 1, 1], "drllm_dart_2": [0, 0]},
-        {"drllm_arc_easy": [8, 8, 8, 8], "drllm_dart_2": [20, 12]},
-    )
-    make_run(
-        tmp_path,
-        "router",
-        {"drllm_arc_easy": [1, 1, 0, 1], "drllm_dart_2": [1, 0]},
-        {"drllm_arc_easy": [6, 8, 8, 10], "drllm_dart_2": [15, 12]},
-        paths=("0112",),
-    )
-    return tmp_path
-
-
-def test_results_without_files_by_question_give_the_same_numbers(folder):
+def test_results_without_files_by_question_give_the_same_numbers(two_runs):
     """What is checked in is results.json and run.json alone."""
-    whole = load_runs(folder)
+    whole = load_runs(two_runs)
     tasks = ["drllm_arc_easy", "drllm_dart_2"]
     for run in whole:
-        results = json.loads((folder / run.name / "results.json").read_text())
+        results = json.loads((two_runs / run.name / "results.json").read_text())
         for task in tasks:
             accuracy, layers = run.accuracy([task]), run.layers([task])
             results["results"][task] = {"acc,none": accuracy.mean, "acc_stderr,none": accuracy.stderr}
             counted = results["config"].setdefault("block_applications", {})
             counted[task] = {"blocks_per_query": layers.mean, "blocks_per_query_stderr": layers.stderr}
             counted[task]["queries"] = layers.count
-        (folder / run.name / "results.json").write_text(json.dumps(results))
-        (folder / run.name / "queries.jsonl").unlink()
-        for samples in (folder / run.name / "samples").iterdir():
+        (two_runs / run.name / "results.json").write_text(json.dumps(results))
+        (two_runs / run.name / "queries.jsonl").unlink()
+        for samples in (two_runs / run.name / "samples").iterdir():
             samples.unlink()
-    for before, after in zip(whole, load_runs(folder), strict=True):
+    for before, after in zip(whole, load_runs(two_runs), strict=True):
         assert in_domain_columns(after) == in_domain_columns(before)
         for measure in (Run.accuracy, Run.layers):
             found, expected = measure(after, tasks), measure(before, tasks)
@@ -58,16 +40,16 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize(("name", "content"), [(name, text) for name, texts in DAMAGE.items() for text in texts])
-def test_a_damaged_file_is_named(folder, name, content):
-    (folder / "router" / name).write_bytes(content.encode("latin1"))
+def test_a_damaged_file_is_named(two_runs, name, content):
+    (two_runs / "router" / name).write_bytes(content.encode("latin1"))
     with pytest.raises(UserError, match=f"{name}.*run eval.sh again"):
-        load_runs(folder)
+        load_runs(two_runs)
 
 
-def test_both_runs_must_be_complete(folder):
-    (folder / "router" / "run.json").unlink()
+def test_both_runs_must_be_complete(two_runs):
+    (two_runs / "router" / "run.json").unlink()
     with pytest.raises(UserError, match="no complete runs base and router"):
-        load_runs(folder)
+        load_runs(two_runs)
 
 
 def test_agieval_is_the_mean_of_its_subtasks(tmp_path):

@@ -53,6 +53,9 @@ def test_the_share_of_a_known_gain_is_paired_by_question():
     assert share_recovered(known, base, known) == {"share": 1.0, "low": 1.0, "high": 1.0}
     assert share_recovered(base, base, known)["high"] == 0
     assert share_recovered(half, known, base) is None
+    # Of two questions many samples hold only the one on which the known path gains nothing: they are left out.
+    two, of_base = outcome([1.0, 1.0], [9.0, 9.0]), outcome([0.0, 1.0], [9.0, 9.0])
+    assert share_recovered(two, of_base, two) == {"share": 1.0, "low": 1.0, "high": 1.0}
 
 
 def test_a_mix_weighs_sets():
