@@ -40,6 +40,7 @@ from drllm.evaluation.protocol import (
     authors_tasks,
     default_tasks,
     describe_parts,
+    is_graded_here,
     parse_path,
     reward_of,
     reward_warning,
@@ -49,6 +50,7 @@ from drllm.files import check_output_folder, disk_errors, read_json
 from drllm.labels import read_labels
 from drllm.manifests import CHECKPOINT_MANIFEST
 from drllm.provenance import parse_dtype
+from drllm.questions.grading import GRADER_VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUTING_RANGES = {"routing_control": (-1, 1), "num_windows": (1, 32)}
@@ -182,6 +184,8 @@ def plan(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "num_fewshot": args.num_fewshot,
         "limit": args.limit,
     }
+    if any(is_graded_here(name) for name in tasks.split(",")):
+        common["grader_version"] = GRADER_VERSION
     routed, *further = (
         common | {"checkpoint": _digest_of_files(path), "pretrained": str(path)} for path in checkpoints
     )

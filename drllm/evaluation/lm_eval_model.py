@@ -41,6 +41,7 @@ from drllm.evaluation.response_cache import ResponseCache
 from drllm.files import disk_errors, write_whole
 from drllm.loading import LOADING_ERRORS, check_complete, check_finite, check_json_files, one_line
 from drllm.provenance import fingerprint, parse_dtype, stored_parameters
+from drllm.questions.grading import GRADER_VERSION
 from drllm.questions.prompts import TEMPLATE_ARGUMENTS
 from train_models import PathCache
 from train_models.paths import path_to_layer_indices
@@ -436,15 +437,13 @@ class RoutedLM(HFLM):
             }
         else:
             info = super().get_model_info()
-        names = (*ROUTING_ARGUMENTS, "trained_num_windows", "router_input", "base_model_name")
-        routing = {name: getattr(self.config, name) for name in names} if self.is_routed else {}
+        routing = {"is_routed": self.is_routed, "num_blocks": self._num_blocks, "path": self._fixed_path}
+        if self.is_routed:
+            names = (*ROUTING_ARGUMENTS, "trained_num_windows", "router_input", "base_model_name")
+            routing |= {name: getattr(self.config, name) for name in names}
         return info | {
             "model_fingerprint": fingerprint(self.model),
-            "routing": {
-                "is_routed": self.is_routed,
-                "num_blocks": self._num_blocks,
-                "path": self._fixed_path,
-                **routing,
-            },
+            "grader_version": GRADER_VERSION,
+            "routing": routing,
             "block_applications": self.layer_counts.summary(),
         }

@@ -15,7 +15,6 @@ from typing import Any
 from drllm import provenance
 from drllm.errors import UserError
 from drllm.files import disk_errors, read_json, write_json
-from drllm.questions.grading import GRADER_VERSION
 
 SAFE = "the answers so far are kept"
 # Parts of lm-eval's results JSON that map tasks or groups to something.
@@ -60,7 +59,7 @@ def run_lm_eval(name: str, run: dict[str, Any], folder: Path, args: argparse.Nam
                 raise UserError(f"lm-eval ended with status {status}: {_reason(log)} (see {log}); {SAFE}")
         _collect(folder, [parts / str(number) for number in range(len(commands))])
     details = {"run": run, "seconds": round(time.monotonic() - started, 1), "batch_size": args.batch_size}
-    code = {"grader_version": GRADER_VERSION, "versions": provenance.versions(), "commit": provenance.commit()}
+    code = {"versions": provenance.versions(), "commit": provenance.commit()}
     write_json(record, details | code)
     shutil.rmtree(parts, ignore_errors=True)
     for leftover in folder.glob("answers.db*"):
@@ -95,6 +94,7 @@ def _launch_command(
 ) -> list[str]:
     model_args = [f"pretrained={run['pretrained']}", f"dtype={run['dtype']}", run["model_args"]]
     model_args += [f"routing_log={part_folder / 'queries.jsonl'}"]
+    model_args += ["enable_thinking=False"] if part.get("enable_thinking") is False else []
     options = {
         "--model_args": ",".join(part for part in model_args if part),
         "--tasks": part["tasks"],

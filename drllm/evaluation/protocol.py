@@ -43,6 +43,12 @@ def uses_chat_template(setting: str, checkpoint: Path) -> bool:
     return any(manifest.chat_template for manifest in read_checkpoint_manifests(checkpoint))
 
 
+def may_think(checkpoint: Path) -> bool:
+    """Whether in-domain prompts with a chat template let the model think: labels of a template that were made so."""
+    templated = [manifest for manifest in read_checkpoint_manifests(checkpoint) if manifest.chat_template]
+    return any(manifest.arguments.get("enable_thinking", True) for manifest in templated)
+
+
 def response_format_of(checkpoint: Path) -> ResponseFormat:
     """The response format that the labels of a checkpoint were made with, without limits that are the default.
 
@@ -127,6 +133,11 @@ def is_likelihood(task: str) -> bool:
     return task.startswith(LIKELIHOOD_PREFIX)
 
 
+def is_graded_here(task: str) -> bool:
+    """Whether the responses to `task` are graded by `drllm.questions.grading`, as in the search."""
+    return is_in_domain(task) and not is_likelihood(task)
+
+
 @dataclass(frozen=True)
 class Part:
     """Tasks with the same settings: one run of lm-eval.
@@ -136,19 +147,22 @@ class Part:
         chat_template: whether prompts have the model's chat template.
         gen_kwargs: overrides the tasks' generation settings; None keeps them.
         response_format: format of in-domain responses, as JSON (`ResponseFormat.as_dict`); None: the default.
+        enable_thinking: switch of the chat template, where it has one; None: its default.
     """
 
     tasks: str
     chat_template: bool
     gen_kwargs: str | None
     response_format: str | None = None
+    enable_thinking: bool | None = None
 
     @property
     def record(self) -> dict[str, Any]:
-        """The part as JSON; without `response_format` for the default."""
+        """The part as JSON; without `response_format` and `enable_thinking` for their defaults."""
         fields = asdict(self)
-        text = fields.pop("response_format")
-        return fields if text is None else fields | {"response_format": json.loads(text)}
+        text, thinking = fields.pop("response_format"), fields.pop("enable_thinking")
+        fields |= {} if text is None else {"response_format": json.loads(text)}
+        return fields if thinking is None else fields | {"enable_thinking": thinking}
 
 
 @dataclass(frozen=True)
@@ -186,14 +200,17 @@ class Protocol:
             )
         of_labels = None if responses == ResponseFormat() else json.dumps(responses.as_dict())
         gen_kwargs = None if self.gen_kwargs is None else canonical_gen_kwargs([self.gen_kwargs])[0]
-        grouped: dict[tuple[bool, str | None, str | None], list[str]] = {}
+        thinking = None if may_think(checkpoint) else False
+        grouped: dict[tuple[bool, str | None, str | None, bool | None], list[str]] = {}
         for name in names:
-            from_labels = is_in_domain(name) and not is_likelihood(name)
+            from_labels = is_graded_here(name)
             chat = labels_have_template if from_labels else self.chat_template == "on"
             limits = None if is_in_domain(name) else gen_kwargs
             if name.startswith("drllm_dart") and self.dart_max_new_tokens is not None:
                 limits = f"{LIMIT_NAMES[0]}={self.dart_max_new_tokens}"
-            settings = (chat or name in self.chat_template_tasks, limits, of_labels if from_labels else None)
+            chat = chat or name in self.chat_template_tasks
+            direct = (of_labels, thinking if chat else None) if from_labels else (None, None)
+            settings = (chat, limits, *direct)
             grouped.setdefault(settings, []).append(name)
         return [Part(",".join(members), *settings) for settings, members in grouped.items()]
 
@@ -223,7 +240,8 @@ def describe_parts(parts: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def _settings(part: dict[str, Any]) -> Iterable[str]:
-    yield f"{'with' if part['chat_template'] else 'without'} chat template"
+    thinking = " (enable_thinking=False)" if part.get("enable_thinking") is False else ""
+    yield f"{'with' if part['chat_template'] else 'without'} chat template{thinking}"
     responses = ResponseFormat.of_dict(part.get("response_format") or {}).describe()
     if responses:
         yield f"response format of the labels ({responses})"

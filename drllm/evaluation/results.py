@@ -352,10 +352,18 @@ def task_order(task: str) -> tuple[int, str]:
 
 
 def load_runs(folder: Path) -> list[Run]:
-    """The complete runs below `folder`: base, router, those of further checkpoints, then static paths."""
+    """The complete runs below `folder`: base, router, those of further checkpoints, then static paths.
+
+    Raises:
+        UserError: the baseline or the routed run is missing, or not all were graded by one version of the graders.
+    """
     further = sorted((path.name for path in folder.glob(f"{ROUTER}-*")), key=lambda name: (len(name), name))
     names = [BASE, ROUTER, *further, *sorted(path.name for path in folder.glob("path-*"))]
     runs = [Run(folder / name) for name in names if (folder / name / "run.json").is_file()]
     if [run.name for run in runs[:2]] != [BASE, ROUTER]:
         raise UserError(f"{folder} has no complete runs base and router; run eval.sh")
+    versions = {run.name: run.record["run"].get("grader_version") for run in runs}
+    if len(set(versions.values())) > 1:
+        found = ", ".join(f"{name}: {version or 'not said'}" for name, version in versions.items())
+        raise UserError(f"{folder}: its runs were graded by different grader_version ({found}); {RUN_AGAIN}")
     return runs

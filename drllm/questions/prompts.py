@@ -36,6 +36,13 @@ def _render(question: Question) -> str:
 
 # Llama-3.2's template writes today's date into every prompt unless a date is given; this one is Llama-3.1's default.
 TEMPLATE_ARGUMENTS = {"date_string": "26 Jul 2024"}
+# Answers are direct: a template with this switch (Qwen3's) would have the model think, and the limit would cut it off.
+NO_THINKING = {"enable_thinking": False}
+
+
+def thinking_switch(tokenizer: Any, chat: bool) -> dict[str, bool]:
+    """What a manifest records of the template's switch: `NO_THINKING`, or nothing where prompts have no such switch."""
+    return NO_THINKING if chat and "enable_thinking" in str(tokenizer.chat_template) else {}
 
 
 def wants_chat_template(setting: str, name: str, tokenizer: Any, stop_ids: int | list[int] | None) -> tuple[bool, str]:
@@ -90,7 +97,11 @@ def apply_template(prompt: str, tokenizer: Any, chat: bool) -> str:
             f"the tokenizer of {tokenizer.name_or_path} has no chat template: run without the chat template"
         )
     return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **TEMPLATE_ARGUMENTS
+        [{"role": "user", "content": prompt}],
+        tokenize=False,
+        add_generation_prompt=True,
+        **TEMPLATE_ARGUMENTS,
+        **NO_THINKING,
     )
 
 

@@ -25,6 +25,7 @@ from drllm.processes import process_state
 from drllm.provenance import commit, dtype_name, dtype_on, fingerprint, parse_dtype, versions
 from drllm.questions.grading import GRADER_VERSION
 from drllm.questions.overlap import load_training_questions
+from drllm.questions.prompts import thinking_switch
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import GROUPS, SETS, expand_sets
 from drllm.rollouts.batches import OPEN_BATCHES, BatchLimit, limit_on
@@ -209,7 +210,11 @@ class SearchInputs:
             num_layers=self.model.config.num_hidden_layers,
             dtype=dtype_name(self.model.dtype),
             chat_template=self.chat,
-            arguments=tree | arguments | self.response_format.as_dict() | {"max_new_tokens": limits},
+            arguments=tree
+            | arguments
+            | self.response_format.as_dict()
+            | {"max_new_tokens": limits}
+            | thinking_switch(self.tokenizer, self.chat),
             reward=self.reward.name,
             seed=self.args.seed,
             data_dir=None if self.args.data_dir is None else str(self.args.data_dir),

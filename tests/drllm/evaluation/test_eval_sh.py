@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from drllm import evaluate
+from drllm.errors import UserError
 from drllm.evaluation import eval_sh as program
 from drllm.evaluation import lm_eval_process
 from drllm.evaluation.results import in_domain_columns, layers_difference, load_runs
+from drllm.questions.grading import GRADER_VERSION
 from tests.eval_toys import make_routed, make_tasks
 
 ROOT = Path(__file__).parents[3]
@@ -83,6 +85,16 @@ def test_both_runs_a_table_and_figures_and_again_nothing(checkpoint, data, tmp_p
 
     assert eval_sh(*arguments, "--limit", 2) == 2
     assert "holds a run that differs in: limit" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("drllm.evaluation.eval_sh.GRADER_VERSION", GRADER_VERSION + 1)
+        assert eval_sh(*arguments) == 2
+    assert "holds a run that differs in: grader_version" in capsys.readouterr().err
+    record = json.loads((tmp_path / "router" / "run.json").read_text())
+    assert record["run"]["grader_version"] == router.results["config"]["grader_version"] == GRADER_VERSION
+    older = json.dumps(record | {"run": record["run"] | {"grader_version": GRADER_VERSION - 1}})
+    (tmp_path / "router" / "run.json").write_text(older)
+    with pytest.raises(UserError, match=f"base: {GRADER_VERSION}, router: {GRADER_VERSION - 1}, path"):
+        load_runs(tmp_path)
     assert eval_sh(*arguments[:-2], "--limit", 2, "--overwrite", "--tasks", "drllm_arc") == 0
     assert "Only the first 2 questions" in (tmp_path / "table.md").read_text()
 

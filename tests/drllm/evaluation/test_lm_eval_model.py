@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from drllm.checkpoints import load_tokenizer
 from drllm.errors import UserError
-from drllm.questions.prompts import Prompt
+from drllm.questions.prompts import Prompt, thinking_switch
 from drllm.questions.sets import load_questions
 from tests.eval_toys import (
     HookCounter,
@@ -305,8 +305,10 @@ def test_chat_prompts_and_their_tokens_are_those_of_the_search_on_any_day(routed
     )
     # as Llama-3.2's, which writes today's date into each prompt
     date = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
-    tokenizer.chat_template = date + begin + "{{ date_string }} {{ messages[0]['content'] }} w1"
-    lm = routed_lm(routed, tokenizer=tokenizer)
+    switch = "{% if enable_thinking is defined and enable_thinking is false %} <think></think>{% endif %}"
+    tokenizer.chat_template = date + begin + "{{ date_string }} {{ messages[0]['content'] }} w1" + switch
+    assert thinking_switch(tokenizer, chat=True) == {"enable_thinking": False}
+    lm = routed_lm(routed, tokenizer=tokenizer, enable_thinking=False)  # as eval.sh has it
     results = evaluate(lm, folder, ["drllm_arc_easy"], apply_chat_template=True, limit=2)
     samples = sorted(results["samples"]["drllm_arc_easy"], key=lambda sample: sample["doc_id"])
     for sample, question in zip(samples, load_questions("arc_easy", "test", folder), strict=False):
@@ -314,6 +316,7 @@ def test_chat_prompts_and_their_tokens_are_those_of_the_search_on_any_day(routed
         text = sample["arguments"][0][0]
         assert text == searched.text
         assert text.startswith(f"{begin}26 Jul 2024 Question:")
+        assert text.endswith(" <think></think>")
         assert lm.tok_batch_encode([text])[0][0].tolist() == list(searched.input_ids)
     given = routed_lm(routed, tokenizer=tokenizer, chat_template_args={"date_string": "1 Jan 2000"})
     assert given.apply_chat_template([{"role": "user", "content": "w2"}]) == f"{begin}1 Jan 2000 w2 w1"

@@ -190,3 +190,18 @@ def test_the_limit_has_one_name():
     assert canonical_gen_kwargs(["max_new_tokens=5,do_sample=False"]) == ["max_gen_toks=5,do_sample=False"]
     assert canonical_gen_kwargs(['{"max_tokens": 5}']) == ['{"max_gen_toks": 5}']
     assert canonical_gen_kwargs([]) == []
+
+
+def test_in_domain_answers_are_given_without_thinking_as_the_labels_were(checkpoint):
+    def switches(protocol, manifest):
+        parts = protocol.parts("drllm_arc,gsm8k", checkpoint(manifest))
+        return [(part.tasks, part.record.get("enable_thinking")) for part in parts]
+
+    direct = {"chat_template": True, "arguments": {"enable_thinking": False}}
+    everywhere = Protocol(chat_template="on")
+    assert switches(everywhere, direct) == [("drllm_arc", False), ("gsm8k", None)]
+    assert switches(Protocol(), {"chat_template": True}) == [("drllm_arc", None), ("gsm8k", None)]
+    assert switches(everywhere, {"chat_template": False}) == [("drllm_arc", False), ("gsm8k", None)]
+    assert switches(Protocol(), {"chat_template": False}) == [("drllm_arc,gsm8k", None)]
+    (text,) = describe_parts([part.record for part in Protocol().parts("drllm_arc", checkpoint(direct))])
+    assert text.startswith("drllm_arc: with chat template (enable_thinking=False)")
