@@ -4,8 +4,9 @@
     python -m experiments.menu --model MODEL --reward likelihood --export_dir menus/NAME --export_size 4 --output ...
 
 Candidates, all measured on the training questions: every single edit of the default path, then --rounds times the edits
-of two of the --beam best candidates together. The menu takes the most accurate one first, then again and again the one
-that answers most of the questions that no path of the menu answers. So the best single path is the menu of one.
+of two of the --beam best candidates together; or the default path and --paths alone. The menu takes the most accurate
+one first, then again and again the one that answers most of the questions that no path of the menu answers. So the best
+single path is the menu of one.
 
 A chooser predicts each path's reward from the counts of a prompt's tokens (ridge regression; nothing of the model is
 needed) and takes the highest. On test questions: the share that some path of the menu answers (coverage; it takes the
@@ -31,7 +32,7 @@ from sklearn.preprocessing import normalize
 
 from drllm.arguments import MAX_SEED, add_shared, check_ranges, parse_list
 from drllm.checkpoints import load_routed, load_routed_checkpoint, load_tokenizer
-from drllm.edits import describe_edits
+from drllm.edits import describe_edits, parse_edits, path_of_edits
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_file, check_output_folder, write_json, write_tensors
 from drllm.processes import process_state
@@ -72,6 +73,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--questions", type=Path, help="JSON, set -> ids of training questions to test on (default: the test split)")
     add("--test_questions", type=int, help="test questions per set (default: all)")
     add("--train_questions", type=int, default=200, help="training questions per set (default: %(default)s)")
+    add("--paths", default="", help='candidates in place of searched ones, by edits: "skip 19; skip 18, repeat 27"')
     add("--rounds", type=int, default=2, help="times that candidates are combined (default: %(default)s)")
     add("--beam", type=int, default=8, help="candidates that are combined (default: %(default)s)")
     add("--sizes", default="1,2,4,8,16", help="paths of the menus to report (default: %(default)s)")
@@ -94,6 +96,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         rounds=(0, math.inf),
         seed=(0, MAX_SEED),
     )
+    arguments.paths = [edits.strip() for edits in arguments.paths.split(";") if edits.strip()]
+    try:
+        for edits in arguments.paths:
+            parse_edits(edits)
+    except ValueError as error:
+        raise UserError(f"--paths: {error}") from None
     for sets in filter(None, (arguments.dataset, arguments.unlike)):
         expand_sets(sets)
     for output in (arguments.output, arguments.output.with_suffix(".md")):
@@ -277,6 +285,13 @@ def export(report: Report, protocol: Protocol, folder: Path, size: int) -> None:
     write_json(folder / MENU, {"models": names, "edits": menu})
 
 
+def _given(paths: Sequence[str], num_blocks: int) -> list[BlockPath]:
+    try:
+        return [default_path(num_blocks), *(path_of_edits(edits, num_blocks) for edits in paths)]
+    except ValueError as error:
+        raise UserError(f"--paths: {error}") from None
+
+
 def measure(arguments: argparse.Namespace, protocol: Protocol, device: torch.device) -> tuple[Report, dict]:
     """The report, and everything that the JSON holds but its provenance."""
     bench = Bench(
@@ -288,7 +303,10 @@ def measure(arguments: argparse.Namespace, protocol: Protocol, device: torch.dev
         arguments.batch_size,
         (protocol.chat_template, protocol.response_format),
     )
-    scored = candidates(bench, arguments.rounds, arguments.beam)
+    if arguments.paths:
+        scored = bench.training_outcomes(_given(arguments.paths, bench.num_blocks), "given paths")
+    else:
+        scored = candidates(bench, arguments.rounds, arguments.beam)
     report = Report(bench, scored, choose(scored, max(*arguments.sizes, arguments.export_size)))
     menus = [report.menu_row(size) for size in sorted({1, *arguments.sizes}) if size <= len(report.menu)]
     methods = {"base": report.row(bench.base), f"best single path: {menus[0]['paths'][0] or 'default'}": menus[0]}

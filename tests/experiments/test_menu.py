@@ -68,6 +68,15 @@ def test_the_report_and_a_second_run_that_answers_nothing(toy, tmp_path, monkeyp
     assert again["menus"] == result["menus"]
 
 
+def test_given_paths_are_the_candidates(toy, tmp_path, capsys):
+    assert run(toy, tmp_path, "--paths", "skip 1; skip 1, repeat 4") == 0
+    result = json.loads((tmp_path / "menu.json").read_text())
+    assert result["candidates"] == 3
+    assert set(result["menus"][-1]["paths"]) < {"", "skip 1", "skip 1, repeat 4"}
+    assert run(toy, tmp_path, "--paths", "skip 60") == 2
+    assert "--paths: the model has only 6 blocks, from 0 on; there is no block 60" in capsys.readouterr().err
+
+
 def outcome(*right: int, value: float = 0.0) -> Outcome:
     return Outcome([float(each) for each in right], [0.0] * len(right), [each + value for each in right])
 
