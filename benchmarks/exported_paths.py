@@ -102,14 +102,8 @@ def measure(arguments: argparse.Namespace) -> dict:
         followed = load_path_model(arguments.model, dtype=torch.float32)
     files = {edits: gguf_of(source, edits, arguments.work_dir, arguments.converter) for edits in ["", *arguments.path]}
     engines = {edits: Engine(file, arguments.threads) for edits, file in files.items()}
-    equal = {}
-    for edits, engine in tqdm(engines.items(), desc="tokens", unit="path"):
-        settings = {"layer_indices": source.layer_indices(edits), "max_new_tokens": arguments.new_tokens}
-        equal[edits] = sum(
-            _greedy(followed, prompt, **settings) == engine.greedy(prompt, arguments.new_tokens) for prompt in prompts
-        )
     rows = []
-    for edits, engine in engines.items():  # after all tokens, so that nothing else runs
+    for edits, engine in engines.items():  # first, while the machine is quiet
         sides = [
             functools.partial(side.seconds_per_token, prompts[0], arguments.new_tokens)
             for side in (engines[""], engine)
@@ -122,11 +116,15 @@ def measure(arguments: argparse.Namespace) -> dict:
                 "blocks": blocks,
                 "blocks_ratio": source.config["num_hidden_layers"] / blocks,
                 "file_bytes": files[edits].stat().st_size,
-                "prompts_with_equal_tokens": equal[edits],
                 "tokens_per_second": 1 / statistics.median(times.ours),
                 "tokens_per_second_of_base": 1 / statistics.median(times.reference),
                 "speed": times.record(),
             }
+        )
+    for row, (edits, engine) in zip(tqdm(rows, desc="tokens", unit="path"), engines.items(), strict=True):
+        settings = {"layer_indices": source.layer_indices(edits), "max_new_tokens": arguments.new_tokens}
+        row["prompts_with_equal_tokens"] = sum(
+            _greedy(followed, prompt, **settings) == engine.greedy(prompt, arguments.new_tokens) for prompt in prompts
         )
     return {
         "prompts": len(prompts),
