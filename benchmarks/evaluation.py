@@ -1,6 +1,7 @@
-"""Multiple-choice scoring: the lm-eval model `drllm` against lm-eval's own `hf` at batch size 1, on one checkpoint.
+"""lm-eval's model `drllm` against its own `hf` on one routed checkpoint: multiple choice, and greedy generation.
 
     python benchmarks/evaluation.py --model checkpoints/demo --threads 1,2
+    python benchmarks/evaluation.py --shape llama-3.2-3b --dtype bfloat16 --batch_sizes 1,16,64 --new_tokens 256
 
 `hf` gives a routed model context and continuation without their lengths and pads them without a mask, so its results
 depend on the batch and the published command needs batch size 1. Those of `drllm` do not, so each of its batch sizes is
@@ -13,7 +14,11 @@ gain, and two for many-token options (the prompt, then all options on its cache)
 runs that take turns with the same number of threads (`benchmarks/pairs.py`), and the largest difference of
 log-likelihoods with static routing, where both compute the same function.
 
---model is a routed checkpoint, or a plain one, which gets freshly initialised routers.
+--new_tokens times greedy generation of so many tokens per question, against `hf` at the same batch size: 1 and the
+largest of --batch_sizes.
+
+--model is a routed checkpoint, or a plain one, which gets freshly initialised routers. --shape makes one with random
+weights and prompts as long as those of ARC; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -21,11 +26,12 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,6 +44,8 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from benchmarks.pairs import LEAST_PAIRS, parse_threads, run_pairs, torch_threads  # noqa: E402
+from benchmarks.random_base import ARC_TOKENS, random_text, write_random_base  # noqa: E402
+from benchmarks.shapes import SHAPES  # noqa: E402
 from drllm.arguments import A_GPU, add_shared, check_device, check_ranges, parse_list  # noqa: E402
 from drllm.checkpoints import checkpoint_info, load_routed, load_tokenizer  # noqa: E402
 from drllm.errors import main_guard  # noqa: E402
@@ -47,92 +55,140 @@ from drllm.provenance import command_line, parse_dtype, write_result  # noqa: E4
 from drllm.questions.prompts import render_prompt  # noqa: E402
 from drllm.questions.sets import load_questions  # noqa: E402
 
+EXECUTE_BIAS = 2.0  # of fresh routers on random weights: most blocks run, as trained routers decide
 
-def make_requests(data_dir: str, count: int, words: int) -> list[Instance]:
-    """Four options for each of the first `count` questions: letters, or with `words` > 0 texts of that many words."""
-    questions = load_questions("arc_easy", "test", data_dir, count + 4)
-    requests = []
-    for number, question in enumerate(questions[:count]):
-        texts = [" ".join(other.text.split()[:words]) for other in questions[number + 1 : number + 5]]
-        requests += [
-            Instance(
-                request_type="loglikelihood",
-                doc={},
-                arguments=(render_prompt(question), f" {option}"),
-                idx=index,
-                metadata=("benchmark", number, 1),
-            )
-            for index, option in enumerate(texts if words else "ABCD")
+
+def instances(kind: str, arguments: list[list[tuple]]) -> list[Instance]:
+    """lm-eval's requests: `arguments[question]` lists those of one question."""
+    return [
+        Instance(request_type=kind, doc={}, arguments=each, idx=index, metadata=("benchmark", number, 1))
+        for number, of_question in enumerate(arguments)
+        for index, each in enumerate(of_question)
+    ]
+
+
+def prompts_of(args: argparse.Namespace) -> tuple[list[str], Callable[[int], list[str]]]:
+    """The prompts, and a function from a question's number to four texts of --words words."""
+    if args.shape:
+        rng = random.Random(0)
+        lengths = [ARC_TOKENS[number % len(ARC_TOKENS)] for number in range(args.questions)]
+        return [random_text(rng, length) for length in lengths], lambda _: [
+            random_text(rng, args.words) for _ in range(4)
         ]
-    return requests
+    questions = load_questions("arc_easy", "test", args.data_dir, args.questions + 4)
+
+    def others(number: int) -> list[str]:
+        return [" ".join(other.text.split()[: args.words]) for other in questions[number + 1 : number + 5]]
+
+    return [render_prompt(question) for question in questions[: args.questions]], others
 
 
 @contextmanager
-def routed_checkpoint(name: str, dtype: str) -> Iterator[str]:
-    """`name` itself if it is routed, else a temporary copy with freshly initialised routers."""
-    info = checkpoint_info(name)
-    if info.is_routed:
+def routed_checkpoint(args: argparse.Namespace) -> Iterator[str]:
+    """The folder of --model itself if it is routed, else of a temporary checkpoint with freshly initialised routers."""
+    if args.model and (info := checkpoint_info(args.model)).is_routed:
         info.routed_classes()  # imports them, so that `hf` needs no code of the checkpoint
-        yield name
+        yield args.model
         return
-    with tempfile.TemporaryDirectory() as folder:
-        load_routed(name, parse_dtype(dtype), None, {}).save_pretrained(folder)
-        load_tokenizer(name).save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        base, folder = args.model or f"{scratch}/base", f"{scratch}/routed"
+        if args.shape:
+            write_random_base(Path(base), SHAPES[args.shape], parse_dtype(args.dtype), args.device)
+        routed = load_routed(base, parse_dtype(args.dtype), None, {})
+        if args.shape:
+            with torch.no_grad():
+                for router in routed.model.routers:
+                    router.layers[-1].bias[1] = EXECUTE_BIAS
+        routed.save_pretrained(folder)
+        load_tokenizer(base).save_pretrained(folder)
+        del routed
         yield folder
 
 
-def seconds_per_question(lm: HFLM, requests: list[Instance], questions: int) -> float:
-    """Wall time of one scoring of all requests over the number of questions."""
+def seconds_per_question(answer: Callable, requests: list[Instance], questions: int) -> float:
+    """Wall time of one answering of all requests over the number of questions."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
-    lm.loglikelihood(requests, disable_tqdm=True)
+    answer(requests, disable_tqdm=True)
     return (time.perf_counter() - start) / questions
 
 
-def largest_difference(reference: HFLM, contestants: list[HFLM], requests: list[Instance]) -> float:
-    """Largest difference of log-likelihoods with static routing, in nats."""
-    answers = []
-    for lm in (reference, *contestants):
-        lm.model.model.is_static_routing = True
-        answers.append([value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)])
-        lm.model.model.is_static_routing = False
-    return max(abs(a - b) for ours in answers[1:] for a, b in zip(ours, answers[0], strict=True))
+class Bench:
+    """Both models on one checkpoint, and what was measured."""
+
+    def __init__(self, args: argparse.Namespace, checkpoint: str):
+        options = {"dtype": args.dtype, "device": args.device, "batch_size": 1}
+        self.args = args
+        self.hf = HFLM(checkpoint, trust_remote_code=False, **options)
+        self.ours = RoutedLM(checkpoint, **options)
+
+    def largest_difference(self, requests: list[Instance]) -> float:
+        """Largest difference of log-likelihoods with static routing over all batch sizes, in nats."""
+        answers = []
+        for lm, sizes in ((self.hf, [1]), (self.ours, self.args.batch_sizes)):
+            lm.model.model.is_static_routing = True
+            for lm.batch_size_per_gpu in sizes:
+                answers.append([value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)])
+            lm.model.model.is_static_routing = False
+        return max(abs(a - b) for ours in answers[1:] for a, b in zip(ours, answers[0], strict=True))
+
+    def compare(self, kind: str, requests: list[Instance], hf_size: int, size: int, threads: int) -> dict:
+        """Pairs of `hf` at batch size `hf_size` and `drllm` at `size`."""
+        self.hf.batch_size_per_gpu, self.ours.batch_size_per_gpu = hf_size, size
+        method = "generate_until" if requests[0].request_type == "generate_until" else "loglikelihood"
+        questions = len({request.metadata[1] for request in requests})
+        sides = [
+            functools.partial(seconds_per_question, getattr(lm, method), requests, questions)
+            for lm in (self.hf, self.ours)
+        ]
+        title = f"{kind}, {threads} threads, batch {size}"
+        with torch_threads(threads):
+            pairs = run_pairs(*sides, self.args.pairs, title)
+        hf, ours = (1000 * statistics.median(side) for side in (pairs.reference, pairs.ours))
+        print(f"  {title}: hf at batch {hf_size} {hf:.1f} ms per question, drllm {ours:.1f} ms: {pairs}", flush=True)
+        return pairs.record()
 
 
-def compare(args: argparse.Namespace, checkpoint: str) -> dict:
-    """All ratios, for both kinds of options, threads and batch sizes."""
-    options = {"dtype": args.dtype, "device": args.device}
-    reference = HFLM(checkpoint, batch_size=1, trust_remote_code=False, **options)
-    contestants = {size: RoutedLM(checkpoint, batch_size=size, **options) for size in args.batch_sizes}
-    result = {}
-    for kind, words in (("one-token options", 0), ("many-token options", args.words)):
-        requests = make_requests(args.data_dir, args.questions, words)
-        difference = largest_difference(reference, list(contestants.values()), requests)
+def measure(args: argparse.Namespace, bench: Bench) -> Iterator[dict]:
+    """All ratios, for both kinds of options and generation, threads and batch sizes; what is known so far each time."""
+    prompts, others = prompts_of(args)
+    texts = [others(number) for number in range(len(prompts))]
+    letters = [["w1", "w2", "w3", "w4"] if args.shape else list("ABCD")] * len(prompts)
+    result: dict = {}
+    for kind, options in (("one-token options", letters), ("many-token options", texts)):
+        pairs = [[(prompt, f" {option}") for option in each] for prompt, each in zip(prompts, options, strict=True)]
+        requests = instances("loglikelihood", pairs)
+        difference = bench.largest_difference(requests)
         print(f"{kind}: log-likelihoods differ by at most {difference:.1e}")
         result[kind] = {"largest_difference": difference}
-        score = functools.partial(seconds_per_question, requests=requests, questions=args.questions)
         for threads in args.threads:
             by_size = result[kind][f"threads_{threads}"] = {}
-            for size, lm in contestants.items():
-                sides = (functools.partial(score, reference), functools.partial(score, lm))
-                title = f"{threads} threads, batch {size}"
-                with torch_threads(threads):
-                    pairs = run_pairs(*sides, args.pairs, title)
-                by_size[size] = pairs.record()
-                hf, ours = (1000 * statistics.median(side) for side in (pairs.reference, pairs.ours))
-                print(f"  {title}: hf at batch 1 {hf:.1f} ms per question, drllm {ours:.1f} ms: {pairs}")
-    return result
+            for size in args.batch_sizes:
+                by_size[size] = bench.compare(kind, requests, 1, size, threads)
+                yield result
+    if args.new_tokens:
+        settings = {"until": [], "max_gen_toks": args.new_tokens, "do_sample": False}
+        result["generation"] = {"new_tokens": args.new_tokens}
+        for size in sorted({1, max(args.batch_sizes)}):
+            requests = instances("generate_until", [[(prompt, settings)] for prompt in prompts[:size]])
+            for threads in args.threads:
+                by_size = result["generation"].setdefault(f"threads_{threads}", {})
+                by_size[size] = bench.compare("generation", requests, size, size, threads)
+                yield result
 
 
 @main_guard
 def main(argv: list[str] | None = None) -> None:
-    """Compares, prints, and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_shared(parser, "model", required=True, about=", or of a routed checkpoint")
+    """Compares, prints, and writes the result after each comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="name or folder of a routed or plain checkpoint")
+    source.add_argument("--shape", choices=sorted(SHAPES), help="random weights at this shape")
     add_shared(parser, "data_dir", ROOT / "miniature" / "data", "the miniature's")
     parser.add_argument("--questions", type=int, default=100, help="ARC-Easy test questions")
     parser.add_argument("--words", type=int, default=12, help="length of a many-token option")
+    parser.add_argument("--new_tokens", type=int, default=0, help="generated tokens per question; 0: no generation")
     parser.add_argument("--batch_sizes", default="1,8,32", help="questions per forward pass, comma-separated")
     parser.add_argument("--threads", default="1", help="CPU threads of both sides, comma-separated, e.g. 1,2")
     parser.add_argument("--pairs", type=int, default=LEAST_PAIRS, help="runs of each side, in turn")
@@ -142,17 +198,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.threads = parse_threads(args.threads)
     args.batch_sizes = parse_list("batch_sizes", args.batch_sizes, int, "1,8")
-    check_ranges(args, **dict.fromkeys(("questions", "words", "batch_sizes", "pairs"), (1, math.inf)))
+    some = dict.fromkeys(("questions", "words", "batch_sizes", "pairs"), (1, math.inf))
+    check_ranges(args, new_tokens=(0, math.inf), **some)
     parse_dtype(args.dtype)
     check_device(args.device)
     if args.output is not None:
         check_output_file(args.output, "--output")
     started = time.time()
-    with routed_checkpoint(args.model, args.dtype) as checkpoint:
-        result = {"questions": args.questions, "model": args.model, **compare(args, checkpoint)}
-    if args.output is not None:
-        command = command_line("python benchmarks/evaluation.py", argv)
-        write_result(args.output, result, command=command, seed=None, seconds=time.time() - started)
+    with routed_checkpoint(args) as checkpoint:
+        for result in measure(args, Bench(args, checkpoint)):
+            if args.output is not None:
+                command = command_line("python benchmarks/evaluation.py", argv)
+                named = {"questions": args.questions, "model": args.model or args.shape, **result}
+                write_result(args.output, named, command=command, seed=None, seconds=time.time() - started)
 
 
 if __name__ == "__main__":

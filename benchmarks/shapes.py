@@ -10,6 +10,14 @@ SHAPES = {
     "d1024": LlamaConfig(
         num_hidden_layers=12, hidden_size=1024, intermediate_size=4096, num_attention_heads=16, vocab_size=4096
     ),
+    "d1024x28": LlamaConfig(
+        num_hidden_layers=28,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_attention_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    ),
     "llama-3.2-3b": LlamaConfig(
         num_hidden_layers=28,
         hidden_size=3072,

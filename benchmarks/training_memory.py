@@ -1,145 +1,92 @@
-"""Peak memory of train.py at the shape of Llama-3.2-3B with 4,000 questions.
+"""Time and peak memory of train.py at a paper's shape: random weights, 4,000 labels with prompts as long as real ones.
 
-    python benchmarks/training_memory.py --scratch /path/with/25GB --output results/speed/training_memory.json
+    python benchmarks/training_memory.py --scratch /path/with/35GB --output results/gpu/training.json
+    python benchmarks/training_memory.py --scratch DIR --shape d1024x28 --random_features --epochs 1
 
-Makes a base model of that shape (or of --model's) with random weights, 4,000 random labels, and random router inputs
-with the size and in the place of those that train.py stores (computing them with a 3B model takes a GPU, or hours).
-Then runs train.py for one epoch, from loading the base to the finished checkpoint, and records that process's memory:
+One run of the training, from loading the base to the finished checkpoint, in a process of its own, on a GPU if there is
+one. Reports the seconds of the pass over the questions, those of the epochs and of everything, and
 
-    peak resident   all of its pages in memory, mapped files included, which the system reclaims under pressure
-    peak own        without mapped files: what it needs
+    peak on the card  most allocated memory of the pass and of the epochs, beside the bytes of the weights
+    peak resident     all pages of the process in memory, mapped files included, which the system takes back in need
+    peak own          without mapped files: what it needs
+
+--random_features puts random router inputs, of the size and in the place of those that the pass stores, where a 3B
+model on a CPU would take hours.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import copy
 import math
 import os
 import random
 import shutil
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
+from benchmarks.random_base import ARC_TOKENS, DART_TOKENS, random_text, write_random_base
+from benchmarks.shapes import SHAPES
 from drllm import labels
 from drllm.arguments import add_shared, check_ranges
-from drllm.checkpoints import load_config, load_tokenizer
+from drllm.checkpoints import load_tokenizer
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_file, check_output_folder
 from drllm.manifests import Manifest
-from drllm.provenance import command_line, fingerprint, write_result
+from drllm.provenance import command_line, fingerprint, parse_dtype, write_result
 from drllm.training import features
+from drllm.training.config import RouterTrainingConfig
 from drllm.training.data import load_labels, make_examples
+from drllm.training.trainer import quiet_libraries, train_routers
 
-ROOT = Path(__file__).resolve().parent.parent
-GB = 1e9
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of the base model; the defaults are those of Llama-3.2-3B."""
-
-    layers: int = 28
-    hidden: int = 3072
-    intermediate: int = 8192
-    heads: int = 24
-    kv_heads: int = 8
-    vocabulary: int = 128256
+PAPER = {"seconds": 4 * 3600, "peak_bytes": 0.2 * 40e9}  # Section 3: 4 hours, 20% of one 40 GB card
 
 
-def shape_of(model: str) -> Shape:
-    """The shape of a Llama checkpoint. UserError for other families."""
-    config = load_config(model)
-    if config.model_type != "llama":
-        raise UserError(f"--model {model} is a {config.model_type}; this benchmark needs the shape of a Llama")
-    return Shape(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        vocabulary=config.vocab_size,
-    )
+def make_base(folder: Path, shape: str, dtype: str) -> int:
+    """The base model; returns the bytes of its weights."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return write_random_base(folder, copy.deepcopy(SHAPES[shape]), parse_dtype(dtype), device)
 
 
-def make_base(folder: Path, shape: Shape) -> None:
-    """A bfloat16 Llama with random weights, one file per group of tensors, never in memory as a whole."""
-    config = LlamaConfig(
-        num_hidden_layers=shape.layers,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=shape.vocabulary,
-        tie_word_embeddings=True,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    )
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    groups: dict[str, dict[str, torch.Size]] = {}
-    for name, parameter in model.named_parameters():
-        groups.setdefault(".".join(name.split(".")[:3]), {})[name] = parameter.shape
-    weight_map, total = {}, 0
-    for number, members in enumerate(groups.values()):
-        file = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-        tensors = {name: torch.randn(size).mul_(0.02).bfloat16() for name, size in members.items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(members, file)
-        total += sum(tensor.numel() * 2 for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    words = {"<pad>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(100)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
-
-
-def make_labels(folder: Path, base: Path, questions: int) -> None:
-    """Random labels in the schema of data_generation.py."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    layers = model.config.num_hidden_layers
-    rng = random.Random(0)
+def make_labels(folder: Path, base: Path, questions: int, dtype: str) -> None:
+    """Random labels in the schema of data_generation.py: one block skipped, in every third also one repeated."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=parse_dtype(dtype))
+    num_blocks = model.config.num_hidden_layers
     folder.mkdir(parents=True)
-    made = []
-    for i in range(questions):
-        path = [1] * layers
-        path[rng.randrange(layers)], path[rng.randrange(layers)] = 0, 2
-        text = " ".join(f"w{rng.randrange(100)}" for _ in range(120))
+    rng, made = random.Random(0), []
+    for number in range(questions):
+        path = [1] * num_blocks
+        skipped, repeated = rng.sample(range(num_blocks), 2)
+        path[skipped], path[repeated] = 0, 1 + (number % 3 == 0)
+        text = random_text(rng, rng.choice(ARC_TOKENS + DART_TOKENS))
         responses = {"base_correct": True, "path_correct": True, "base_response": "", "path_response": ""}
         kind = {"kind": labels.SHORTER, "prompt": text, "good_paths": (tuple(path),)}
-        made.append(labels.Label(text, tuple(path), "", "dart-1", f"q{i}", **kind, **responses))
-    manifest = Manifest(str(base), fingerprint(model), layers, "bfloat16", arguments={"budget": 2.0}, seed=0)
+        made.append(labels.Label(text, tuple(path), "", "dart-1", f"q{number}", **kind, **responses))
+    manifest = Manifest(str(base), fingerprint(model), num_blocks, dtype, arguments={"budget": 2.0}, seed=0)
     labels.write_labels(folder, manifest, made)
 
 
-def make_features(folder: Path, data: Path, base: Path, num_windows: int = 8) -> int:
-    """Random router inputs under the key that train.py looks for; returns their size in bytes."""
-    loaded = load_labels([str(data)])
+def make_features(folder: Path, data: Path, base: Path, dtype: str, num_windows: int = 8) -> None:
+    """Random router inputs under the key that train.py looks for."""
+    loaded, config = load_labels([str(data)]), AutoConfig.from_pretrained(base)
     examples = make_examples(loaded, load_tokenizer(str(base)))
-    config = AutoConfig.from_pretrained(base)
-    key = features.feature_key(examples, loaded.model_fingerprint, num_windows, "previous_layer", torch.bfloat16)
+    key = features.feature_key(examples, loaded.model_fingerprint, num_windows, "previous_layer", parse_dtype(dtype))
     store = folder / features.key_digest(key)
     store.mkdir(parents=True)
     ranges = features.shard_ranges(len(examples))
     for number, rows in enumerate(ranges):
-        windows = torch.randn(len(rows), config.num_hidden_layers, num_windows, config.hidden_size).bfloat16()
+        shape = (len(rows), config.num_hidden_layers, num_windows, config.hidden_size)
         num_valid = torch.full((len(rows),), num_windows, dtype=torch.uint8)
         path = features.shard_path(store, number, len(ranges))
-        features.write_shard(path, windows, num_valid, features.key_digest(key))
-    return sum(path.stat().st_size for path in store.iterdir())
+        features.write_shard(path, torch.randn(shape).to(parse_dtype(dtype)), num_valid, features.key_digest(key))
 
 
 def in_a_process(function, *arguments):
@@ -148,71 +95,125 @@ def in_a_process(function, *arguments):
         return pool.apply(function, arguments)
 
 
-def watch(command: list[str]) -> dict[str, float]:
-    """Run a command; peak resident and own memory in bytes, and seconds."""
-    start, peak = time.perf_counter(), {"VmHWM": 0, "RssAnon": 0}
-    process = subprocess.Popen(command, cwd=ROOT)
-    while process.poll() is None:
+class _Reports(TrainerCallback):
+    """Sends what is known when the epochs begin, and after each of them."""
+
+    def __init__(self, connection):
+        self._connection, self._start = connection, time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        before = {"seconds_before_the_epochs": time.perf_counter() - self._start}
+        self._start = time.perf_counter()
+        self._connection.send(before | _card_peak("pass"))
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        seconds = time.perf_counter() - self._start
+        self._connection.send({"epochs": round(state.epoch), "epochs_seconds": seconds} | _card_peak("epochs"))
+
+
+def _card_peak(part: str) -> dict[str, int]:
+    if not torch.cuda.is_available():
+        return {}
+    peak = {f"card_peak_bytes_{part}": torch.cuda.max_memory_allocated()}
+    if part == "pass":
+        torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def train(settings: dict[str, Any], connection) -> None:
+    """Trains, in a process of its own; sends figures through `connection`."""
+    quiet_libraries()
+    record = train_routers(RouterTrainingConfig(**settings), [_Reports(connection)])
+    passes = record["base_model_passes"]
+    connection.send(
+        {
+            "pass_seconds": passes["seconds"],
+            "pass_forward_passes": passes["forward_passes"],
+            "epochs_seconds": record["seconds_training"],
+            "seconds_from_load_to_checkpoint": record["seconds"],
+        }
+    )
+
+
+def watch(settings: dict[str, Any], report) -> None:
+    """Runs `train`; calls `report` with new figures, among them the peaks of the process's memory in bytes."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=train, args=(settings, theirs))
+    process.start()
+    theirs.close()
+    peak: dict[str, int] = {}
+    while True:
         try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
+            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+                name, _, rest = line.partition(":")
+                if name in ("VmHWM", "RssAnon"):
+                    key = {"VmHWM": "peak_resident_bytes", "RssAnon": "peak_own_bytes"}[name]
+                    peak[key] = max(peak.get(key, 0), int(rest.split()[0]) * 1024)
         except OSError:
+            pass  # it has ended, or this system has no /proc
+        try:
+            if ours.poll(0.05):
+                report(ours.recv() | peak)
+        except EOFError:
             break
-        for line in status.splitlines():
-            name, _, rest = line.partition(":")
-            if name in peak:
-                peak[name] = max(peak[name], int(rest.split()[0]) * 1024)
-        time.sleep(0.05)
-    if process.wait():
-        raise UserError(f"train.py ended with status {process.returncode}")
-    return {
-        "peak_resident_bytes": peak["VmHWM"],
-        "peak_own_bytes": peak["RssAnon"],
-        "seconds": time.perf_counter() - start,
-    }
+    process.join()
+    if process.exitcode:
+        raise UserError(f"the training ended with status {process.exitcode}")
 
 
 @main_guard
 def main(argv: list[str] | None = None) -> None:
-    """Prepares, runs, prints, and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--scratch", type=Path, required=True, help="folder for about 25 GB, emptied afterwards")
-    parser.add_argument("--questions", type=int, default=4000, help="number of labels")
-    add_shared(parser, "model", about=", a Llama, whose shape replaces the arguments below")
-    for name, value in asdict(Shape()).items():
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"{name} of the base model")
+    """Prepares, runs, prints, and writes the result as it grows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--scratch", type=Path, required=True, help="folder for about 35 GB, emptied afterwards")
+    add("--shape", choices=sorted(SHAPES), default="llama-3.2-3b", help="random weights at this shape")
+    add("--questions", type=int, default=4000, help="number of labels")
+    add("--epochs", type=int, default=25, help="passes over the labels")
+    add("--random_features", action="store_true", help="put random router inputs in place of the pass's")
+    add_shared(parser, "dtype", "bfloat16")
     add_shared(parser, "output")
     args = parser.parse_args(argv)
-    check_ranges(args, **dict.fromkeys(("questions", *asdict(Shape())), (1, math.inf)))
+    check_ranges(args, **dict.fromkeys(("questions", "epochs"), (1, math.inf)))
+    parse_dtype(args.dtype)
     check_output_folder(args.scratch, "--scratch")
     if args.output is not None:
         check_output_file(args.output, "--output")
-    if not Path("/proc/self/status").exists():
-        raise UserError("memory is read from /proc, which this system does not have; run it on Linux")
-    shape = shape_of(args.model) if args.model else Shape(**{name: getattr(args, name) for name in asdict(Shape())})
-    started = time.perf_counter()
+    started = time.time()
     scratch = args.scratch / f"training_memory-{os.getpid()}"
     base, data, stored = scratch / "base", scratch / "data", scratch / "features"
+    result: dict[str, Any] = {"shape": args.shape, "questions": args.questions, "paper": PAPER}
+
+    def report(figures: dict[str, Any]) -> None:
+        result.update(figures)
+        peaks = [value for name, value in result.items() if name.startswith("card_peak_bytes")]
+        if peaks:
+            result["card_peak_over_weights"] = max(peaks) / result["weights_bytes"]
+        if args.output is not None:
+            command = command_line("python benchmarks/training_memory.py", argv)
+            write_result(args.output, result, command=command, seed=0, seconds=time.time() - started)
+
     try:
-        base.mkdir(parents=True)
-        print("making the base model, labels and features", flush=True)
-        in_a_process(make_base, base, shape)
-        in_a_process(make_labels, data, base, args.questions)
-        feature_bytes = in_a_process(make_features, stored, data, base)
-        base_bytes = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-        command = [sys.executable, "train.py", "--data", str(data), "--features_dir", str(stored), "--num_epochs", "1"]
-        command += ["--output_dir", str(scratch / "checkpoints"), "--warmup_steps", "10"]
-        peaks = watch(command)
+        print("making the base model and labels", flush=True)
+        result["weights_bytes"] = in_a_process(make_base, base, args.shape, args.dtype)
+        in_a_process(make_labels, data, base, args.questions, args.dtype)
+        if args.random_features:
+            in_a_process(make_features, stored, data, base, args.dtype)
+        settings = {
+            "data": (str(data),),
+            "features_dir": str(stored),
+            "output_dir": str(scratch / "checkpoints"),
+            "num_epochs": args.epochs,
+            "warmup_steps": min(500, args.epochs * args.questions // 16),
+        }
+        watch(settings, report)
+        report({"feature_bytes": sum(path.stat().st_size for path in stored.rglob("*.safetensors"))})
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    print(f"\n{args.questions} questions, {shape.layers} blocks of width {shape.hidden}")
-    sizes = {"base_model_bytes": base_bytes, "feature_bytes": feature_bytes} | peaks
-    for name, value in sizes.items():
-        print(f"{name:24}{value / GB:10.2f} GB" if name.endswith("bytes") else f"{name:24}{value:10.0f}")
-    if args.output:
-        result = {"shape": asdict(shape), "questions": args.questions, "train_seconds": sizes.pop("seconds"), **sizes}
-        command = command_line("python benchmarks/training_memory.py", argv)
-        write_result(args.output, result, command=command, seed=0, seconds=time.perf_counter() - started)
-        print(f"wrote {args.output}")
+    for name, value in result.items():
+        if isinstance(value, int | float):
+            print(f"{name:32}{value / 1e9:12.2f} GB" if "bytes" in name else f"{name:32}{value:12,.4g}")
 
 
 if __name__ == "__main__":

@@ -371,29 +371,27 @@ class RoutedLM(HFLM):
             logits, own_paths = self._forward(
                 inputs, torch.cat([mask[owner], input_mask], dim=1), options, position_ids=position_ids
             )
-            for row, key in enumerate(part):
-                later[key] = logits[row, : len(key[1]) - 1]
-                passes[key] = int(own_paths[row].sum())
-        results = []
-        for number, options in enumerate(continuations):
-            path = "".join(map(str, paths[number]))
-            context = hashlib.sha256(repr(contexts[number]).encode()).hexdigest()
-            scored = {}
-            for continuation in options:
-                key = (number, continuation)
-                logits = first[number] if key not in later else torch.cat([first[number], later[key]])
-                own = passes.get(key)
-                measurement = Measurement(context, path, sum(paths[number]), own or 0, int(own is not None))
-                scored[continuation] = (self._log_likelihood(logits, continuation), measurement)
-            results.append(scored)
+            for row, (key, blocks) in enumerate(zip(part, own_paths.sum(1).tolist(), strict=True)):
+                later[key], passes[key] = logits[row, : len(key[1]) - 1], blocks
+        keys = [(number, continuation) for number, options in enumerate(continuations) for continuation in options]
+        answers = [self._log_likelihood(torch.cat([first[n], later.get((n, c), first[n][:0])]), c) for n, c in keys]
+        # The host waits for the device here, and not for each option.
+        sums, greedy = (torch.stack(part).tolist() for part in zip(*answers, strict=True))
+        results: list[dict] = [{} for _ in contexts]
+        digests = [hashlib.sha256(repr(context).encode()).hexdigest() for context in contexts]
+        for (number, continuation), *answer in zip(keys, sums, greedy, strict=True):
+            path, own = paths[number], passes.get((number, continuation))
+            text = "".join(map(str, path))
+            measurement = Measurement(digests[number], text, sum(path), own or 0, int(own is not None))
+            results[number][continuation] = (tuple(answer), measurement)
         return results
 
-    def _log_likelihood(self, logits: torch.Tensor, continuation: tuple[int, ...]) -> tuple[float, bool]:
-        """(sum of log-probabilities, all tokens greedy) of a continuation under `logits` [length, vocabulary]."""
+    def _log_likelihood(self, logits: torch.Tensor, continuation: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        """(sum of log-probabilities, all tokens greedy), both [], of a continuation; `logits` [length, vocabulary]."""
         target = torch.tensor(continuation, device=logits.device)
         log_probabilities = torch.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
         chosen = log_probabilities.gather(1, target[:, None])[:, 0]
-        return float(chosen.sum()), bool((log_probabilities.argmax(-1) == target).all())
+        return chosen.sum(), (log_probabilities.argmax(-1) == target).all()
 
     def _forward(
         self,

@@ -11,8 +11,10 @@ where it stopped, and a shard that is cut off or belongs to another key is compu
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -120,6 +122,18 @@ class FeatureStore:
         self._num_valid = torch.cat(num_valid).long()
         return self
 
+    def on(self, device: torch.device) -> FeatureStore:
+        """A copy with all numbers on `device`: `batch` then waits neither for the disk nor for a transfer."""
+        copied = copy.copy(self)
+        copied._windows = [shard.to(device) for shard in self._windows]
+        copied.labels, copied._num_valid = self.labels.to(device), self._num_valid.to(device)
+        return copied
+
+    def fits(self, device: torch.device) -> bool:
+        """Whether `device` is a GPU with free memory for twice the windows."""
+        needed = 2 * len(self.examples) * math.prod(self.shape) * self.dtype.itemsize
+        return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > needed
+
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """Router inputs of some examples.
 
@@ -129,7 +143,7 @@ class FeatureStore:
         """
         rows = torch.as_tensor(indices)
         windows = torch.stack([self._windows[i // SHARD_EXAMPLES][i % SHARD_EXAMPLES] for i in rows.tolist()])
-        positions = torch.arange(windows.shape[2])
+        positions = torch.arange(windows.shape[2], device=windows.device)
         return {
             "windows": windows,
             "window_mask": positions < self._num_valid[rows].unsqueeze(1),

@@ -287,7 +287,7 @@ def _trainer_arguments(
         logging_nan_inf_filter=False,
         label_names=["labels"],
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available() and not is_stored,  # stored features may be on the GPU
         disable_tqdm=True,
         report_to=config.report_to,
     )

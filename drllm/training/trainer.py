@@ -135,7 +135,9 @@ def _train(
             say=say,
         )
         routed.to("cpu")
-        module, collator = StackedRouters(routed.model.routers), store.batch
+        near = store.on(state.device) if store.fits(state.device) else store
+        module, collator = StackedRouters(routed.model.routers), near.batch
+        del near
     else:
         say("training: the full model runs at every step (no stored features)")
         module = FullModelRouters(routed, config.teacher_forcing)

@@ -11,6 +11,8 @@ import torch
 from drllm.errors import UserError
 from drllm.labels import Example
 from drllm.provenance import fingerprint
+from drllm.rollouts import routed_paths
+from drllm.rollouts.routed_paths import windows_in_batches
 from drllm.training import features
 from drllm.training.features import compute_features
 from drllm.training.losses import routing_loss
@@ -115,6 +117,37 @@ def test_a_pass_is_counted_and_done_once(stock_checkpoint, tmp_path, capsys):
     assert "nothing to compute" in said[0]
     assert "100%" in capsys.readouterr().err
     assert torch.equal(store.batch(range(70))["windows"], again.batch(range(70))["windows"])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_copy_on_a_device_gives_the_same_batches(device, stock_checkpoint, tmp_path):
+    store, _ = store_of(make_model(stock_checkpoint("llama")), make_examples(70), tmp_path)
+    assert store.fits(torch.device(device)) == (device == "cuda")
+    order = [69, 3, 64, 0]
+    ours, theirs = store.on(torch.device(device)).batch(order), store.batch(order)
+    assert ours.keys() == theirs.keys()
+    for name, values in ours.items():
+        assert values.device.type == device
+        assert torch.equal(values.cpu(), theirs[name])
+
+
+def test_long_prompts_make_smaller_batches(stock_checkpoint, monkeypatch):
+    model, examples = make_model(stock_checkpoint("llama")), make_examples(20)
+    whole = {
+        place: read[row]
+        for places, read, _ in windows_in_batches(model, examples, 7)
+        for row, place in enumerate(places)
+    }
+    monkeypatch.setattr(routed_paths, "MOST_TOKENS", 40)
+    sizes = []
+    for places, read, _ in windows_in_batches(model, examples, 7):
+        longest = max(len(examples[place].token_ids) for place in places)
+        assert len(places) == 1 or len(places) * longest <= 40
+        sizes.append(len(places))
+        for row, place in enumerate(places):
+            torch.testing.assert_close(read[row], whole[place], rtol=1e-4, atol=1e-5)
+    assert sum(sizes) == 20
+    assert min(sizes) < max(sizes) <= 7
 
 
 def test_every_part_of_the_key_makes_another_store(stock_checkpoint, tmp_path):

@@ -1,0 +1,57 @@
+"""A base model with random weights on disk, whose tokens are words: for programs that load a checkpoint, offline."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+
+WORDS = 100
+# Tokens of real training prompts in SmolLM2's tokenizer: the middles of the twentieths of 1,200 of ARC (mean 72,
+# longest 190) and of 2,964 of DART-Math (mean 87, longest 1,266).
+ARC_TOKENS = (43, 45, 48, 50, 53, 55, 58, 61, 64, 67, 70, 72, 75, 79, 83, 87, 92, 98, 105, 127)
+DART_TOKENS = (31, 36, 41, 44, 46, 49, 52, 54, 57, 59, 62, 65, 70, 73, 79, 85, 95, 113, 177, 351)
+
+
+def write_random_base(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: str = "cpu") -> int:
+    """Writes a checkpoint of `config` with normal weights drawn on `device`; returns its bytes.
+
+    One file per block: the model is never in memory as a whole. One word, w0 to w99, is one token.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures, config.dtype = [type(model).__name__], dtype
+    config.save_pretrained(folder)
+    generator = torch.Generator(device).manual_seed(0)
+    groups: dict[str, dict[str, torch.Size]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault(".".join(name.split(".")[:3]), {})[name] = parameter.shape
+    weight_map, total = {}, 0
+    for number, members in enumerate(groups.values()):
+        file = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+        tensors = {}
+        for name, size in members.items():
+            weights = torch.empty(size, device=device, dtype=dtype).normal_(0.0, 0.02, generator=generator)
+            tensors[name] = (weights + (1.0 if "norm" in name else 0.0)).cpu()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(members, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    words = {"<pad>": 0, "<unk>": 1, "<eos>": 2} | {f"w{i}": i + 3 for i in range(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return total
+
+
+def random_text(rng: random.Random, tokens: int) -> str:
+    """So many random words."""
+    return " ".join(f"w{rng.randrange(WORDS)}" for _ in range(tokens))
