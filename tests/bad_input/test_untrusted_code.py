@@ -14,7 +14,7 @@ from tests.bad_input.programs import PROGRAMS, World, command_line
 
 # Programs that read no model from a folder: paper_backbones prints or starts commands of the others, paper_figures and
 # paper_tables read results, fresh_questions lists questions, gguf_checkpoint reads a GGUF file, make.py its own
-# weights, training_memory.py makes its own.
+# weights, training_memory.py makes its own, decode.py has random ones.
 WITHOUT_MODELS = {
     "fresh_questions",
     "paper_backbones",
@@ -23,7 +23,7 @@ WITHOUT_MODELS = {
     "gguf_checkpoint",
     "miniature/make.py",
 }
-WITHOUT_MODELS |= {"benchmarks/training_memory.py", "label_choice"}
+WITHOUT_MODELS |= {"benchmarks/decode.py", "benchmarks/training_memory.py", "label_choice"}
 # (program, arguments): `base` and `checkpoint` are hostile.
 CASES = [
     ("data_generation.py", "{search} --num_simulations 2"),
