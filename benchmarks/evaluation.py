@@ -67,20 +67,18 @@ def instances(kind: str, arguments: list[list[tuple]]) -> list[Instance]:
     ]
 
 
-def prompts_of(args: argparse.Namespace) -> tuple[list[str], Callable[[int], list[str]]]:
-    """The prompts, and a function from a question's number to four texts of --words words."""
+def prompts_of(args: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
+    """The prompts, and four texts of --words words for each."""
     if args.shape:
         rng = random.Random(0)
         lengths = [ARC_TOKENS[number % len(ARC_TOKENS)] for number in range(args.questions)]
-        return [random_text(rng, length) for length in lengths], lambda _: [
-            random_text(rng, args.words) for _ in range(4)
+        return [random_text(rng, length) for length in lengths], [
+            [random_text(rng, args.words) for _ in range(4)] for _ in lengths
         ]
     questions = load_questions("arc_easy", "test", args.data_dir, args.questions + 4)
-
-    def others(number: int) -> list[str]:
-        return [" ".join(other.text.split()[: args.words]) for other in questions[number + 1 : number + 5]]
-
-    return [render_prompt(question) for question in questions[: args.questions]], others
+    beginnings = [" ".join(question.text.split()[: args.words]) for question in questions]
+    asked = questions[: args.questions]
+    return [render_prompt(question) for question in asked], [beginnings[n + 1 : n + 5] for n in range(len(asked))]
 
 
 @contextmanager
@@ -122,6 +120,7 @@ class Bench:
         self.args = args
         self.hf = HFLM(checkpoint, trust_remote_code=False, **options)
         self.ours = RoutedLM(checkpoint, **options)
+        self.figures: list[dict] = []  # one per comparison, seconds per question
 
     def largest_difference(self, requests: list[Instance]) -> float:
         """Largest difference of log-likelihoods with static routing over all batch sizes, in nats."""
@@ -147,15 +146,16 @@ class Bench:
             pairs = run_pairs(*sides, self.args.pairs, title)
         hf, ours = (1000 * statistics.median(side) for side in (pairs.reference, pairs.ours))
         print(f"  {title}: hf at batch {hf_size} {hf:.1f} ms per question, drllm {ours:.1f} ms: {pairs}", flush=True)
+        seconds = {"ours_seconds": ours / 1000, "reference_seconds": hf / 1000, "ratio": pairs.ratio}
+        self.figures.append({"name": title, **seconds, "problems": pairs.problems()})
         return pairs.record()
 
 
 def measure(args: argparse.Namespace, bench: Bench) -> Iterator[dict]:
     """All ratios, for both kinds of options and generation, threads and batch sizes; what is known so far each time."""
-    prompts, others = prompts_of(args)
-    texts = [others(number) for number in range(len(prompts))]
+    prompts, texts = prompts_of(args)
     letters = [["w1", "w2", "w3", "w4"] if args.shape else list("ABCD")] * len(prompts)
-    result: dict = {}
+    result: dict = {"figures": bench.figures}
     for kind, options in (("one-token options", letters), ("many-token options", texts)):
         pairs = [[(prompt, f" {option}") for option in each] for prompt, each in zip(prompts, options, strict=True)]
         requests = instances("loglikelihood", pairs)
