@@ -19,6 +19,11 @@ ROOT = Path(__file__).parents[3]
 BLOCKS = 6
 
 
+@pytest.fixture
+def checkpoint(routed):
+    return routed
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_tasks(tmp_path_factory.mktemp("data"), count=2)
