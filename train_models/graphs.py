@@ -85,18 +85,21 @@ class _StepGraphs:
         self.length = length
         self.hidden = torch.zeros(batch_size, 1, config.hidden_size, dtype=model.dtype, **on)
         self.mask = torch.ones(batch_size, 1, 1, length, dtype=torch.bool, **on)
+        self.bias = torch.zeros(self.mask.shape, dtype=model.dtype, **on)  # what attention adds: 0, or minus infinity
         self.position = torch.zeros(1, dtype=torch.int64, **on)  # where the cache is written
         self.position_ids = torch.zeros(batch_size, 1, dtype=torch.int64, **on)
         self.runs = torch.ones(2, num_blocks, batch_size, 1, 1, dtype=torch.bool, **on)  # [visit, block]
         shape = (2, 2, num_blocks, batch_size, config.num_key_value_heads, length, head_dim)
         self.entries = torch.zeros(shape, dtype=model.dtype, **on)  # [keys or values, visit, block]
         self._angles = tuple(part.clone() for part in model.rotary_emb(self.hidden, self.position_ids))
-        self._rotate = capture(lambda: self._fill_angles(model))
+        self._prepare = capture(lambda: self._fill(model))
         self._visits = [
             [capture(self._visit(model, block, visit)) for visit in range(2)] for block in range(num_blocks)
         ]
 
-    def _fill_angles(self, model) -> None:
+    def _fill(self, model) -> None:
+        """What all blocks share. The bias is made here: attention would make one of a mask in each block."""
+        self.bias.zero_().masked_fill_(~self.mask, float("-inf"))
         for buffer, part in zip(self._angles, model.rotary_emb(self.hidden, self.position_ids), strict=True):
             buffer.copy_(part)
 
@@ -107,7 +110,7 @@ class _StepGraphs:
         def run() -> None:
             output = layer(
                 self.hidden,
-                attention_mask=self.mask,
+                attention_mask=self.bias,
                 position_ids=self.position_ids,
                 position_embeddings=self._angles,
                 use_cache=True,
@@ -150,7 +153,7 @@ class _StepGraphs:
         self.position_ids.copy_(position_ids)
         known = self.mask[:, 0, 0, :seen]
         known.fill_(True) if mask is None else known[:, : mask.shape[1]].copy_(mask[:, :seen])
-        self._rotate()
+        self._prepare()
         for block, replays in enumerate(self._visits):
             for replay in replays[: len(cache.schedule[block])]:  # the visits that some row makes
                 replay()
