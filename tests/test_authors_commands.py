@@ -1,39 +1,169 @@
-"""Each row of docs/authors_commands.md."""
+"""The authors' four lines, word for word: what each does here, and the line of docs/authors_commands.md that works."""
 
 import json
-import re
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import datasets
+import lm_eval
 import pytest
-from lm_eval.models.huggingface import HFLM
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.tasks import TaskManager
 
 import data_generation
 import train
+from tests.search_toys import make_data, make_model
 from tests.training_toys import make_labels
 
 ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "authors_commands.md").read_text()
 SHORT = ["--num_epochs", "1", "--warmup_steps", "1"]
+MODEL = "meta-llama/Llama-3.2-3B-Instruct"
+TASKS = "arc_challenge,arc_easy,mmlu,aime24,truthfulqa,gsm8k,piqa"
+
+STEP_1 = (
+    "python data_generation.py --model meta-llama/Llama-3.2-3B-Instruct --dataset arc,dart --output_dir "
+    "data/mcts_paths --num_simulations 50 --budget 2"
+)
+STEP_2 = (
+    "python train.py --model_id meta-llama/Llama-3.2-3B-Instruct --run_name drllm-llama-3b --num_epochs 25 "
+    "--learning_rate 1e-3 --weight_decay 0.01 --warmup_steps 500 --gradient_accumulation 16"
+)
+BASELINE = (
+    "accelerate launch --multi_gpu --num_processes 4 lm_eval --model hf --model_args "
+    'pretrained="meta-llama/Llama-3.2-3B-Instruct" --tasks arc_challenge,arc_easy,mmlu,aime24,truthfulqa,gsm8k,piqa '
+    "--batch_size 1"
+)
+ROUTED = (
+    "accelerate launch --num_processes 2 lm_eval --model hf --model_args "
+    "pretrained=checkpoints/drllm-llama-3b-instruct,dtype=bfloat16,num_windows=8 --tasks "
+    "arc_challenge,arc_easy,mmlu,aime24,truthfulqa,gsm8k,piqa --batch_size 1 --gen_kwargs max_new_tokens=256 "
+    "--cache_requests true"
+)
+LINES = (STEP_1, STEP_2, BASELINE, ROUTED)
 
 
-def commands() -> list[list[str]]:
-    """The words of every command in the left column of the table."""
-    rows = [
-        line.split("|")[1] for line in (ROOT / "docs" / "authors_commands.md").read_text().splitlines() if "|" in line
-    ]
-    quoted = [re.search("`(.*)`", row) for row in rows[2:]]
-    return [shlex.split(match[1]) for match in quoted if match and len(match[1].split()) > 1]
+def counterpart(line: str) -> list[str]:
+    """The words of the working line under an authors' line on the page: the first one with -m lm_eval."""
+    lines = [found.strip() for found in PAGE[PAGE.index(line) + len(line) :].splitlines()]
+    return shlex.split(
+        next(found for found in lines if found.startswith("accelerate launch") and " -m lm_eval " in found)
+    )
 
 
-def command(program: str) -> list[str]:
-    """The arguments of the longest command of `program`."""
-    return max((words[words.index(program) + 1 :] for words in commands() if program in words), key=len)
+@pytest.mark.parametrize("line", LINES, ids=["step 1", "step 2", "baseline", "routed"])
+def test_the_page_has_the_authors_lines(line):
+    assert f"\n    {line}\n" in PAGE
 
 
-def test_step_1_is_understood():
-    args = data_generation.parse_arguments(command("data_generation.py"))
-    assert (args.model, args.dataset) == ("meta-llama/Llama-3.2-3B-Instruct", "arc,dart")
-    assert (args.num_simulations, args.output_dir) == (50, "data/mcts_paths")
+@pytest.fixture(scope="module")
+def authors_folder(tmp_path_factory, stock_model):
+    """A folder in which steps 1 and 2 ran as the authors write them, on a toy model of the model's name."""
+    folder = tmp_path_factory.mktemp("authors")
+    make_model(folder / MODEL, stock_model)
+    make_data(folder / "questions", 24)
+    rows = {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (folder / "questions").iterdir()
+    }
+    stems = {"ARC-Easy": "arc_easy_train", "ARC-Challenge": "arc_challenge_train", None: "dart_math_train"}
+    for number, row in enumerate(rows["dart_math_train"]):
+        row["query_metadata"]["level"] = 1 + number % 5
+
+    def load(path, config=None, split=None):
+        return datasets.Dataset.from_list(rows[stems[config]])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(datasets, "load_dataset", load)
+        assert data_generation.main(shlex.split(STEP_1)[2:]) == 0
+        assert train.main(shlex.split(STEP_2)[2:]) == 0
+    return folder
+
+
+def test_steps_1_and_2_run_as_they_are(authors_folder):
+    manifest = json.loads((authors_folder / "data/mcts_paths/manifest.json").read_text())
+    assert (manifest["model"], manifest["arguments"]["num_simulations"], manifest["arguments"]["budget"]) == (
+        MODEL,
+        50,
+        2,
+    )
+    assert {row["set"] for row in manifest["table2"]} == {
+        "arc_easy",
+        "arc_challenge",
+        *(f"dart-{n}" for n in range(1, 6)),
+    }
+    record = json.loads((authors_folder / "checkpoints/drllm-llama-3b/training.json").read_text())
+    assert (record["config"]["num_epochs"], record["base_model"]["name"]) == (25, MODEL)
+    assert not (authors_folder / "checkpoints/drllm-llama-3b-instruct").exists()
+
+
+@pytest.mark.parametrize("line", [BASELINE, ROUTED], ids=["baseline", "routed"])
+def test_step_3_takes_lm_eval_for_a_file(line, authors_folder):
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *shlex.split(line)[1:]]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=authors_folder, env=environment)
+    assert done.returncode == 1
+    assert "can't open file" in done.stderr
+    assert "/lm_eval'" in done.stderr
+    assert "ends with `can't open file '.../lm_eval'`".lower() in PAGE.lower()
+
+
+ARC_ROWS = [
+    {
+        "id": f"{n}",
+        "question": f"w{n} w1",
+        "choices": {"text": ["w2", "w3", "w4"], "label": ["A", "B", "C"]},
+        "answerKey": key,
+    }
+    for n, key in enumerate("ABCA")
+]
+
+
+def _lm_eval(words, monkeypatch, tmp_path):
+    """lm-eval's results of a working line, in this process, on the CPU, on arc_easy from rows of its schema."""
+    arguments = words[words.index("lm_eval") + 1 :]
+    arguments[arguments.index("--tasks") + 1] = "arc_easy"
+    splits = dict.fromkeys(("train", "validation", "test"), datasets.Dataset.from_list(ARC_ROWS))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: datasets.DatasetDict(splits))
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "cache"))
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)
+    monkeypatch.setattr(
+        sys, "argv", ["lm_eval", *arguments, "--device", "cpu", "--output_path", str(tmp_path / "out.json")]
+    )
+    cli_evaluate()
+    (file,) = tmp_path.glob("out*.json")
+    return json.loads(file.read_text())
+
+
+def test_the_working_lines_of_step_3_give_results(authors_folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(authors_folder)
+    words = counterpart(BASELINE)
+    assert words == shlex.split(BASELINE.replace(" lm_eval ", " -m lm_eval "))
+    (tmp_path / "base").mkdir()
+    base = _lm_eval(words, monkeypatch, tmp_path / "base")
+    assert base["n-samples"]["arc_easy"]["effective"] == len(ARC_ROWS)
+    words = counterpart(ROUTED)
+    changed = ROUTED.replace(" lm_eval ", " -m lm_eval ").replace("-3b-instruct,", "-3b,")
+    assert words == shlex.split(changed.replace("num_windows=8", "num_windows=8,trust_remote_code=True"))
+    (tmp_path / "routed").mkdir()
+    routed = _lm_eval(words, monkeypatch, tmp_path / "routed")
+    assert 0 <= routed["results"]["arc_easy"]["acc_norm,none"] <= 1
+    assert routed["config"]["model_args"]["num_windows"] == 8
+    # What is missing in the authors' line: the code of the checkpoint, and its name.
+    words[words.index("--model_args") + 1] = "pretrained=checkpoints/drllm-llama-3b"
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        _lm_eval(words, monkeypatch, tmp_path)
+
+
+def test_the_other_tasks_are_lm_evals():
+    known = TaskManager().all_tasks
+    assert [name for name in TASKS.split(",") if name not in known] == []
+    assert lm_eval.__version__ in PAGE
 
 
 @pytest.mark.parametrize("folder", ["data/mcts_paths", "data"])
@@ -64,11 +194,11 @@ def test_step_2_with_all_arguments(tiny_base, tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    arguments = command("train.py")
+    arguments = [*shlex.split(STEP_2)[2:], "--num_windows", "8", "--with_squad", "--with_commonsense"]
     arguments[arguments.index("--num_epochs") + 1] = "1"
-    arguments[arguments.index("--report_to") + 1] = "none"  # wandb asks for an account
+    arguments[arguments.index("--model_id") + 1] = str(tiny_base)
     assert train.main(arguments) == 0
-    record = json.loads((tmp_path / "checkpoints" / "drllm" / "training.json").read_text())
+    record = json.loads((tmp_path / "checkpoints" / "drllm-llama-3b" / "training.json").read_text())
     assert record["questions_per_set"] == {"arc_easy": 3, "dart-1": 3, "squadv2": 3, "commonsense": 3}
 
 
@@ -99,18 +229,6 @@ def test_labels_of_three_fields(form, tiny_base, tiny_labels, tmp_path, capsys):
     assert ours["class_counts"] == full["class_counts"]
     assert train.main([*arguments, "--model_id", str(tiny_base)]) == 0
     assert "is already trained" in capsys.readouterr().out
-
-
-def test_step_3_says_what_to_add(tiny_base, tiny_labels, tmp_path):
-    assert train.main(["--data", str(tiny_labels), "--output_dir", str(tmp_path), *SHORT]) == 0
-    checkpoint = str(tmp_path / "drllm")
-    (line,) = (words for words in commands() if words[0] == "lm_eval")
-    model_args = dict(pair.split("=") for pair in line[line.index("--model_args") + 1].split(","))
-    assert model_args.keys() == {"pretrained", "dtype", "num_windows"}
-    options = {"dtype": "float32", "num_windows": 8, "device": "cpu"}
-    lm = HFLM(checkpoint, trust_remote_code=True, **options)
-    assert lm.config.num_windows == 8
-    assert hasattr(lm.model.model, "routers")
 
 
 def test_metrics_are_logged_at_every_step(tiny_labels, tmp_path):
