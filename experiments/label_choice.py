@@ -1,4 +1,4 @@
-"""Counts how much of a label is choice: how many right paths a question has, and how many of them are as short.
+"""Counts what searches found and took, and how much of a label is choice: right paths, and equally short ones.
 
     python -m experiments.label_choice --labels out/demo/data --output results/label_choice.json
 
@@ -12,12 +12,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from drllm.arguments import add_shared
 from drllm.errors import main_guard
 from drllm.files import check_output_file
-from drllm.labels import Label, read_labels
+from drllm.labels import WRONG_TO_RIGHT, Label, read_labels
+from drllm.manifests import read_manifest
 from drllm.provenance import command_line, write_result
 from drllm.questions.sets import GROUPS
 from drllm.text_tables import markdown
@@ -61,6 +63,14 @@ def choice(labels: Sequence[Label]) -> dict[str, Any]:
     }
 
 
+def searched(table: Sequence[dict[str, Any]], members: Sequence[str] | set[str]) -> dict[str, Any]:
+    """What the search of some sets took: the sums of a manifest's Table 2, and layers saved per label."""
+    rows = [row for row in table if row["set"] in members]
+    counts = {name: sum(row[name] for row in rows) for name in ("visited", "inferences", "sampled", WRONG_TO_RIGHT)}
+    saved = sum(row["layers_saved"] * row["sampled"] for row in rows) / max(1, counts["sampled"])
+    return counts | {"layers_saved": saved, "labels_of_sets": {row["set"]: row["sampled"] for row in rows}}
+
+
 def choice_table(rows: Sequence[dict[str, Any]]) -> str:
     """One row per draw and group of sets, as Markdown."""
 
@@ -69,6 +79,7 @@ def choice_table(rows: Sequence[dict[str, Any]]) -> str:
 
     header = ["labels", "sets", "questions", "labels that skip a block, % (least to most)"]
     header += ["labels that repeat it, %", "right paths per question", "of these as short as the label"]
+    header += ["visited", "inferences", "wrong-to-right", "layers saved"]
     cells = [
         [
             row["labels"],
@@ -78,6 +89,8 @@ def choice_table(rows: Sequence[dict[str, Any]]) -> str:
             span(row["repeated"]),
             f"{row['right_paths']:.1f}",
             f"{row['as_short']:.1f}",
+            *([str(row[name]) for name in ("visited", "inferences", WRONG_TO_RIGHT)] if "visited" in row else [""] * 3),
+            f"{row['layers_saved']:.2f}" if "layers_saved" in row else "",
         ]
         for row in rows
     ]
@@ -91,13 +104,12 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     counted = []
     for folder in arguments.labels:
-        labels = read_labels(folder).labels
+        labels, table = read_labels(folder).labels, read_manifest(Path(folder)).results.get("table2", [])
         sets = {label.set for label in labels}
         groups = {group: members for group, members in GROUPS.items() if sets & set(members)}
         for group, members in (groups or {"all": sets}).items():
-            counted.append(
-                {"labels": folder, "group": group} | choice([label for label in labels if label.set in members])
-            )
+            of_group = choice([label for label in labels if label.set in members])
+            counted.append({"labels": folder, "group": group} | of_group | (searched(table, members) if table else {}))
     seconds = time.perf_counter() - start
     table = choice_table(counted)
     command = command_line(PROGRAM, argv)

@@ -3,7 +3,7 @@
 import json
 
 from drllm.labels import Label
-from experiments.label_choice import choice, main
+from experiments.label_choice import choice, main, searched
 
 
 def test_choice_by_hand():
@@ -15,6 +15,19 @@ def test_choice_by_hand():
         "repeated": [0, 0, 0.5],
         "right_paths": 2,
         "as_short": 1.5,
+    }
+
+
+def test_what_a_search_took_by_hand():
+    row = {"set": "arc_easy", "visited": 10, "inferences": 100, "sampled": 3, "wrong_to_right": 1, "layers_saved": 2.0}
+    others = [row | {"set": "dart-1", "sampled": 1, "layers_saved": 0.0}, row | {"set": "dart-2", "visited": 99}]
+    assert searched([row, *others], ("arc_easy", "dart-1")) == {
+        "visited": 20,
+        "inferences": 200,
+        "sampled": 4,
+        "wrong_to_right": 2,
+        "layers_saved": 1.5,
+        "labels_of_sets": {"arc_easy": 3, "dart-1": 1},
     }
 
 
