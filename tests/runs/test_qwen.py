@@ -33,7 +33,10 @@ def results(folder):
         row.pop("cost")
     forms = json.loads((folder / "results" / "prompt_forms.json").read_text())
     labels = [path.read_bytes() for path in sorted(folder.rglob("labels.jsonl"))]
-    tables = [path.read_text() for path in sorted(folder.rglob("in_domain/table.md"))]
+    tables = [  # without the command, which names the folder
+        [line for line in path.read_text().splitlines() if line.startswith("|")]
+        for path in sorted(folder.rglob("in_domain/table.md"))
+    ]
     assert len(labels) == 3
     assert len(tables) == 1
     return compared["rows"], compared["differences"], forms["rows"], labels, tables
