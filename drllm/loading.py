@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,9 @@ def loading(name_or_path: str | Path, kind: str, revision: str | None = None) ->
 
 
 def one_line(error: Exception) -> str:
-    """The reason in an exception's message, without the lines of advice below it."""
+    """The reason in an exception's message, without the lines of advice below it; what to do about a gated model."""
+    if "gated repo" in str(error) and (link := re.search(r"https?://\S*\w", str(error))):
+        return f"it is gated: ask for access at {link[0]}, then log in with `hf auth login`, or set HF_TOKEN"
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
