@@ -9,9 +9,10 @@ one first, then again and again the one that answers most of the questions that 
 single path is the menu of one.
 
 A chooser predicts each path's reward from the counts of a prompt's tokens (ridge regression; nothing of the model is
-needed) and takes the highest. On test questions: the share that some path of the menu answers (coverage; it takes the
-right answer to know which), the chooser, the best single path, the base, and the routers of --checkpoint, paired. With
---export_dir the paths are written as stock checkpoints (docs/serving.md), beside the chooser.
+needed) and takes the highest. On test questions: the share that some path of the menu answers (coverage, for which one
+has to know the right answer; beside it the share of wrong options that some path takes, which is luck), the chooser,
+the best single path, the base, and the routers of --checkpoint, paired. With --export_dir the paths are written as
+stock checkpoints (docs/serving.md), beside the chooser.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ from drllm.errors import UserError, main_guard
 from drllm.files import check_output_file, check_output_folder, write_json, write_tensors
 from drllm.processes import process_state
 from drllm.provenance import command_line, fingerprint, write_result
+from drllm.questions.likelihood import LikelihoodPrompt
 from drllm.questions.sets import expand_sets
 from drllm.rollouts.rewards import REWARDS
 from drllm.stock_checkpoint import Source, export_checkpoint
-from drllm.text_tables import markdown
+from drllm.text_tables import EMPTY, markdown
 from extensions.baselines.bench import Bench
 from extensions.baselines.interface import AnyPrompt
 from extensions.baselines.outcomes import Outcome, paired_difference
@@ -159,6 +161,19 @@ def coverage(outcomes: Sequence[Outcome]) -> float:
     return float(np.max([outcome.right for outcome in outcomes], axis=0).mean())
 
 
+def wrong_coverage(prompts: Sequence[LikelihoodPrompt], taken: Sequence[Sequence[int]]) -> float:
+    """The share of wrong options that at least one path takes, averaged over questions: coverage by luck alone.
+
+    Args:
+        taken: for each path the option that it takes, by question.
+    """
+    shares = []
+    for prompt, options in zip(prompts, zip(*taken, strict=True), strict=True):
+        wrong = set(range(len(prompt.rows))) - {prompt.gold}
+        shares.append(len(wrong & set(options)) / len(wrong))
+    return float(np.mean(shares))
+
+
 def token_counts(prompts: Sequence[AnyPrompt], vocabulary: int) -> csr_array:
     """How often each token occurs in each prompt, rows scaled to length 1: sparse [prompts, vocabulary]."""
     ids = [prompt.input_ids for prompt in prompts]
@@ -183,6 +198,7 @@ class Report:
         self.menu = menu
         bench.score([menu] * len(bench.prompts), "menu")
         self.tested = [bench.along([path] * len(bench.prompts)) for path in menu]
+        self.taken = [bench.options_taken(path) for path in menu] if bench.reward.has_options else None
         vocabulary = len(bench.tokenizer)
         self.training_counts = token_counts([answered.prompt for answered in bench.training], vocabulary)
         self.counts = token_counts(bench.prompts, vocabulary)
@@ -201,6 +217,7 @@ class Report:
             "paths": [describe_edits(path) for path in self.menu[:size]],
             "training_coverage": coverage([self.scored[path] for path in self.menu[:size]]),
             "coverage": coverage(self.tested[:size]),
+            "wrong_coverage": self.taken and wrong_coverage(self.bench.prompts, self.taken[:size]),
             "shares": (np.bincount(places, minlength=size) / len(places)).tolist(),
             **self.row(chosen),
         }
@@ -252,12 +269,13 @@ def table(result: dict) -> str:
         return [*numbers, interval(row["against_single"])]
 
     same = ["accuracy", "blocks", "points against base", "against the best single path"]
-    menus = [
-        [str(len(row["paths"])), percent(row["training_coverage"]), percent(row["coverage"]), *cells(row)]
-        for row in result["menus"]
-    ]
+    menus = []
+    for row in result["menus"]:
+        shares = [row[name] for name in ("training_coverage", "coverage", "wrong_coverage")]
+        covered = [EMPTY if share is None else percent(share) for share in shares]
+        menus.append([str(len(row["paths"])), *covered, *cells(row)])
     methods = [[name, *cells(row)] for name, row in result["methods"].items()]
-    header = ["paths", "coverage, training", "coverage, test"]
+    header = ["paths", "coverage, training", "coverage, test", "of a wrong option"]
     order = "; ".join(path or "default" for path in result["menus"][-1]["paths"])
     return "\n\n".join(
         [

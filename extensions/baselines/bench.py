@@ -103,6 +103,12 @@ class Bench:
         ]
         return self._judged(self.prompts, rows, [float(sum(path)) for path in paths])
 
+    def options_taken(self, path: Path) -> list[int]:
+        """The option that `path` ranks first, for each test question; the reward has options, and `score` ran."""
+        rows = [self._test_scores.get(prompt.question.id, path) for prompt in self.prompts]
+        ranked = [p.values(row, self.reward.normalised) for p, row in zip(self.prompts, rows, strict=True)]
+        return [values.index(max(values)) for values in ranked]
+
     def score(self, paths: Sequence[Sequence[Path]], title: str | None = None) -> None:
         """Scores test question n along `paths[n]`, as far as that is not known; paths that begin alike share blocks."""
         self._score(self._test_scores, self.prompts, paths, title)

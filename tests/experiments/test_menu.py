@@ -52,6 +52,10 @@ def test_the_report_and_a_second_run_that_answers_nothing(toy, tmp_path, monkeyp
         assert [row[name] for row in rows] == sorted(row[name] for row in rows)
     assert all(row["accuracy"] <= row["coverage"] for row in rows)
     assert rows[0]["accuracy"] == rows[0]["coverage"]
+    if reward == "generation":
+        assert rows[0]["wrong_coverage"] is None
+    else:
+        assert 0 < rows[0]["wrong_coverage"] <= rows[1]["wrong_coverage"] <= rows[2]["wrong_coverage"] <= 1
     single = f"best single path: {rows[0]['paths'][0] or 'default'}"
     assert list(result["methods"]) == ["base", single, "as published"]
     assert result["methods"]["base"]["blocks"] == 6
@@ -93,6 +97,12 @@ def test_each_path_adds_what_the_others_lack():
     assert menu.choose(scored, 9)[:2] == [best, other]
     assert len(menu.choose(scored, 9)) == 4
     assert menu.coverage([scored[similar], scored[other]]) == 0.75
+
+
+def test_coverage_by_luck_is_that_of_wrong_options():
+    prompts = [SimpleNamespace(rows=range(4), gold=0), SimpleNamespace(rows=range(3), gold=2)]
+    assert menu.wrong_coverage(prompts, [[0, 2], [1, 2], [2, 0]]) == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert menu.wrong_coverage(prompts, [[0, 2]]) == 0
 
 
 def test_ties_go_to_the_higher_reward_then_to_fewer_blocks():
