@@ -74,8 +74,9 @@ class Engine:
     def __init__(self, file: Path, threads: int) -> None:
         from llama_cpp import Llama
 
-        count = {"n_threads": threads, "n_threads_batch": threads}
-        self._model = Llama(str(file), n_ctx=CONTEXT, type_k=FLOAT32, type_v=FLOAT32, verbose=False, **count)
+        # Read, not mapped: mapped files differ in speed by how they lie in the page cache.
+        settings = {"use_mmap": False, "n_threads": threads, "n_threads_batch": threads}
+        self._model = Llama(str(file), n_ctx=CONTEXT, type_k=FLOAT32, type_v=FLOAT32, verbose=False, **settings)
 
     def greedy(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
         """The next `new_tokens` tokens; end-of-sequence tokens do not end them."""
