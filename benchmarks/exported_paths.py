@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.pairs import LEAST_PAIRS, run_pairs
+from benchmarks.pairs import LEAST_PAIRS, Pairs, run_pairs
 from data_models import load_path_model
 from drllm.arguments import add_shared, check_ranges
 from drllm.checkpoints import load_tokenizer
@@ -102,14 +102,16 @@ def measure(arguments: argparse.Namespace) -> dict:
     with loading(arguments.model, "model"):
         followed = load_path_model(arguments.model, dtype=torch.float32)
     files = {edits: gguf_of(source, edits, arguments.work_dir, arguments.converter) for edits in ["", *arguments.path]}
-    engines = {edits: Engine(file, arguments.threads) for edits, file in files.items()}
+    base = Engine(files[""], arguments.threads)
+
+    def times_of(edits: str) -> Pairs:
+        engine = Engine(files[edits], arguments.threads)  # two are in memory at a time
+        sides = [functools.partial(side.seconds_per_token, prompts[0], arguments.new_tokens) for side in (base, engine)]
+        return run_pairs(*sides, arguments.pairs, edits or "base")
+
     rows = []
-    for edits, engine in engines.items():  # first, while the machine is quiet
-        sides = [
-            functools.partial(side.seconds_per_token, prompts[0], arguments.new_tokens)
-            for side in (engines[""], engine)
-        ]
-        times = run_pairs(*sides, arguments.pairs, edits or "base")
+    for edits in files:  # first, while the machine is quiet
+        times = times_of(edits)
         blocks = len(source.layer_indices(edits))
         rows.append(
             {
@@ -122,7 +124,8 @@ def measure(arguments: argparse.Namespace) -> dict:
                 "speed": times.record(),
             }
         )
-    for row, (edits, engine) in zip(tqdm(rows, desc="tokens", unit="path"), engines.items(), strict=True):
+    for row, (edits, file) in zip(tqdm(rows, desc="tokens", unit="path"), files.items(), strict=True):
+        engine = Engine(file, arguments.threads)
         settings = {"layer_indices": source.layer_indices(edits), "max_new_tokens": arguments.new_tokens}
         row["prompts_with_equal_tokens"] = sum(
             _greedy(followed, prompt, **settings) == engine.greedy(prompt, arguments.new_tokens) for prompt in prompts
