@@ -85,24 +85,35 @@ def spread(values: tuple[float, ...] | list[float]) -> float:
     return (upper - lower) / statistics.median(values)
 
 
-def run_pairs(
-    reference: Callable[[], float], ours: Callable[[], float], pairs: int, title: str, warm_up: bool = True
-) -> Pairs:
-    """Runs both sides `pairs` times in turn, each side first in every other pair.
+def rounds(sides: dict[str, Callable[[], float]], count: int, title: str, warm_up: bool = True) -> Iterator[dict]:
+    """Runs all sides `count` times in turn, in an order that turns from round to round.
 
     Args:
-        reference, ours: run one side and return its seconds per unit of work.
+        sides: name -> runs the side and returns its seconds.
+        count: number of rounds.
         title: title of the progress bar.
-        warm_up: runs one more pair first, whose times are dropped.
+        warm_up: runs one more round first, whose times are dropped.
+
+    Yields:
+        After each round name -> seconds of all rounds so far.
     """
-    sides = {"reference": reference, "ours": ours}
     times: dict[str, list[float]] = {name: [] for name in sides}
-    load = load_per_core()
-    for number in tqdm(range(0 if warm_up else 1, pairs + 1), desc=title, unit="pair"):
+    for number in tqdm(range(0 if warm_up else 1, count + 1), desc=title, unit="round"):
         for name in sorted(sides, reverse=number % 2 == 0):
             seconds = sides[name]()
             if number:
                 times[name].append(seconds)
+        if number:
+            yield times
+
+
+def run_pairs(
+    reference: Callable[[], float], ours: Callable[[], float], pairs: int, title: str, warm_up: bool = True
+) -> Pairs:
+    """`rounds` of two sides, whose seconds are per unit of work."""
+    load, times = load_per_core(), {}
+    for times in rounds({"reference": reference, "ours": ours}, pairs, title, warm_up):  # noqa: B007
+        pass
     return Pairs(tuple(times["reference"]), tuple(times["ours"]), load)
 
 

@@ -15,13 +15,14 @@ results/speed/search_*.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,17 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.pairs import LEAST_PAIRS, parse_threads, run_pairs, torch_threads  # noqa: E402
+from benchmarks.pairs import LEAST_PAIRS, Pairs, load_per_core, parse_threads, rounds, run_pairs, torch_threads  # noqa: E402
 from benchmarks.search_sides import (  # noqa: E402
+    DEFAULT_QUESTIONS,
     EngineProcesses,
     Stopwatch,
     generate_one,
+    limit_of,
     load,
     load_prompts,
     make_engine,
+    matrix_rate,
     same_results,
     score_options,
     search_batched,
@@ -46,6 +50,7 @@ from benchmarks.search_sides import (  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 from drllm import provenance  # noqa: E402
 from drllm.arguments import MAX_SEED, add_shared, check_ranges  # noqa: E402
+from drllm.attention import kernels_without_plans  # noqa: E402
 from drllm.errors import UserError, main_guard  # noqa: E402
 from drllm.files import check_output_folder  # noqa: E402
 from drllm.paper.experiment_figures import draw_search_concurrency  # noqa: E402
@@ -53,81 +58,102 @@ from drllm.provenance import command_line, write_result  # noqa: E402
 from drllm.questions.sets import expand_sets  # noqa: E402
 from drllm.rollouts.engine import Request  # noqa: E402
 from drllm.rollouts.rewards import reward_named  # noqa: E402
+from drllm.search.inputs import rows_or_auto  # noqa: E402
 from drllm.search.tree import POLICIES, SearchSettings  # noqa: E402
 
+DEFAULT_AT_ONCE = 256
+Save = Callable[[dict[str, Any]], None]  # writes the figures so far
 
-def speed(args: argparse.Namespace) -> dict[str, Any]:
+
+def speed(args: argparse.Namespace, save: Save) -> dict[str, Any]:
     """The engine against the published way (same questions, seeds and rewards) and against plain generation.
 
     With N threads the engine and plain generation use N processes of one thread, each with its share of the questions,
     as `accelerate launch --num_processes N data_generation.py` does, and the published way N threads for its one
-    rollout. On a GPU there is one process.
+    rollout. On a GPU there is one process, and both references run with torch's own choice of attention kernels, too.
     """
-    model, tokenizer, device = load(args)
-    prompts = load_prompts(args, tokenizer, args.questions)[: args.published_questions]
-    respond = functools.partial(
-        generate_one if reward_named(args.reward).generates else score_options, model, tokenizer
-    )
-    settings = SearchSettings(num_simulations=args.num_simulations)
-    blocks = model.config.num_hidden_layers
-    published = functools.partial(search_published, respond, blocks, prompts, settings, args.seed)
-    return {f"threads_{threads}": _speed_at(threads, args, published, device) for threads in args.threads}
-
-
-def _speed_at(
-    threads: int, args: argparse.Namespace, search_one_by_one: Callable[[], tuple[dict, int]], device: torch.device
-) -> dict[str, Any]:
-    """`speed` with one number of threads; `search_one_by_one` is the published way."""
-    results: dict[str, Any] = {}
-    engine = EngineProcesses(1 if device.type == "cuda" else threads, args)
-
-    def published() -> float:
-        with Stopwatch(device) as watch:
-            results["published"], simulations = search_one_by_one()
-        return watch.seconds / simulations
-
-    def batched(count: str) -> float:
-        parts = engine.run("search")
-        results["batched"] = {question_id: one for part in parts for question_id, one in part["batched"].items()}
-        results["grading"] = _grading(parts)
-        return max(part["seconds"] for part in parts) / sum(part[count] for part in parts)
-
-    def plain() -> float:
-        parts = engine.run("plain")
-        return max(part["seconds"] for part in parts) / sum(part["questions"] for part in parts)
-
-    try:
+    loaded = load(args)
+    figures: dict[str, Any] = {}
+    for threads in args.threads:
         with torch_threads(threads):
-            title = f"{threads} threads, published way and engine"
-            against_published = run_pairs(published, functools.partial(batched, "simulations"), args.pairs, title)
-        figures: dict[str, Any] = {"engine_over_published": against_published.record()}
-        same = same_results(results["batched"], results["published"])
-        if reward_named(args.reward).generates:
-            title = f"{threads} threads, plain generation and engine"
-            against_plain = run_pairs(plain, functools.partial(batched, "rollouts"), args.pairs, title)
-            figures["engine_over_plain"] = against_plain.record()
+            for so_far in _speed_at(threads, args, loaded):
+                figures[f"threads_{threads}"] = so_far
+                save(figures)
+        _print_speed(threads, figures[f"threads_{threads}"])
+    return figures
+
+
+def _speed_at(threads: int, args: argparse.Namespace, loaded: tuple) -> Iterator[dict[str, Any]]:
+    """`speed` with one number of threads: its figures after each round."""
+    model, tokenizer, device = loaded
+    on_gpu, generates = device.type == "cuda", reward_named(args.reward).generates
+    few = load_prompts(args, tokenizer, args.published_questions or args.questions or DEFAULT_QUESTIONS)
+    settings = SearchSettings(num_simulations=args.num_simulations)
+    respond = functools.partial(generate_one if generates else score_options, model, tokenizer)
+    blocks = model.config.num_hidden_layers
+    results: dict[str, Any] = {}
+    engine = EngineProcesses(1 if on_gpu else threads, args, loaded)
+
+    def published(kernels: Callable) -> float:
+        with kernels(), Stopwatch(device) as watch:
+            results["published"], results["simulations"] = search_published(respond, blocks, few, settings, args.seed)
+        return watch.seconds
+
+    def processes(task: str) -> float:
+        results[task] = engine.run(task)
+        return max(part["seconds"] for part in results[task])
+
+    sides = {"engine": functools.partial(processes, "search")}
+    sides["published"] = functools.partial(published, kernels_without_plans)
+    if on_gpu:
+        sides["published, as torch chooses"] = functools.partial(published, contextlib.nullcontext)
+    for name in (("plain", "plain, as torch chooses") if on_gpu else ("plain",)) if generates else ():
+        sides[name] = functools.partial(processes, name)
+    load = load_per_core()
+    rate = matrix_rate(model, device)
+    try:
+        for times in rounds(sides, args.pairs, f"{threads} threads"):
+            parts = results["search"]
+            done = {name: sum(part[name] for part in parts) for name in ("simulations", "rollouts", "block_tokens")}
+            figures: dict[str, Any] = {"rows": parts[0]["rows"], "questions": sum(part["questions"] for part in parts)}
+            for name in sides.keys() - {"engine"}:
+                is_plain = name.startswith("plain")
+                units = figures["questions"] if is_plain else results["simulations"]
+                ours = done["rollouts" if is_plain else "simulations"]
+                sides_of = [tuple(s / n for s in times[side]) for side, n in ((name, units), ("engine", ours))]
+                figures[f"engine_over_{name}"] = Pairs(*sides_of, load).record()
+            seconds = statistics.median(times["engine"])
+            weights = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+            batched = {question_id: one for part in parts for question_id, one in part["batched"].items()}
+            yield figures | {
+                "published_simulations_per_s": results["simulations"] / statistics.median(times["published"]),
+                "engine_simulations_per_s": done["simulations"] / seconds,
+                "engine_rollouts_per_s": done["rollouts"] / seconds,
+                "block_operations_per_s": 2 * weights * done["block_tokens"] / seconds,
+                "matrix_operations_per_s": rate,
+                "share_of_matrix_rate": 2 * weights * done["block_tokens"] / seconds / rate,
+                "grading": _grading(parts),
+                "questions_with_same_result": same_results(batched, results["published"]),
+                "questions_compared": len(few),
+            }
     finally:
         engine.close()
-    published_rate, engine_rate = (
-        1 / statistics.median(side) for side in (against_published.reference, against_published.ours)
-    )
-    print(f"{threads} threads: {len(results['published'])} questions, {published_rate:.1f} simulations/s published")
-    print(f"  {len(results['batched'])} questions, {engine_rate:.1f} simulations/s with the engine")
-    print(f"  engine / published         {against_published}")
-    if reward_named(args.reward).generates:
-        print(f"  engine / plain generation  {against_plain}   (rollouts/s over responses/s)")
-        print(
-            "  grading                    {answers} answers, {ms_per_answer:.2f} ms each; the device waits for "
-            "grades {share_waiting:.1%} of the time".format(**results["grading"])
-        )
-    print(f"  same results               {same} of {len(results['published'])} questions")
-    return figures | {
-        "grading": results["grading"],
-        "published_simulations_per_s": published_rate,
-        "engine_simulations_per_s": engine_rate,
-        "questions_with_same_result": same,
-        "questions_compared": len(results["published"]),
-    }
+
+
+def _print_speed(threads: int, figures: dict[str, Any]) -> None:
+    published, engine = (figures[f"{side}_simulations_per_s"] for side in ("published", "engine"))
+    print(f"{threads} threads, {figures['questions']} questions, {figures['rows']} rows per batch")
+    print(f"  simulations/s: {published:.1f} published way, {engine:.1f} engine")
+    for name, pairs in figures.items():
+        if name.startswith("engine_over_"):
+            problems = f"  UNUSABLE: {'; '.join(pairs['problems'])}" if pairs["problems"] else ""
+            low, high = min(pairs["ratios"]), max(pairs["ratios"])
+            print(f"  {name.replace('_', ' ')}: {pairs['ratio']:.2f}x (pairs {low:.2f} to {high:.2f}){problems}")
+    print(f"  arithmetic of the blocks over the rate of matrix products: {figures['share_of_matrix_rate']:.1%}")
+    if grading := figures["grading"]:
+        print(f"  grading: {grading['answers']} answers, {grading['ms_per_answer']:.2f} ms each")
+        print(f"  the device waits for grades {grading['share_waiting']:.1%} of the time")
+    print(f"  same results: {figures['questions_with_same_result']} of {figures['questions_compared']} questions")
 
 
 def _grading(parts: list[dict[str, Any]]) -> dict[str, float] | None:
@@ -143,16 +169,17 @@ def _grading(parts: list[dict[str, Any]]) -> dict[str, float] | None:
     }
 
 
-def concurrency(args: argparse.Namespace) -> dict[str, Any]:
+def concurrency(args: argparse.Namespace, save: Save) -> dict[str, Any]:
     """Simulations per second for 1, 2, 4, ... 256 questions at once."""
     model, tokenizer, device = load(args)
     settings = SearchSettings(num_simulations=args.num_simulations)
-    search_batched(make_engine(args, model, tokenizer), load_prompts(args, tokenizer, 8), settings, 0, 8)  # warm up
+    limit = limit_of(args, model, load_prompts(args, tokenizer, DEFAULT_QUESTIONS))
+    search_batched(make_engine(args, model, tokenizer, limit), load_prompts(args, tokenizer, 8), settings, 0, 8)
     points = []
     for at_once in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         # As many questions as are searched at once, so that the concurrency does not change during the run.
         prompts = load_prompts(args, tokenizer, at_once)
-        engine = make_engine(args, model, tokenizer)
+        engine = make_engine(args, model, tokenizer, limit)
         simulations, watch = 0, Stopwatch(device)
         with watch:
             for seed in itertools.count():
@@ -161,23 +188,25 @@ def concurrency(args: argparse.Namespace) -> dict[str, Any]:
                     break
         points.append({"questions_at_once": at_once, "simulations_per_s": simulations / watch.seconds})
         print(f"{at_once:4d} questions at once  {points[-1]['simulations_per_s']:10.1f} simulations/s", flush=True)
+        save({"points": points})
     print(f"figure: {draw_search_concurrency(points, args.output_dir / 'search_concurrency.png')}")
     return {"points": points}
 
 
-def shortcuts(args: argparse.Namespace) -> dict[str, Any]:
+def shortcuts(args: argparse.Namespace, save: Save) -> dict[str, Any]:
     """Throughput with and without reusing hidden states of earlier rollouts, in turn."""
     model, tokenizer, device = load(args)
-    prompts = load_prompts(args, tokenizer, args.questions)
+    prompts = load_prompts(args, tokenizer, args.questions or DEFAULT_QUESTIONS)
+    limit, at_once = limit_of(args, model, prompts), args.concurrency or DEFAULT_AT_ONCE
     settings = SearchSettings(num_simulations=args.num_simulations)
     off = {"reuse_default_states": False} if reward_named(args.reward).generates else {"state_bytes": 0}
     options = {"whole_prefill": off, "from_first_edit": {}}
     results, cost, figures = {}, {}, {}
 
     def side(name: str) -> float:
-        engine = make_engine(args, model, tokenizer, **options[name])
+        engine = make_engine(args, model, tokenizer, limit, **options[name])
         with Stopwatch(device) as watch:
-            searched, simulations = search_batched(engine, prompts, settings, args.seed, args.concurrency)
+            searched, simulations = search_batched(engine, prompts, settings, args.seed, at_once)
         results[name] = {question_id: one.result for question_id, one in searched.items()}
         cost[name] = engine.block_tokens / engine.rollouts
         return watch.seconds / simulations
@@ -198,14 +227,15 @@ def shortcuts(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def policies(args: argparse.Namespace) -> dict[str, Any]:
+def policies(args: argparse.Namespace, save: Save) -> dict[str, Any]:
     """What each policy finds on the same questions, with the spread over seeds.
 
     "Elsewhere" measures the labels as labels: the accuracy of their paths on four other questions of the set minus the
     default path's accuracy there. A path that is right by luck is right on its own question only.
     """
     model, tokenizer, _ = load(args)
-    prompts = load_prompts(args, tokenizer, args.questions)
+    prompts = load_prompts(args, tokenizer, args.questions or DEFAULT_QUESTIONS)
+    limit, at_once = limit_of(args, model, prompts), args.concurrency or DEFAULT_AT_ONCE
     columns = {
         "fixed": "wrong made right",
         "saved": "layers saved, right",
@@ -220,8 +250,8 @@ def policies(args: argparse.Namespace) -> dict[str, Any]:
         settings = SearchSettings(num_simulations=args.num_simulations, policy=policy)
         by_seed: dict[str, list[float]] = {name: [] for name in columns}
         for seed in range(args.seeds):
-            engine = make_engine(args, model, tokenizer)
-            searched, _ = search_batched(engine, prompts, settings, seed, args.concurrency)
+            engine = make_engine(args, model, tokenizer, limit)
+            searched, _ = search_batched(engine, prompts, settings, seed, at_once)
             results = [one.result for one in searched.values()]
             wrong = [result for result in results if not result.base_correct]
             right = [result for result in results if result.base_correct]
@@ -270,13 +300,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_shared(parser, "reward", "generation", choices=("generation", "likelihood"))
     add_shared(parser, "dataset", "arc,dart")
     add_shared(parser, "data_dir", ROOT / "miniature" / "data", "the miniature's", about='; "hub" for the Hub')
-    add("--questions", type=int, default=112, help="questions that are searched")
+    add("--questions", type=int, help="questions that are searched; default: 112, on a GPU those of two full batches")
     add("--published_questions", type=int, default=None, help="fewer for the published way; default: all")
     add("--num_simulations", type=int, default=50, help="simulations per question")
     add("--threads", default="1", help="speed, shortcuts: CPU threads of both sides, comma-separated, e.g. 1,2")
     add("--pairs", type=int, default=LEAST_PAIRS, help="speed, shortcuts: runs of each side, in turn")
-    add_shared(parser, "batch_size", 128)
-    add("--concurrency", type=int, default=256, help="questions searched at once")
+    add_shared(parser, "batch_size", "auto", type=rows_or_auto)
+    add("--concurrency", type=int, help="questions searched at once; default: two batches")
     add_shared(parser, "seed", 0)
     add("--seeds", type=int, default=5, help="policies: number of seeds")
     add("--policies", default=",".join(POLICIES), help="policies: those of the tree, comma-separated")
@@ -290,6 +320,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     check_ranges(args, **ranges)
     sets = expand_sets(args.dataset)
     reward_named(args.reward).check_sets(sets)
+    if args.shape and not reward_named(args.reward).generates:
+        raise UserError("--shape: random weights have prompts of random tokens, which have no options; omit --reward")
     provenance.parse_dtype(args.dtype)
     if unknown := set(args.policies.split(",")) - set(POLICIES):
         raise UserError(f"--policies: {sorted(unknown)[0]!r} is not a policy; choose from {', '.join(POLICIES)}")
@@ -302,15 +334,19 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs one benchmark and writes its result."""
     args = parse_arguments(arguments)
     started = time.time()
-    figures = BENCHMARKS[args.benchmark](args)
     shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     for name in ("model", "data_dir", "output_dir"):  # relative to the repository
         shown[name] = shown[name] and shown[name].removeprefix(f"{ROOT}/")
     parts = ["search", args.benchmark, args.shape, None if reward_named(args.reward).generates else args.reward]
     path = args.output_dir / f"{'_'.join(part for part in parts if part)}.json"
-    result = {"arguments": shown, "figures": figures, "threads": torch.get_num_threads()}
     command = command_line("python benchmarks/search.py", arguments)
-    write_result(path, result, command=command, seed=args.seed, seconds=time.time() - started)
+
+    def save(figures: dict[str, Any]) -> None:
+        """Also before the end: what is measured outlives a run that is cut off."""
+        result = {"arguments": shown, "figures": figures, "threads": torch.get_num_threads()}
+        write_result(path, result, command=command, seed=args.seed, seconds=time.time() - started)
+
+    save(BENCHMARKS[args.benchmark](args, save))
     print(f"results: {path}")
 
 

@@ -43,6 +43,12 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _a_gpu_where_one_is_needed(request):
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.fail("needs a CUDA GPU, and torch sees none; leave out -m gpu")
+
+
 @pytest.fixture(scope="session")
 def stock_checkpoint(tmp_path_factory):
     """(family, **config changes) -> folder with a plain random checkpoint; made once a session for equal arguments."""

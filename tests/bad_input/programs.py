@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import data_generation
 import train
-from benchmarks import decode, exported_paths, latency, search, training, training_memory
+from benchmarks import decode, exported_paths, gpu_table, latency, search, training, training_memory
 from benchmarks import evaluation as evaluation_speed
 from drllm import evaluate, export_path, gguf_checkpoint, router_checkpoint
 from drllm.evaluation import eval_sh
@@ -56,6 +56,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "benchmarks/evaluation.py": evaluation_speed.main,
     "benchmarks/decode.py": decode.main,
     "benchmarks/exported_paths.py": exported_paths.main,
+    "benchmarks/gpu_table.py": gpu_table.main,
     "benchmarks/latency.py": latency.main,
     "benchmarks/search.py": search.main,
     "benchmarks/training.py": training.main,

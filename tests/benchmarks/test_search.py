@@ -17,6 +17,7 @@ from benchmarks.search_sides import (
     search_batched,
     search_published,
 )
+from drllm.rollouts.batches import BatchLimit
 from drllm.rollouts.engine import Request
 from drllm.search.tree import SearchSettings
 
@@ -28,7 +29,7 @@ def test_both_sides_find_the_same(reward, dataset, monkeypatch):
     model, tokenizer, _ = load(args)
     prompts = load_prompts(args, tokenizer, 6)
     settings = SearchSettings(num_simulations=4)
-    batched, simulations = search_batched(make_engine(args, model, tokenizer), prompts, settings, 0, 8)
+    batched, simulations = search_batched(make_engine(args, model, tokenizer, BatchLimit(8)), prompts, settings, 0, 8)
     respond = functools.partial(generate_one if reward == "generation" else score_options, model, tokenizer)
     published, published_simulations = search_published(respond, 10, prompts, settings, 0)
     assert published_simulations == simulations > 0
@@ -44,7 +45,7 @@ def test_options_scored_alone_agree_with_packed_rows():
     model, tokenizer, _ = load(args)
     prompts = load_prompts(args, tokenizer, 8)
     path = (1, 1, 1, 0, 1, 2, 1, 1, 1, 1)
-    packed = make_engine(args, model, tokenizer).respond([Request(prompt, path) for prompt in prompts])
+    packed = make_engine(args, model, tokenizer, BatchLimit(8)).respond([Request(prompt, path) for prompt in prompts])
     alone = [score_options(model, tokenizer, prompt, path) for prompt in prompts]
     assert [(rollout.response, rollout.is_right) for rollout in packed] == alone
     assert torch.get_num_threads() == 1
