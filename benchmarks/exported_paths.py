@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.pairs import LEAST_PAIRS, Pairs, run_pairs
+from benchmarks.pairs import LEAST_PAIRS, run_pairs
 from data_models import load_path_model
 from drllm.arguments import add_shared, check_ranges
 from drllm.checkpoints import load_tokenizer
@@ -102,16 +102,15 @@ def measure(arguments: argparse.Namespace) -> dict:
     with loading(arguments.model, "model"):
         followed = load_path_model(arguments.model, dtype=torch.float32)
     files = {edits: gguf_of(source, edits, arguments.work_dir, arguments.converter) for edits in ["", *arguments.path]}
-    base = Engine(files[""], arguments.threads)
 
-    def times_of(edits: str) -> Pairs:
-        engine = Engine(files[edits], arguments.threads)  # two are in memory at a time
-        sides = [functools.partial(side.seconds_per_token, prompts[0], arguments.new_tokens) for side in (base, engine)]
-        return run_pairs(*sides, arguments.pairs, edits or "base")
+    def seconds(edits: str) -> float:
+        # Loaded anew for every run: how weights lie in memory (large pages or small) matters as much as two blocks.
+        return Engine(files[edits], arguments.threads).seconds_per_token(prompts[0], arguments.new_tokens)
 
     rows = []
     for edits in files:  # first, while the machine is quiet
-        times = times_of(edits)
+        sides = [functools.partial(seconds, side) for side in ("", edits)]
+        times = run_pairs(*sides, arguments.pairs, edits or "base")
         blocks = len(source.layer_indices(edits))
         rows.append(
             {
