@@ -3,7 +3,7 @@
 import datetime
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -41,7 +41,7 @@ def process_state(patience: datetime.timedelta) -> PartialState:
 
 def from_main(state: PartialState, make: Callable[[], Made]) -> Made:
     """What `make` returns on the main process, on every process."""
-    made = [make() if state.is_main_process else None]
+    made: list[Any] = [make() if state.is_main_process else None]
     return made[0] if state.num_processes == 1 else broadcast_object_list(made)[0]
 
 

@@ -63,6 +63,11 @@ class RoutedLM(HFLM):
         response_cache: SQLite file of answers and counts; `drllm.evaluate --use_cache FILE` sets it.
     """
 
+    # Of lm-eval's `hf`, which does not say their types.
+    _model: Any
+    _world_size: int
+    batch_size_per_gpu: Any
+
     def __init__(
         self,
         pretrained: str,
@@ -309,7 +314,7 @@ class RoutedLM(HFLM):
             kept = (context + continuation)[-(self.max_length + 1) :]  # truncated from the left, as `hf` does
             groups[tuple(kept[: len(kept) - len(continuation)])][tuple(continuation)].append(position)
         contexts = sorted(groups, key=lambda context: (-len(context), context))
-        answers: list[tuple[float, bool] | None] = [None] * len(requests)
+        answers: list[Any] = [None] * len(requests)
         progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="log-likelihood requests")
         batch_size = self._context_batch_size(contexts, groups, override_bs)
         for start in range(0, len(contexts), batch_size):

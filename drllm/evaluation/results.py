@@ -82,11 +82,12 @@ class Estimate:
 
         The parts are estimates over different queries, so their errors are independent. None when a part is missing.
         """
-        if not parts or None in parts:
+        known = [part for part in parts if part is not None]
+        if not known or len(known) < len(parts):
             return None
-        errors = [part.stderr for part in parts]
-        stderr = None if None in errors else math.hypot(*errors) / len(parts)
-        return cls(statistics.mean(part.mean for part in parts), stderr, sum(part.count for part in parts))
+        errors = [part.stderr for part in known if part.stderr is not None]
+        stderr = math.hypot(*errors) / len(known) if len(errors) == len(known) else None
+        return cls(statistics.mean(part.mean for part in known), stderr, sum(part.count for part in known))
 
     @classmethod
     def over_checkpoints(cls, estimates: Sequence[Estimate | None]) -> Estimate | None:
@@ -94,11 +95,12 @@ class Estimate:
 
         Its standard error over questions is at most the mean of theirs, which is what is returned.
         """
-        if not estimates or None in estimates:
+        mean = cls.equally_weighted(estimates)
+        if mean is None:
             return None
-        errors = [estimate.stderr for estimate in estimates]
-        stderr = None if None in errors else statistics.mean(errors)
-        return cls(statistics.mean(estimate.mean for estimate in estimates), stderr, estimates[0].count)
+        errors = [estimate.stderr for estimate in estimates if estimate is not None and estimate.stderr is not None]
+        stderr = None if mean.stderr is None else statistics.mean(errors)
+        return cls(mean.mean, stderr, mean.count // len(estimates))
 
 
 # What tables and figures read in results.json, in its "config" and in that's "block_applications" of a task.
@@ -335,7 +337,7 @@ def in_domain_columns(run: Run) -> dict[str, list[str]]:
 def rows_of(run: Run) -> dict[str, list[str]]:
     """Row name -> tasks: one row per in-domain set; other tasks and groups as they were requested."""
     in_domain = {task_name(name) for name in SETS}
-    rows = {}
+    rows: dict[str, list[str]] = {}
     for name in run.record["run"]["tasks"].split(","):
         leaves = [leaf for leaf in run.leaves(name) if leaf in run.tasks]
         if in_domain.issuperset(leaves):

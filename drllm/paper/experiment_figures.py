@@ -196,7 +196,7 @@ def draw_methods(result: Mapping[str, Any], path: Path) -> Path:
     for row in result["rows"]:
         kinds.setdefault(row["method"].partition(":")[0], []).append(row)
     with new_figure(path, (6.4, 4.2)) as (figure, axes):
-        axis, styles = axes[0][0], {}
+        axis, styles = axes[0][0], dict[str, dict[str, Any]]()
         for kind, rows in kinds.items():
             style = {"color": BASE_COLOUR, "marker": "*", "ms": 11}
             if kind != "base":

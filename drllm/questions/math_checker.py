@@ -76,7 +76,7 @@ class SymbolicChecker:
     @staticmethod
     def _read_line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes | None:
         """One line of the helper, which writes each line at once, or None after `timeout_s` or at its end."""
-        readable, _, _ = select.select([process.stdout], [], [], timeout_s)
+        readable, _, _ = select.select([process.stdout.fileno()], [], [], timeout_s)
         return process.stdout.readline().strip() or None if readable else None
 
     def _kill(self) -> None:

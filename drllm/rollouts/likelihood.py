@@ -200,7 +200,7 @@ class LikelihoodEngine:
 
     def score(self, requests: Sequence[Request]) -> list[tuple[float, ...]]:
         """Summed log-probabilities in nats, one tuple per request with one value per option."""
-        scores: list[tuple[float, ...] | None] = [None] * len(requests)
+        scores: list[tuple[float, ...]] = [()] * len(requests)
 
         def run(places: list[int]) -> None:
             for place, result in zip(places, self._run([requests[place] for place in places]), strict=True):

@@ -2,8 +2,10 @@
 
 import json
 
-from drllm.labels import Label
-from experiments.label_choice import choice, main, searched
+from drllm.labels import Label, LabelSet
+from drllm.manifests import Manifest
+from experiments import label_choice
+from experiments.label_choice import choice, choice_table, main, searched
 
 
 def test_choice_by_hand():
@@ -36,6 +38,21 @@ def test_a_table_from_labels(tiny_labels, tmp_path, capsys):
     rows = json.loads((tmp_path / "choice.json").read_text())["rows"]
     assert sum(row["questions"] for row in rows) == 24
     assert "right paths per question" in capsys.readouterr().out
+
+
+def test_a_row_of_the_table_by_hand():
+    row = {"labels": "a", "group": "arc", "questions": 2, "skipped": [1, 0.25, 0], "repeated": [0.1, 0.5, 0.2]}
+    table = choice_table([row | {"right_paths": 2.04, "as_short": 1.5}])
+    assert [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")] == [
+        "a", "arc", "2", "0 to 100", "10 to 50", "2.0", "1.5",
+    ]  # fmt: skip
+
+
+def test_a_group_without_labels_has_no_row(tmp_path, monkeypatch):
+    labels = LabelSet([Label("q", (0, 1), "a", "arc_easy", "1", good_paths=((0, 1),))], Manifest())
+    monkeypatch.setattr(label_choice, "read_labels", lambda folder: labels)
+    assert main(["--labels", "one", "--output", str(tmp_path / "choice.json")]) == 0
+    assert [row["group"] for row in json.loads((tmp_path / "choice.json").read_text())["rows"]] == ["arc"]
 
 
 def test_an_output_that_cannot_be_written(tiny_labels, tmp_path, capsys):
