@@ -63,11 +63,6 @@ class RoutedLM(HFLM):
         response_cache: SQLite file of answers and counts; `drllm.evaluate --use_cache FILE` sets it.
     """
 
-    # Of lm-eval's `hf`, which does not say their types.
-    _model: Any
-    _world_size: int
-    batch_size_per_gpu: Any
-
     def __init__(
         self,
         pretrained: str,
