@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What ends a search, and its length penalty: Algorithm 1, the stop of Section 4.2, and lambda 5, on the toy model. Three
 # draws of labels each, one training per draw, 3,500 test questions. Half an hour on one core. Run it again to resume.
-# A real LLM: runs/search_rules.sh MODEL=meta-llama/Llama-3.2-3B-Instruct DATA_DIR= SAMPLES=paper LIMIT= PROCESSES=8
+# A real LLM: runs/search_rules.sh MODEL=FOLDER_OR_NAME DATA_DIR= SAMPLES=paper LIMIT= EPOCHS=25 WARMUP=500 PROCESSES=8
 source "$(dirname "$0")/settings.sh"
 
 out=${OUT:-out/search_rules}
