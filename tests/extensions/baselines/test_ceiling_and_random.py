@@ -1,13 +1,14 @@
 """The ceiling, a search that knows the answers, and random paths by their rates."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 from drllm.questions.prompts import Prompt
 from drllm.questions.sets import Question
 from drllm.rollouts.engine import Rollout
 from drllm.rollouts.scores import ScoreStore
 from extensions.baselines.ceiling import NAME, ceiling
-from extensions.baselines.routed import random_paths, random_skips
+from extensions.baselines.routed import control_at, random_paths, random_skips
 
 
 def test_random_skips_save_the_budget_in_every_path():
@@ -46,6 +47,18 @@ def test_the_ceiling_finds_the_path_that_the_answer_needs_and_is_resumed(tmp_pat
     assert ceiling(engine, prompts, ScoreStore(tmp_path, {})) == outcome
     assert engine.evaluated == evaluated, "a second run searches nothing"
     assert "uses the test answer" in NAME
+
+
+def bench_whose_layers_are(layers):
+    """A bench on which one question runs `layers(control)` blocks."""
+    return SimpleNamespace(decisions=lambda routed, prompts, control: [(layers(control),)])
+
+
+def test_the_knob_meets_the_budget_or_comes_closest():
+    smooth = bench_whose_layers_are(lambda control: 800 * (control + 1) / 1.5)
+    assert abs(control_at(smooth, None, 400, ["a prompt"]) + 0.25) < 1.5 / 2**7
+    jump = bench_whose_layers_are(lambda control: 10 if control > 0.08 else 2)
+    assert control_at(jump, None, 5, ["a prompt"]) <= 0.08, "2 blocks are nearer to 5 than 10"
 
 
 def test_random_paths_keep_the_rates_of_each_block():

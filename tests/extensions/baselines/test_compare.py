@@ -52,6 +52,10 @@ def test_every_method_has_a_row_and_a_second_run_answers_nothing(toy, tmp_path, 
     assert rows["MindSkip"]["cost"]["parameters"] == 6 * 33
     assert {"as published", "random decisions, at the rates of as published"} < set(rows)
     assert rows["CoLa ceiling (uses the test answer)"]["questions"] == 2
+    assert rows["ShortGPT"]["against_static"]["points"] == pytest.approx(
+        100 * (rows["ShortGPT"]["accuracy"] - rows["static"]["accuracy"])
+    ), "the last static path has as many layers"
+    assert "against_static" not in rows["CoLa ceiling (uses the test answer)"], "on other questions"
     differences = result["differences"]["as published - ShortGPT"]
     assert differences.keys() == {"arc_easy", "all", "mix"}
     assert differences["mix"] == pytest.approx(differences["all"])
@@ -93,6 +97,17 @@ def test_the_form_of_responses_is_told_from_what_they_know(toy, tmp_path):
     assert (flexidepth["answered"], flexidepth["layers"]) == (base_row["answered"], 6), (
         "with every block it is the base"
     )
+
+
+def test_a_checkpoint_of_another_base_is_refused(toy, tmp_path, stock_model, capsys):
+    def changed(*arguments):
+        model = stock_model(*arguments)
+        model.model.layers[0].mlp.up_proj.weight.data *= 2
+        return model
+
+    other = search_toys.make_model(tmp_path / "other", changed)
+    assert run((other, *toy[1:]), tmp_path, "--reward likelihood --methods=") == 2
+    assert "name the base that the checkpoint was trained on with --model" in capsys.readouterr().err
 
 
 LIKELIHOOD_TASK = """
