@@ -102,20 +102,6 @@ def grade_span(response: str, answers: tuple[str, ...]) -> bool:
     return _span(response) in {normalise_span(answer) for answer in answers}
 
 
-def span_f1(response: str, answers: tuple[str, ...]) -> float:
-    """Word overlap (F1, in [0, 1]) of the first line of `response` with the closest of `answers`."""
-    given = _span(response).split()
-    best = 0.0
-    for answer in answers:
-        gold = normalise_span(answer).split()
-        common = sum(min(given.count(word), gold.count(word)) for word in set(given))
-        if given == gold:
-            best = 1.0
-        elif common:
-            best = max(best, 2 * common / (len(given) + len(gold)))
-    return best
-
-
 def span_can_still_be_right(partial: str, answers: tuple[str, ...]) -> bool:
     """False once the first line of `partial` is complete and not among `answers`."""
     return "\n" not in partial.lstrip() or grade_span(partial, answers)

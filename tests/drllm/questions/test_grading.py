@@ -12,7 +12,6 @@ from drllm.questions.grading import (
     grade_span,
     label_can_still_be_right,
     span_can_still_be_right,
-    span_f1,
 )
 from drllm.questions.math_answers import grade_math, math_can_still_be_right
 from drllm.questions.math_checker import CheckerPool, SymbolicChecker
@@ -258,10 +257,8 @@ def test_spans_are_compared_normalised(response, right):
     assert grade_span(response, ("Eiffel Tower", "tower of Paris")) is right
 
 
-def test_unanswerable_and_word_overlap():
+def test_unanswerable():
     assert grade_span(" unanswerable", ("unanswerable",))
-    assert span_f1("the tower of London", ("tower of Paris",)) == pytest.approx(2 / 3)
-    assert span_f1("Paris", ("Paris",)) == 1
 
 
 def _prefixes_agree(right, can, responses):
