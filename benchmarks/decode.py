@@ -246,7 +246,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--modes", default=",".join(MODES), help=f"some of {', '.join(MODES)}; comma-separated")
     add("--skip", type=int, default=4, help="number of skipped blocks")
     add("--prompt_tokens", type=int, default=64, help="tokens of a prompt")
-    add("--new_tokens", type=int, default=128, help="tokens that each row generates")
+    add("--new_tokens", type=int, default=64, help="tokens that each row generates")
     add("--rounds", type=int, default=3, help="timed rounds; medians are reported")
     add("--prompts", type=int, default=100, help="prompts of the last part, each with a path of its own")
     add_shared(parser, "seed", 0)

@@ -24,7 +24,6 @@ weights and prompts as long as those of ARC; nothing is downloaded.
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import random
 import statistics
@@ -36,6 +35,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -43,8 +43,8 @@ sys.path.insert(0, str(ROOT))
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from benchmarks.pairs import LEAST_PAIRS, parse_threads, run_pairs, torch_threads  # noqa: E402
-from benchmarks.random_base import ARC_TOKENS, random_text, write_random_base  # noqa: E402
+from benchmarks.pairs import LEAST_PAIRS, Pairs, load_per_core, parse_threads, torch_threads  # noqa: E402
+from benchmarks.random_base import ARC_TOKENS, WORD_SHAPES, random_text, write_random_base  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 from drllm.arguments import A_GPU, add_shared, check_device, check_ranges, parse_list  # noqa: E402
 from drllm.checkpoints import checkpoint_info, load_routed, load_tokenizer  # noqa: E402
@@ -132,23 +132,29 @@ class Bench:
             lm.model.model.is_static_routing = False
         return max(abs(a - b) for ours in answers[1:] for a, b in zip(ours, answers[0], strict=True))
 
-    def compare(self, kind: str, requests: list[Instance], hf_size: int, size: int, threads: int) -> dict:
-        """Pairs of `hf` at batch size `hf_size` and `drllm` at `size`."""
-        self.hf.batch_size_per_gpu, self.ours.batch_size_per_gpu = hf_size, size
+    def compare(self, kind: str, requests: list[Instance], hf_size: int, sizes: list[int], threads: int) -> dict:
+        """By batch size of `drllm`: the record of its pairs with `hf` at batch size `hf_size`, which all take turns."""
         method = "generate_until" if requests[0].request_type == "generate_until" else "loglikelihood"
         questions = len({request.metadata[1] for request in requests})
-        sides = [
-            functools.partial(seconds_per_question, getattr(lm, method), requests, questions)
-            for lm in (self.hf, self.ours)
-        ]
-        title = f"{kind}, {threads} threads, batch {size}"
+        sides = [(self.hf, hf_size), *((self.ours, size) for size in sizes)]
+        seconds: list[list[float]] = [[] for _ in sides]
+        load = load_per_core()
         with torch_threads(threads):
-            pairs = run_pairs(*sides, self.args.pairs, title)
-        hf, ours = (1000 * statistics.median(side) for side in (pairs.reference, pairs.ours))
-        print(f"  {title}: hf at batch {hf_size} {hf:.1f} ms per question, drllm {ours:.1f} ms: {pairs}", flush=True)
-        seconds = {"ours_seconds": ours / 1000, "reference_seconds": hf / 1000, "ratio": pairs.ratio}
-        self.figures.append({"name": title, **seconds, "problems": pairs.problems()})
-        return pairs.record()
+            for number in tqdm(range(self.args.pairs + 1), desc=f"{kind}, {threads} threads", unit="round"):
+                for place in sorted(range(len(sides)), reverse=number % 2 == 1):
+                    lm, lm.batch_size_per_gpu = sides[place]
+                    spent = seconds_per_question(getattr(lm, method), requests, questions)
+                    if number:  # the first round warms up
+                        seconds[place].append(spent)
+        records = {}
+        for size, ours in zip(sizes, seconds[1:], strict=True):
+            pairs, title = Pairs(tuple(seconds[0]), tuple(ours), load), f"{kind}, {threads} threads, batch {size}"
+            middle = {"ours_seconds": statistics.median(ours), "reference_seconds": statistics.median(seconds[0])}
+            self.figures.append({"name": title, **middle, "ratio": pairs.ratio, "problems": pairs.problems()})
+            shown = [f"{1000 * value:.1f} ms" for value in middle.values()]
+            print(f"  {title}: drllm {shown[0]} per question, hf at batch {hf_size} {shown[1]}: {pairs}", flush=True)
+            records[size] = pairs.record()
+        return records
 
 
 def measure(args: argparse.Namespace, bench: Bench) -> Iterator[dict]:
@@ -163,10 +169,8 @@ def measure(args: argparse.Namespace, bench: Bench) -> Iterator[dict]:
         print(f"{kind}: log-likelihoods differ by at most {difference:.1e}")
         result[kind] = {"largest_difference": difference}
         for threads in args.threads:
-            by_size = result[kind][f"threads_{threads}"] = {}
-            for size in args.batch_sizes:
-                by_size[size] = bench.compare(kind, requests, 1, size, threads)
-                yield result
+            result[kind][f"threads_{threads}"] = bench.compare(kind, requests, 1, args.batch_sizes, threads)
+            yield result
     if args.new_tokens:
         settings = {"until": [], "max_gen_toks": args.new_tokens, "do_sample": False}
         result["generation"] = {"new_tokens": args.new_tokens}
@@ -174,7 +178,7 @@ def measure(args: argparse.Namespace, bench: Bench) -> Iterator[dict]:
             requests = instances("generate_until", [[(prompt, settings)] for prompt in prompts[:size]])
             for threads in args.threads:
                 by_size = result["generation"].setdefault(f"threads_{threads}", {})
-                by_size[size] = bench.compare("generation", requests, size, size, threads)
+                by_size |= bench.compare("generation", requests, size, [size], threads)
                 yield result
 
 
@@ -184,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="name or folder of a routed or plain checkpoint")
-    source.add_argument("--shape", choices=sorted(SHAPES), help="random weights at this shape")
+    source.add_argument("--shape", choices=WORD_SHAPES, help="random weights at this shape")
     add_shared(parser, "data_dir", ROOT / "miniature" / "data", "the miniature's")
     parser.add_argument("--questions", type=int, default=100, help="ARC-Easy test questions")
     parser.add_argument("--words", type=int, default=12, help="length of a many-token option")

@@ -11,7 +11,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
+from benchmarks.shapes import SHAPES
+
 WORDS = 100
+# `AutoTokenizer` replaces the tokenizer of words by its own in a folder of Qwen2.
+WORD_SHAPES = sorted(name for name, config in SHAPES.items() if config.model_type == "llama")
 # Tokens of real training prompts in SmolLM2's tokenizer: the middles of the twentieths of 1,200 of ARC (mean 72,
 # longest 190) and of 2,964 of DART-Math (mean 87, longest 1,266).
 ARC_TOKENS = (43, 45, 48, 50, 53, 55, 58, 61, 64, 67, 70, 72, 75, 79, 83, 87, 92, 98, 105, 127)
@@ -19,7 +23,7 @@ DART_TOKENS = (31, 36, 41, 44, 46, 49, 52, 54, 57, 59, 62, 65, 70, 73, 79, 85, 9
 
 
 def write_random_base(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: str = "cpu") -> int:
-    """Writes a checkpoint of `config` with normal weights drawn on `device`; returns its bytes.
+    """Writes a checkpoint of `config`, a Llama's, with normal weights drawn on `device`; returns its bytes.
 
     One file per block: the model is never in memory as a whole. One word, w0 to w99, is one token.
     """

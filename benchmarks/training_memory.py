@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
-from benchmarks.random_base import ARC_TOKENS, DART_TOKENS, random_text, write_random_base
+from benchmarks.random_base import ARC_TOKENS, DART_TOKENS, WORD_SHAPES, random_text, write_random_base
 from benchmarks.shapes import SHAPES
 from drllm import labels
 from drllm.arguments import add_shared, check_ranges
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--scratch", type=Path, required=True, help="folder for about 35 GB, emptied afterwards")
-    add("--shape", choices=sorted(SHAPES), default="llama-3.2-3b", help="random weights at this shape")
+    add("--shape", choices=WORD_SHAPES, default="llama-3.2-3b", help="random weights at this shape")
     add("--questions", type=int, default=4000, help="number of labels")
     add("--epochs", type=int, default=25, help="passes over the labels")
     add("--random_features", action="store_true", help="put random router inputs in place of the pass's")
