@@ -44,9 +44,10 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from benchmarks.pairs import LEAST_PAIRS, Pairs, load_per_core, parse_threads, torch_threads  # noqa: E402
-from benchmarks.random_base import ARC_TOKENS, WORD_SHAPES, random_text, write_random_base  # noqa: E402
+from benchmarks.random_base import WORD_SHAPES, prompt_tokens, random_text, write_random_base  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 from drllm.arguments import A_GPU, add_shared, check_device, check_ranges, parse_list  # noqa: E402
+from drllm.attention import kernels_without_plans  # noqa: E402
 from drllm.checkpoints import checkpoint_info, load_routed, load_tokenizer  # noqa: E402
 from drllm.errors import main_guard  # noqa: E402
 from drllm.evaluation.lm_eval_model import RoutedLM  # noqa: E402
@@ -71,7 +72,7 @@ def prompts_of(args: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
     """The prompts, and four texts of --words words for each."""
     if args.shape:
         rng = random.Random(0)
-        lengths = [ARC_TOKENS[number % len(ARC_TOKENS)] for number in range(args.questions)]
+        lengths = rng.choices(prompt_tokens("arc_easy", "arc_challenge"), k=args.questions)
         return [random_text(rng, length) for length in lengths], [
             [random_text(rng, args.words) for _ in range(4)] for _ in lengths
         ]
@@ -108,7 +109,8 @@ def seconds_per_question(answer: Callable, requests: list[Instance], questions: 
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
-    answer(requests, disable_tqdm=True)
+    with kernels_without_plans():  # as `drllm` has it: the same kernels on both sides
+        answer(requests, disable_tqdm=True)
     return (time.perf_counter() - start) / questions
 
 

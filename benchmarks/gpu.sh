@@ -20,7 +20,7 @@ SECONDS_IN_ALL=${SECONDS_IN_ALL:-1080}
 MODES=stock,eager,graphs
 ! command -v cc >/dev/null || MODES+=,compiled # torch.compile needs a C compiler
 MOST=540 # seconds of one stage
-declare -A SHARE=([correctness]=110 [search]=330 [decode]=300 [training]=190 [evaluation]=150)
+declare -A SHARE=([correctness]=90 [search]=320 [decode]=270 [training]=210 [evaluation]=190)
 SCRATCH=$(mktemp -d "$OUT/scratch.XXXXXX")
 trap 'rm -rf "$SCRATCH"' EXIT
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

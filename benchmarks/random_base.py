@@ -16,10 +16,6 @@ from benchmarks.shapes import SHAPES
 WORDS = 100
 # `AutoTokenizer` replaces the tokenizer of words by its own in a folder of Qwen2.
 WORD_SHAPES = sorted(name for name, config in SHAPES.items() if config.model_type == "llama")
-# Tokens of real training prompts in SmolLM2's tokenizer: the middles of the twentieths of 1,200 of ARC (mean 72,
-# longest 190) and of 2,964 of DART-Math (mean 87, longest 1,266).
-ARC_TOKENS = (43, 45, 48, 50, 53, 55, 58, 61, 64, 67, 70, 72, 75, 79, 83, 87, 92, 98, 105, 127)
-DART_TOKENS = (31, 36, 41, 44, 46, 49, 52, 54, 57, 59, 62, 65, 70, 73, 79, 85, 95, 113, 177, 351)
 
 
 def write_random_base(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: str = "cpu") -> int:
@@ -59,3 +55,9 @@ def write_random_base(folder: Path, config: PreTrainedConfig, dtype: torch.dtype
 def random_text(rng: random.Random, tokens: int) -> str:
     """So many random words."""
     return " ".join(f"w{rng.randrange(WORDS)}" for _ in range(tokens))
+
+
+def prompt_tokens(*sets: str) -> list[int]:
+    """Numbers of tokens of real prompts: those of `sets`, or of all, from prompt_lengths.json."""
+    lengths = json.loads(Path(__file__).with_name("prompt_lengths.json").read_text())
+    return [prompt for name in sets or lengths for prompt, _ in lengths[name]]

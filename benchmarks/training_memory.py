@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
-from benchmarks.random_base import ARC_TOKENS, DART_TOKENS, WORD_SHAPES, random_text, write_random_base
+from benchmarks.random_base import WORD_SHAPES, prompt_tokens, random_text, write_random_base
 from benchmarks.shapes import SHAPES
 from drllm import labels
 from drllm.arguments import add_shared, check_ranges
@@ -61,12 +61,12 @@ def make_labels(folder: Path, base: Path, questions: int, dtype: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=parse_dtype(dtype))
     num_blocks = model.config.num_hidden_layers
     folder.mkdir(parents=True)
-    rng, made = random.Random(0), []
+    rng, made, lengths = random.Random(0), [], prompt_tokens()
     for number in range(questions):
         path = [1] * num_blocks
         skipped, repeated = rng.sample(range(num_blocks), 2)
         path[skipped], path[repeated] = 0, 1 + (number % 3 == 0)
-        text = random_text(rng, rng.choice(ARC_TOKENS + DART_TOKENS))
+        text = random_text(rng, rng.choice(lengths))
         responses = {"base_correct": True, "path_correct": True, "base_response": "", "path_response": ""}
         kind = {"kind": labels.SHORTER, "prompt": text, "good_paths": (tuple(path),)}
         made.append(labels.Label(text, tuple(path), "", "dart-1", f"q{number}", **kind, **responses))
