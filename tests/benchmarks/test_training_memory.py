@@ -34,7 +34,7 @@ def test_a_run_reports_pass_and_epochs(options, tmp_path):
     command = ["--shape", "small", "--dtype", "float32", "--questions", "8", "--epochs", "2"]
     assert not training_memory.main([*command, "--scratch", str(tmp_path), "--output", str(output), *options])
     result = json.loads(output.read_text())
-    assert result["pass_forward_passes"] == (0 if options else 1)
+    assert (result["pass_forward_passes"] > 0) == (not options), "random features take the place of the pass"
     assert result["epochs"] == 2
     assert 0 < result["epochs_seconds"] < result["seconds_from_load_to_checkpoint"]
     assert result["peak_own_bytes"] < result["peak_resident_bytes"]
