@@ -154,10 +154,15 @@ def test_the_working_lines_of_step_3_give_results(authors_folder, monkeypatch, t
     routed = _lm_eval(words, monkeypatch, tmp_path / "routed")
     assert 0 <= routed["results"]["arc_easy"]["acc_norm,none"] <= 1
     assert routed["config"]["model_args"]["num_windows"] == 8
-    # What is missing in the authors' line: the code of the checkpoint, and its name.
-    words[words.index("--model_args") + 1] = "pretrained=checkpoints/drllm-llama-3b"
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
-        _lm_eval(words, monkeypatch, tmp_path)
+
+
+def test_a_process_that_knows_no_routers_refuses_the_folder_without_trust_remote_code(authors_folder):
+    # What lm-eval's model does first; this process has registered the model type.
+    code = "from transformers import AutoConfig; AutoConfig.from_pretrained('checkpoints/drllm-llama-3b')"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=authors_folder, stdin=subprocess.DEVNULL)
+    assert done.returncode == 1
+    assert "trust_remote_code=True" in done.stderr
 
 
 def test_the_other_tasks_are_lm_evals():
