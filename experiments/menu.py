@@ -252,7 +252,8 @@ def advice(rows: Sequence[dict]) -> str:
     better = [len(row["paths"]) for row in rows if row["against_single"]["low"] > 0]
     if better:
         return f"The choosers of {' and '.join(map(str, better))} paths beat the best single path, {single}."
-    return f"No chooser beats the best single path by a 95% interval; serve that path alone: {single}."
+    text = f"No chooser beats the best single path by a 95% interval; serve that path alone: {single}."
+    return text if rows[0]["against_base"]["low"] > 0 else f"{text} Nor does it beat the base by one."
 
 
 def table(result: dict) -> str:

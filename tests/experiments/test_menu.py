@@ -147,10 +147,11 @@ def test_the_chooser_follows_the_tokens_where_they_tell_and_else_takes_the_best_
 
 
 def test_the_advice_is_the_single_path_unless_a_chooser_is_surely_better():
-    def row(count, low):
-        return {"paths": ["skip 1"] * count, "against_single": {"low": low}}
+    def row(count, low, of_base=1):
+        return {"paths": ["skip 1"] * count, "against_single": {"low": low}, "against_base": {"low": of_base}}
 
     assert menu.advice([row(1, 0), row(2, -1)]).endswith("serve that path alone: skip 1.")
+    assert menu.advice([row(1, 0, -1), row(2, -1)]).endswith("skip 1. Nor does it beat the base by one.")
     assert (
         menu.advice([row(1, 0), row(2, -1), row(4, 0.1)])
         == "The choosers of 4 paths beat the best single path, skip 1."
