@@ -93,12 +93,14 @@ def limit_in(
     head_dim = getattr(config, "head_dim", None) or width // heads
     keys_and_values = 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
     # Per token: the default path's states of a question that is being searched; of a row in a batch its cache, the
-    # inputs of all blocks (while default paths run) and what one block holds at a time.
+    # inputs of all blocks (while default paths run), what one block holds at a time, and of each visit, whose rows are
+    # others, two rotary embeddings and a row of the mask.
     kept = bytes_per_value * blocks * (width + keys_and_values)
     one_block = 3 * config.intermediate_size + 8 * width
-    running = bytes_per_value * (blocks * (REPEATED * keys_and_values + width) + one_block)
+    running = bytes_per_value * (blocks * (REPEATED * keys_and_values + width + 4 * head_dim) + one_block)
     tokens, places = (mean(column) for column in zip(*sizes, strict=True))
     logits = places * config.vocab_size * (bytes_per_value + 4)
+    running += 2 * blocks * tokens
     usable = SHARE_OF_MEMORY * free_bytes
     rows = int(usable / (tokens * (OPEN_BATCHES * kept + running) + logits))
     rows = max(1, min(rows, MOST_ROWS))

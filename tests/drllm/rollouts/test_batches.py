@@ -23,8 +23,11 @@ def bytes_in_use(name: str, rows: int, tokens: int) -> int:
     slot = 2 * heads * head_dim * tokens
     states = config.num_hidden_layers * (slot + config.hidden_size * tokens)
     cache = config.num_hidden_layers * slot * 1.25 + config.num_hidden_layers * config.hidden_size * tokens
+    visits = 2 * config.num_hidden_layers
+    views = visits * 2 * head_dim * tokens
+    mask = visits * tokens * tokens
     feed_forward = 3 * config.intermediate_size * tokens + 8 * config.hidden_size * tokens
-    return round(2 * rows * (2 * states + cache + feed_forward + config.vocab_size * 3))
+    return round(rows * (2 * (2 * states + cache + views + feed_forward + config.vocab_size * 3) + mask))
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-3b", "llama-3.1-8b", "qwen2.5-7b"])
@@ -33,11 +36,11 @@ def test_rows_fill_the_share_of_a_stated_memory(name, free):
     limit = limit_in(free, SHAPES[name], 2, [(120, 1)] * 10)
     assert bytes_in_use(name, limit.rows, 120) <= 0.8 * free < bytes_in_use(name, limit.rows + 1, 120)
     assert limit.tokens == max(limit.rows * 120, 120)
-    assert limit_in(free, SHAPES[name], 4, [(120, 1)] * 10).rows == pytest.approx(limit.rows / 2, rel=0.02)
+    assert limit_in(free, SHAPES[name], 4, [(120, 1)] * 10).rows == pytest.approx(limit.rows / 2, rel=0.05)
 
 
 def test_an_h200_takes_a_thousand_rows_at_3b_and_a_full_one_a_single_one():
-    assert 800 < limit_in(130 * GB, SHAPES["llama-3.2-3b"], 2, [(110, 1)]).rows < 1200
+    assert 700 < limit_in(130 * GB, SHAPES["llama-3.2-3b"], 2, [(110, 1)]).rows < 1200
     full = limit_in(0, SHAPES["llama-3.2-3b"], 2, SIZES)
     assert (full.rows, full.tokens) == (1, 1300), "the longest prompt is tried"
     assert limit_in(130 * GB, SHAPES["small"], 2, SIZES).rows == batches.MOST_ROWS

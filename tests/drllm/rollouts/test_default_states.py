@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig
 
 from drllm.rollouts.default_states import DefaultStates, first_edit
 from train_models.cache import PathCache
@@ -54,6 +56,43 @@ def test_states_come_back_at_any_width_and_order_and_forgotten_ones_make_room():
     assert stored.clear()
     assert not stored.places
     assert not stored.clear()
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch runs."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += 1
+        return function(*arguments, **(options or {}))
+
+
+def test_storing_and_fetching_take_operations_per_block_and_not_per_row():
+    counts = []
+    for rows in (4, 12):
+        stored, names = DefaultStates(), [f"q{row}" for row in range(rows)]
+        mask, hidden, cache = batch([3 + row % 3 for row in range(rows)], 0)
+        paths = [((1, 0, 1), (1, 1, 2), (2, 1, 1), (1, 1, 0))[row % 4] for row in range(rows)]
+        computed = PathCache(LlamaConfig(num_hidden_layers=BLOCKS))
+        for block in range(BLOCKS):
+            here = [row for row, path in enumerate(paths) if first_edit(path) <= block and path[block]]
+            if here:
+                layer = cache.layers[block]
+                computed.layers[block].update(layer.keys[here], layer.values[here])
+        with Operations() as operations:
+            stored.keep(names, mask, hidden, cache)
+            starts = stored.starts(names, paths)
+            places = stored.begin(torch.zeros(rows, mask.shape[1], WIDTH), names, starts)
+            stored.complete(computed, paths, starts, places)
+        counts.append(operations.count)
+        for block in range(BLOCKS):
+            for place, row in enumerate(row for row, path in enumerate(paths) if path[block]):
+                real = mask[row] == 1
+                for name in ("keys", "values"):
+                    found, expected = (getattr(layers[block], name) for layers in (computed.layers, cache.layers))
+                    assert torch.equal(found[place][:, real], expected[row][:, real])
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize(("path", "block"), [((1, 1, 2), 2), ((0, 1, 1), 0), ((1, 1, 1), 0)])
