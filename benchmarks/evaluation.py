@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     """Compares, prints, and writes the result after each comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="name or folder of a routed or plain checkpoint")
+    add_shared(source, "model", about=", or of a routed checkpoint")
     source.add_argument("--shape", choices=WORD_SHAPES, help="random weights at this shape")
     add_shared(parser, "data_dir", ROOT / "miniature" / "data", "the miniature's")
     parser.add_argument("--questions", type=int, default=100, help="ARC-Easy test questions")

@@ -165,7 +165,7 @@ def wrong_coverage(prompts: Sequence[LikelihoodPrompt], taken: Sequence[Sequence
     """The share of wrong options that at least one path takes, averaged over questions: coverage by luck alone.
 
     Args:
-        taken: for each path the option that it takes, by question.
+        taken: per path the option that it takes for each question.
     """
     shares = []
     for prompt, options in zip(prompts, zip(*taken, strict=True), strict=True):

@@ -271,7 +271,7 @@ def test_a_run_with_other_arguments_is_refused_and_changes_nothing(toy, undistur
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--model", "/no/such/model"], "cannot load the tokenizer of /no/such/model: the folder does not exist"),
+        (["--model", "/no/such/model"], "cannot load the model /no/such/model: the folder does not exist"),
         (["--dataset", "arc,mmlu"], "unknown question set 'mmlu'; there are the groups arc, dart"),
         (["--data_dir", "/no/such/folder"], "data folder /no/such/folder does not exist"),
         (["--budget", "0.5"], "--budget is 0.5; it must be at least 1"),

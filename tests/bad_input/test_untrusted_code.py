@@ -14,7 +14,8 @@ from tests.bad_input.programs import PROGRAMS, World, command_line
 
 # Programs that read no model from a folder: paper_backbones prints or starts commands of the others, paper_figures and
 # paper_tables read results, fresh_questions lists questions, gguf_checkpoint reads a GGUF file, make.py its own
-# weights, training_memory.py makes its own, decode.py has random ones.
+# weights, training_memory.py makes its own, decode.py has random ones, gpu_table.py draws a table, and exported_paths.py
+# gives the model to export_path, which has a case.
 WITHOUT_MODELS = {
     "fresh_questions",
     "paper_backbones",
@@ -24,6 +25,7 @@ WITHOUT_MODELS = {
     "miniature/make.py",
 }
 WITHOUT_MODELS |= {"benchmarks/decode.py", "benchmarks/training_memory.py", "label_choice"}
+WITHOUT_MODELS |= {"benchmarks/exported_paths.py", "benchmarks/gpu_table.py"}
 # (program, arguments): `base` and `checkpoint` are hostile.
 CASES = [
     ("data_generation.py", "{search} --num_simulations 2"),
@@ -47,6 +49,12 @@ CASES = [
         "prompt_forms",
         "--data {labels} --data_dir {questions} --test_questions 2 --train_questions 2 --work_dir {out} "
         "--output {out}/r.json",
+    ),
+    ("export_path", '{base} --path "skip 0" --output_dir {out}'),
+    (
+        "menu",
+        "{menu} --checkpoint x={checkpoint} --reward generation --test_questions 2 --train_questions 2 --rounds 1 "
+        "--sizes 1",
     ),
     ("inspect_prompt", "{checkpoint} hello --max_new_tokens 1"),
     ("sweep", "{sweep} --limit 1 --knobs -0.5"),
