@@ -14,7 +14,7 @@ from tests.bad_input.programs import PROGRAMS, World, command_line
 
 # Programs that read no model from a folder: paper_backbones prints or starts commands of the others, paper_figures and
 # paper_tables read results, fresh_questions lists questions, gguf_checkpoint reads a GGUF file, make.py its own
-# weights, training_memory.py makes its own, decode.py has random ones, gpu_table.py draws a table, and exported_paths.py
+# weights, training_memory.py makes its own, decode.py has random ones, gpu_table.py draws a table, exported_paths.py
 # gives the model to export_path, which has a case.
 WITHOUT_MODELS = {
     "fresh_questions",
