@@ -130,6 +130,7 @@ def _lm_eval(words, monkeypatch, tmp_path):
     splits = dict.fromkeys(("train", "validation", "test"), datasets.Dataset.from_list(ARC_ROWS))
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: datasets.DatasetDict(splits))
     monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "cache"))
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", TaskManager)  # drllm.evaluate may have put its own there
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)
     monkeypatch.setattr(
