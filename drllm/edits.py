@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from drllm.errors import UserError
 from train_models.paths import EXECUTE, REPEAT, SKIP, Path, default_path
 
 EDIT = r"(skip|repeat) \d+(-\d+)?"
@@ -47,3 +49,30 @@ def parse_edits(edits: str) -> list[tuple[int, int]]:
             ({"skip": SKIP, "repeat": REPEAT}[action], block) for block in range(int(first), int(last or first) + 1)
         ]
     return pairs
+
+
+def parse_paths(argument: str, text: str) -> list[str]:
+    """The edits of each path of an argument such as "skip 19; skip 18, repeat 27", where semicolons separate paths.
+
+    Raises:
+        UserError: a path has another form; names `argument`.
+    """
+    several = [edits.strip() for edits in text.split(";") if edits.strip()]
+    try:
+        for edits in several:
+            parse_edits(edits)
+    except ValueError as error:
+        raise UserError(f"{argument}: {error}") from None
+    return several
+
+
+def paths_of_edits(argument: str, several: Sequence[str], num_blocks: int) -> list[Path]:
+    """The paths of `parse_paths` in a model of `num_blocks` blocks.
+
+    Raises:
+        UserError: see `path_of_edits`; names `argument`.
+    """
+    try:
+        return [path_of_edits(edits, num_blocks) for edits in several]
+    except ValueError as error:
+        raise UserError(f"{argument}: {error}") from None

@@ -32,21 +32,19 @@ from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import normalize
 
 from drllm.arguments import MAX_SEED, add_shared, check_ranges, parse_list
-from drllm.checkpoints import load_routed, load_routed_checkpoint, load_tokenizer
-from drllm.edits import describe_edits, parse_edits, path_of_edits
+from drllm.checkpoints import load_routed_checkpoint
+from drllm.edits import describe_edits, parse_paths, paths_of_edits
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_file, check_output_folder, write_json, write_tensors
 from drllm.processes import process_state
 from drllm.provenance import command_line, fingerprint, write_result
 from drllm.questions.likelihood import LikelihoodPrompt
-from drllm.questions.sets import expand_sets
-from drllm.rollouts.rewards import REWARDS
 from drllm.stock_checkpoint import Source, export_checkpoint
 from drllm.text_tables import EMPTY, markdown
 from extensions.baselines.bench import Bench
 from extensions.baselines.interface import AnyPrompt
 from extensions.baselines.outcomes import Outcome, paired_difference
-from extensions.baselines.protocol import Protocol, load_parts
+from extensions.baselines.protocol import Protocol, add_protocol_arguments, check_protocol_arguments, load_parts
 from train_models.paths import EXECUTE, REPEAT, SKIP, default_path, is_allowed
 from train_models.paths import Path as BlockPath
 
@@ -65,16 +63,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", action="append", default=[], help="NAME=FOLDER of a routed checkpoint; repeatable")
-    of_labels = "as the checkpoints' labels were made"
-    add_shared(parser, "model", says=f"{of_labels}, or the miniature")
-    for name in ("dtype", "data_dir", "dataset"):
-        add_shared(parser, name, says=of_labels)
-    add_shared(parser, "reward", says=of_labels, choices=REWARDS)
-    add_shared(parser, "unlike", "")
-    add("--questions", type=Path, help="JSON, set -> ids of training questions to test on (default: the test split)")
-    add("--test_questions", type=int, help="test questions per set (default: all)")
-    add("--train_questions", type=int, default=200, help="training questions per set (default: %(default)s)")
+    add_protocol_arguments(parser, train_questions=200)
     add("--paths", default="", help='candidates in place of searched ones, by edits: "skip 19; skip 18, repeat 27"')
     add("--rounds", type=int, default=2, help="times that candidates are combined (default: %(default)s)")
     add("--beam", type=int, default=8, help="candidates that are combined (default: %(default)s)")
@@ -86,26 +75,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_shared(parser, "work_dir", Path("out/menu/work"))
     add_shared(parser, "output", required=True)
     arguments = parser.parse_args(argv)
-    for checkpoint in arguments.checkpoint:
-        if not all(checkpoint.partition("=")[::2]):
-            raise UserError(f"--checkpoint {checkpoint}: expected NAME=FOLDER")
     arguments.sizes = parse_list("sizes", arguments.sizes, int, "1,2,4")
-    at_least_one = ("train_questions", "beam", "sizes", "export_size", "batch_size")
+    at_least_one = ("beam", "sizes", "export_size", "batch_size")
     check_ranges(
         arguments,
         **dict.fromkeys(at_least_one, (1, math.inf)),
-        test_questions=(2, math.inf),
         rounds=(0, math.inf),
         seed=(0, MAX_SEED),
     )
-    arguments.paths = [edits.strip() for edits in arguments.paths.split(";") if edits.strip()]
-    try:
-        for edits in arguments.paths:
-            parse_edits(edits)
-    except ValueError as error:
-        raise UserError(f"--paths: {error}") from None
-    for sets in filter(None, (arguments.dataset, arguments.unlike)):
-        expand_sets(sets)
+    check_protocol_arguments(arguments)
+    arguments.paths = parse_paths("--paths", arguments.paths)
     for output in (arguments.output, arguments.output.with_suffix(".md")):
         check_output_file(output, "--output")
     check_output_folder(arguments.work_dir, "--work_dir")
@@ -304,26 +283,12 @@ def export(report: Report, protocol: Protocol, folder: Path, size: int) -> None:
     write_json(folder / MENU, {"models": names, "edits": menu})
 
 
-def _given(paths: Sequence[str], num_blocks: int) -> list[BlockPath]:
-    try:
-        return [default_path(num_blocks), *(path_of_edits(edits, num_blocks) for edits in paths)]
-    except ValueError as error:
-        raise UserError(f"--paths: {error}") from None
-
-
 def measure(arguments: argparse.Namespace, protocol: Protocol, device: torch.device) -> tuple[Report, dict]:
     """The report, and everything that the JSON holds but its provenance."""
-    bench = Bench(
-        load_routed(protocol.model, protocol.dtype, protocol.revision, {}).eval().to(device),
-        load_tokenizer(protocol.model, protocol.revision),
-        protocol.reward,
-        load_parts(arguments, protocol),
-        arguments.work_dir,
-        arguments.batch_size,
-        (protocol.chat_template, protocol.response_format),
-    )
+    bench = protocol.bench(load_parts(arguments, protocol), arguments.work_dir, arguments.batch_size, device)
     if arguments.paths:
-        scored = bench.training_outcomes(_given(arguments.paths, bench.num_blocks), "given paths")
+        given = paths_of_edits("--paths", arguments.paths, bench.num_blocks)
+        scored = bench.training_outcomes([default_path(bench.num_blocks), *given], "given paths")
     else:
         scored = candidates(bench, arguments.rounds, arguments.beam)
     report = Report(bench, scored, choose(scored, max(*arguments.sizes, arguments.export_size)))

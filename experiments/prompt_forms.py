@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data_models import load_path_model
 from drllm.arguments import add_shared, check_ranges
 from drllm.checkpoints import load_tokenizer
-from drllm.edits import describe_edits, path_of_edits
+from drllm.edits import describe_edits, parse_paths, paths_of_edits
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_file, check_output_folder
 from drllm.labels import read_labels
@@ -80,6 +80,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         **dict.fromkeys(("train_questions", "candidates", "batch_size"), (1, math.inf)),
         test_questions=(2, math.inf),
     )
+    arguments.static_paths = parse_paths("--static_paths", arguments.static_paths)
     check_output_file(arguments.output, "--output")
     check_output_folder(arguments.work_dir, "--work_dir")
     return arguments
@@ -188,7 +189,7 @@ def forms_table(rows: Sequence[dict]) -> str:
     return markdown(header, cells)
 
 
-def measure(arguments: argparse.Namespace, made_with: Manifest) -> dict:
+def measure(arguments: argparse.Namespace, made_with: Manifest, static_paths: Sequence[BlockPath]) -> dict:
     """Everything that the JSON holds but its provenance."""
     tokenizer = load_tokenizer(made_with.model, made_with.revision)
     with loading(made_with.model, "model", made_with.revision):
@@ -213,8 +214,8 @@ def measure(arguments: argparse.Namespace, made_with: Manifest) -> dict:
     prompts = prompts_of(test, chat, of_labels)
     reference = answers.of(LABELS, prompts, default)
     rows = form_rows(LABELS, prompts, reference, reference)
-    for edits in filter(None, map(str.strip, arguments.static_paths.split(";"))):
-        along = answers.of(LABELS, prompts, path_of_edits(edits, made_with.num_layers))
+    for edits, path in zip(arguments.static_paths, static_paths, strict=True):
+        along = answers.of(LABELS, prompts, path)
         rows += form_rows(f"{LABELS}, {edits}", prompts, along, reference)
     if tokenizer.chat_template:
         other = answers.of(TEMPLATE, prompts_of(test, not chat, ResponseFormat()), default)
@@ -249,13 +250,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
     arguments = parse_arguments(argv)
     made_with = read_manifest(arguments.data)
-    try:
-        for edits in filter(None, map(str.strip, arguments.static_paths.split(";"))):
-            path_of_edits(edits, made_with.num_layers)
-    except ValueError as error:
-        raise UserError(f"--static_paths: {error}") from None
+    static_paths = paths_of_edits("--static_paths", arguments.static_paths, made_with.num_layers)
     start = time.perf_counter()
-    result = measure(arguments, made_with)
+    result = measure(arguments, made_with, static_paths)
     write_result(
         arguments.output,
         result,

@@ -41,15 +41,13 @@ from accelerate import PartialState
 
 from drllm.arguments import MAX_SEED, add_shared, check_ranges
 from drllm.checkpoints import load_routed_checkpoint
-from drllm.edits import describe_edits, parse_edits, path_of_edits
+from drllm.edits import describe_edits, parse_paths, paths_of_edits
 from drllm.errors import UserError, main_guard
 from drllm.files import check_output_file, check_output_folder
 from drllm.paper.experiment_figures import draw_methods
 from drllm.processes import process_state
 from drllm.provenance import command_line, fingerprint, write_result
 from drllm.questions.per_set import numbers_per_set
-from drllm.questions.sets import expand_sets
-from drllm.rollouts.rewards import REWARDS
 from drllm.rollouts.scores import ScoreStore
 from extensions.baselines.bench import by_set
 from extensions.baselines.ceiling import NAME as CEILING
@@ -59,7 +57,7 @@ from extensions.baselines.interface import Baseline, Cost, fit_once
 from extensions.baselines.known_paths import known_paths
 from extensions.baselines.mindskip import MindSkip
 from extensions.baselines.outcomes import Outcome, differences_by_set, method_row, share_recovered
-from extensions.baselines.protocol import Protocol, load_parts
+from extensions.baselines.protocol import Protocol, add_protocol_arguments, check_protocol_arguments, load_parts
 from extensions.baselines.report import tables
 from extensions.baselines.routed import control_at, random_paths, random_skips, routing_cost
 from extensions.baselines.static_paths import BlockInfluence, EarlyExit, GreedySkips, path_of
@@ -89,17 +87,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", action="append", default=[], help="NAME=FOLDER of a routed checkpoint; repeatable")
-    of_labels = "as the checkpoints' labels were made"
-    add_shared(parser, "model", says=f"{of_labels}, or the miniature")
-    add_shared(parser, "dtype", says=of_labels)
-    add_shared(parser, "reward", says=of_labels, choices=REWARDS)
-    add_shared(parser, "data_dir", says=of_labels)
-    add_shared(parser, "dataset", says=of_labels)
-    add("--questions", type=Path, help="JSON, set -> ids of training questions to test on (default: the test split)")
-    add("--test_questions", type=int, help="test questions per set (default: all)")
-    add("--train_questions", type=int, default=120, help="training questions per set (default: 120)")
-    add_shared(parser, "unlike", "")
+    add_protocol_arguments(parser, train_questions=120)
     add("--methods", default="static,shortgpt,layerskip", help=f"some of {','.join(METHODS)} (default: %(default)s)")
     add("--skips", type=int, default=1, help="blocks to save on average: the budget (default: 1)")
     add("--static_paths", default="", help='further static paths, by edits: "skip 19; skip 18, repeat 27"')
@@ -118,25 +106,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def _check(arguments: argparse.Namespace) -> None:
     check_ranges(
         arguments,
-        **dict.fromkeys(("seeds", "train_questions", "batch_size"), (1, math.inf)),
-        test_questions=(2, math.inf),
+        **dict.fromkeys(("seeds", "batch_size"), (1, math.inf)),
         skips=(0, math.inf),
         seed=(0, MAX_SEED),
     )
-    for checkpoint in arguments.checkpoint:
-        if not all(checkpoint.partition("=")[::2]):
-            raise UserError(f"--checkpoint {checkpoint}: expected NAME=FOLDER")
+    check_protocol_arguments(arguments)
     arguments.methods = [name for name in arguments.methods.split(",") if name]
     if unknown := set(arguments.methods) - set(METHODS):
         raise UserError(f"--methods: {sorted(unknown)[0]!r} is not a method; choose from {', '.join(METHODS)}")
-    arguments.static_paths = [edits.strip() for edits in arguments.static_paths.split(";") if edits.strip()]
-    try:
-        for edits in arguments.static_paths:
-            parse_edits(edits)
-    except ValueError as error:
-        raise UserError(f"--static_paths: {error}") from None
-    for sets in filter(None, (arguments.dataset, arguments.unlike)):
-        expand_sets(sets)
+    arguments.static_paths = parse_paths("--static_paths", arguments.static_paths)
     for output in (arguments.output, arguments.output.with_suffix(".md"), arguments.output.with_suffix(".png")):
         check_output_file(output, "--output")
     check_output_folder(arguments.work_dir, "--work_dir")
@@ -152,7 +130,7 @@ class MethodTable:
         self.bench = protocol.bench(questions, arguments.work_dir, arguments.batch_size, state.device)
         if arguments.skips >= self.bench.num_blocks:
             raise UserError(f"--skips {arguments.skips}: the model has only {self.bench.num_blocks} blocks")
-        self.static_paths = self._given_paths(self.bench.num_blocks)
+        self.static_paths = paths_of_edits("--static_paths", arguments.static_paths, self.bench.num_blocks)
         self.controls = [self.bench.base]  # static paths
         self.known: Outcome | None = None
         if arguments.known_paths is not None:
@@ -161,12 +139,6 @@ class MethodTable:
             self.known = self.bench.along(paths, "known paths")
         self.rows: list[dict] = []
         self.outcomes: dict[str, Outcome] = {}  # of all test questions, by method
-
-    def _given_paths(self, num_blocks: int) -> list[BlockPath]:
-        try:
-            return [path_of_edits(edits, num_blocks) for edits in self.arguments.static_paths]
-        except ValueError as error:
-            raise UserError(f"--static_paths: {error}") from None
 
     def add(self, name: str, outcomes: Sequence[Outcome], cost: Cost | None = None, **about) -> None:
         """Appends a row, and reports it on stderr.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from drllm.arguments import add_shared, check_ranges
 from drllm.checkpoints import checkpoint_info, load_config, load_routed, load_tokenizer
 from drllm.errors import UserError
 from drllm.files import read_json
@@ -19,12 +21,45 @@ from drllm.provenance import dtype_on, parse_dtype
 from drllm.questions.overlap import load_training_questions
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import Question, expand_sets, load_questions
-from drllm.rollouts.rewards import Reward, reward_named
+from drllm.rollouts.rewards import REWARDS, Reward, reward_named
 from drllm.search.selection import seeded_order
 from extensions.baselines.bench import Bench
 
 DEFAULT_SETS = "arc,dart"
 QUESTIONS_EXAMPLE = '{"arc_easy": ["id", ...]}'
+
+
+def add_protocol_arguments(parser: argparse.ArgumentParser, train_questions: int) -> None:
+    """Adds what `Protocol.of` and `load_parts` read; `train_questions` is the default of that argument."""
+    add, of_labels = parser.add_argument, "as the checkpoints' labels were made"
+    add("--checkpoint", action="append", default=[], help="NAME=FOLDER of a routed checkpoint; repeatable")
+    add_shared(parser, "model", says=f"{of_labels}, or the miniature")
+    for name in ("dtype", "data_dir", "dataset"):
+        add_shared(parser, name, says=of_labels)
+    add_shared(parser, "reward", says=of_labels, choices=REWARDS)
+    add_shared(parser, "unlike", "")
+    add("--questions", type=Path, help="JSON, set -> ids of training questions to test on (default: the test split)")
+    add("--test_questions", type=int, help="test questions per set (default: all)")
+    add(
+        "--train_questions",
+        type=int,
+        default=train_questions,
+        help="training questions per set (default: %(default)s)",
+    )
+
+
+def check_protocol_arguments(arguments: argparse.Namespace) -> None:
+    """Checks the arguments of `add_protocol_arguments` before anything is loaded.
+
+    Raises:
+        UserError: a number out of range, a checkpoint without a name, an unknown set.
+    """
+    check_ranges(arguments, train_questions=(1, math.inf), test_questions=(2, math.inf))
+    for checkpoint in arguments.checkpoint:
+        if not all(checkpoint.partition("=")[::2]):
+            raise UserError(f"--checkpoint {checkpoint}: expected NAME=FOLDER")
+    for sets in filter(None, (arguments.dataset, arguments.unlike)):
+        expand_sets(sets)
 
 
 @dataclass(frozen=True)
