@@ -37,12 +37,13 @@ from drllm.labels import read_labels
 from drllm.loading import loading
 from drllm.manifests import Manifest, read_manifest
 from drllm.provenance import command_line, fingerprint, parse_dtype, write_result
-from drllm.questions.grading import GRADER_VERSION, extract_label
+from drllm.questions.grading import extract_label
 from drllm.questions.overlap import load_training_questions
 from drllm.questions.prompts import Prompt, adds_special_tokens, render_prompt
 from drllm.questions.response_format import ResponseFormat
 from drllm.questions.sets import GROUPS, SETS, Question, load_questions
 from drllm.rollouts.engine import Request, RolloutEngine
+from drllm.rollouts.rewards import Generation
 from drllm.rollouts.scores import ScoreStore
 from drllm.search.selection import seeded_order
 from drllm.text_tables import EMPTY, markdown
@@ -194,7 +195,8 @@ def measure(arguments: argparse.Namespace, made_with: Manifest, static_paths: Se
     tokenizer = load_tokenizer(made_with.model, made_with.revision)
     with loading(made_with.model, "model", made_with.revision):
         model = load_path_model(made_with.model, dtype=parse_dtype(made_with.dtype), revision=made_with.revision)
-    key = {"model_fingerprint": fingerprint(model), "dtype": made_with.dtype, "grader_version": GRADER_VERSION}
+    key = {"model_fingerprint": fingerprint(model), "dtype": made_with.dtype}
+    key |= Generation().key(made_with.chat_template, made_with.response_format)
     if key["model_fingerprint"] != made_with.model_fingerprint:
         raise UserError(f"{made_with.model} has other weights than the model of the labels in {arguments.data}")
     model = model.eval().to(PartialState().device)

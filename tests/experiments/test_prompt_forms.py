@@ -87,3 +87,16 @@ def test_bad_input_is_one_sentence(labels, tmp_path, capsys):
     assert "--static_paths: the model has only 10 blocks" in capsys.readouterr().err
     assert prompt_forms.main(["--data", str(tmp_path / "none"), *output]) == 2
     assert "manifest.json does not exist" in capsys.readouterr().err
+
+
+def test_answers_to_prompts_of_another_form_are_not_reused(labels, tmp_path, capsys):
+    command = ["--test_questions", "2", "--train_questions", "2", "--candidates", "1"]
+    command += ["--work_dir", str(tmp_path / "work"), "--output", str(tmp_path / "forms.json")]
+    assert prompt_forms.main(["--data", str(labels), *command]) == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    manifest = json.loads((labels / "manifest.json").read_text())
+    manifest["arguments"]["inject_boxed"] = True
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    assert prompt_forms.main(["--data", str(other), *command]) == 2
+    assert "holds scores of" in capsys.readouterr().err
