@@ -147,6 +147,7 @@ class Commands:
         command = [*launcher, f"{self.root}/data_generation.py", "--model", self.backbone.model]
         command += ["--dataset", "arc,dart", *self.data, "--num_simulations", str(args.num_simulations)]
         command += ["--budget", "2", "--seed", str(args.seed), *self.limit]
+        command += ["--dtype", args.dtype] if args.dtype != "auto" else []  # the later steps read it from the labels
         command += ["--samples", "paper" if args.samples is None else str(args.samples)]
         command += ["--max_new_tokens", f"dart={args.dart_max_new_tokens}"]
         command += ["--chat_template", "off", "--inject_boxed"] if self.backbone.is_base else []  # Appendix A
@@ -308,6 +309,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output_dir", default="out/backbones", help="gets one folder per model (default: out/backbones)")
     add("--steps", default=",".join(STEPS), help="comma-separated (default: %(default)s)")
     add_shared(parser, "data_dir", says="the Hub")
+    add_shared(parser, "dtype", "auto", "bfloat16 on a GPU, else float32")
     add("--samples", type=int, help="labels per set (default: the paper's)")
     add("--limit", type=int, help="questions searched per set and evaluated per task, for a quick trial")
     add("--num_simulations", type=int, default=50, help="simulations per question (default: 50)")

@@ -424,7 +424,8 @@ class CausalLMOverPaths(ChecksItself, GeneratesAlongPaths):
         )
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept, :])
+        # Of a strided view torch makes one product per row, and each of them reads (in bfloat16 copies) the whole head.
+        logits = self.lm_head(hidden_states[:, kept, :].contiguous())
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

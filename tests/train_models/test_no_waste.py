@@ -79,7 +79,17 @@ def test_static_routing_runs_the_operations_of_the_stock_model(family, decisive,
     expected_prefill, expected_decode, prefill, decode = counts
     assert decode == expected_decode
     reported_paths = Counter(["lift_fresh", "view", "permute", "clone"])  # on the CPU, once a prompt
-    assert prefill == expected_prefill + reported_paths
+    # The head as one product of all rows, where the stock model makes one per row.
+    one_product, per_row = Counter(["clone", "mm"]), Counter(["bmm", "expand", "expand", "view"])
+    assert prefill + per_row == expected_prefill + reported_paths + one_product
+
+
+def test_the_head_reads_the_last_states_of_all_rows_in_one_product(decisive):
+    model, heads = decisive("qwen2"), []
+    model.lm_head.register_forward_pre_hook(lambda _, arguments: heads.append(arguments[0].is_contiguous()))
+    model(prompts(), logits_to_keep=1)
+    model(prompts(), logits_to_keep=torch.tensor([3, 7]))
+    assert heads == [True, True]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
