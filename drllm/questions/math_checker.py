@@ -1,4 +1,4 @@
-"""Helper processes that compare LaTeX expressions, with hard limits on time and memory.
+"""Helper processes that compare LaTeX expressions, with hard limits on CPU time and memory.
 
 Model output is never evaluated as Python. LaTeX is parsed by Math-Verify's ANTLR grammar, in a process of its own
 (`math_server`): sympy can hang in C code (9^{9^{9}}), where neither a signal nor a thread can interrupt it, and the
@@ -20,12 +20,21 @@ from pathlib import Path
 class SymbolicChecker:
     """A helper process that compares LaTeX answers. It is replaced when a comparison makes it hang or die.
 
-    A comparison that takes longer than `timeout_s`, or ends the helper, counts as "not equal". May be used from any
-    thread.
+    A comparison that takes more than `timeout_s` of CPU time, or ends the helper, counts as "not equal". May be used
+    from any thread.
+
+    Args:
+        timeout_s: CPU time of one comparison: a grade must not depend on what else the machine does.
+        memory_bytes: address space of the helper.
+        stuck_s: wall-clock time after which a helper that uses no CPU time is replaced.
+
+    Attributes:
+        timeouts: comparisons that took too long or ended their helper.
     """
 
-    def __init__(self, timeout_s: float = 5.0, memory_bytes: int = 4 << 30) -> None:
+    def __init__(self, timeout_s: float = 5.0, memory_bytes: int = 4 << 30, stuck_s: float = 600.0) -> None:
         self.timeout_s = timeout_s
+        self.stuck_s = stuck_s
         self.memory_bytes = memory_bytes
         self.timeouts = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -42,7 +51,7 @@ class SymbolicChecker:
             try:
                 process.stdin.write(json.dumps([gold, given, mode]).encode() + b"\n")
                 process.stdin.flush()
-                reply = self._read_line(process, self.timeout_s)
+                reply = self._read_line(process, self.stuck_s)
             except BrokenPipeError:
                 reply = None
             if reply is None:
