@@ -109,7 +109,7 @@ def random_prompts(sets: Sequence[str], vocabulary: int, count: int, seed: int) 
 def limit_of(args: argparse.Namespace, model: Any, prompts: Sequence[Any]) -> BatchLimit:
     """The batches of --batch_size."""
     size = reward_named(args.reward).size
-    return BatchLimit(args.batch_size) if args.batch_size else limit_on(model, [size(prompt) for prompt in prompts])
+    return limit_on(model, [size(prompt) for prompt in prompts], args.batch_size)
 
 
 def make_engine(args: argparse.Namespace, model: Any, tokenizer: Any, limit: BatchLimit, **options: Any) -> Any:

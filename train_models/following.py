@@ -43,14 +43,13 @@ class PathCausalLMOutput(CausalLMOutputWithPast):
     paths: torch.Tensor | None = None
 
 
-def _selected(states: list[torch.Tensor], selection: bool | list[int]) -> tuple[torch.Tensor | None, ...] | None:
-    """What `output_hidden_states` selects of `states`: all, none, or those at its indices with None for the others."""
+def _states_wanted(selection: bool | list[int], count: int) -> set[int]:
+    """Which of `count` hidden states `output_hidden_states` selects: all, none, or those at its indices."""
     if isinstance(selection, bool) or selection is None:
-        return tuple(states) if selection else None
-    if wrong := [index for index in selection if not -len(states) <= index < len(states)]:
-        raise ValueError(f"output_hidden_states names state {wrong[0]}, but there are states 0 to {len(states) - 1}")
-    indices = {index % len(states) for index in selection}
-    return tuple(state if index in indices else None for index, state in enumerate(states))
+        return set(range(count)) if selection else set()
+    if wrong := [index for index in selection if not -count <= index < count]:
+        raise ValueError(f"output_hidden_states names state {wrong[0]}, but there are states 0 to {count - 1}")
+    return {index % count for index in selection}
 
 
 def check_attention(implementation: str, device: torch.device) -> None:
@@ -237,7 +236,9 @@ class FollowsPaths(ChecksItself):
             masks = self._masks(set(kinds), inputs_embeds, attention_mask, cache, position_ids)
             views = _RowViews(masks, position_ids, self.rotary_emb(inputs_embeds, position_ids), batch_size)
 
-        all_hidden_states = [hidden_states]
+        # What is not wanted is not kept either: the states of a long prompt are as large as its cache.
+        wanted = _states_wanted(output_hidden_states, len(self.layers) + 1)
+        all_hidden_states = [hidden_states if 0 in wanted else None]
         is_in_step = is_sharded(self.layers)
         for block, layer in enumerate(blocks):
             is_compiled = layer._compiled_call_impl is not None
@@ -265,8 +266,11 @@ class FollowsPaths(ChecksItself):
                 first_row = views.of(row_set, rows, kinds[block])
                 output = run(hidden_states[:1], use_cache=False, **{CACHE_NAME: None}, **first_row, **kwargs)
                 hidden_states = in_step(hidden_states, output)
-            all_hidden_states.append(hidden_states if output_hidden_states else None)
-        hidden_states = all_hidden_states[-1] = self.norm(hidden_states)
+            # The last state is the normed one.
+            all_hidden_states.append(hidden_states if block + 1 in wanted and block + 1 < len(blocks) else None)
+        hidden_states = self.norm(hidden_states)
+        if len(self.layers) in wanted:
+            all_hidden_states[-1] = hidden_states
 
         if advances_cache:
             self.note_pass(schedule, cache, num_tokens)
@@ -274,7 +278,7 @@ class FollowsPaths(ChecksItself):
         output = self._output(
             decider,
             last_hidden_state=hidden_states,
-            hidden_states=_selected(all_hidden_states, output_hidden_states),
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             paths=paths.expand(batch_size, -1) if torch.compiler.is_exporting() else paths,
             **{CACHE_NAME: cache if use_cache else None},
         )

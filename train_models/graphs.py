@@ -63,7 +63,7 @@ class CudaCapture:
         return graph.replay
 
 
-class _FixedSlot:
+class FixedSlot:
     """What a block's attention gets as its cache: keys and values [batch, heads, length, d], written at `position`."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor):
@@ -105,7 +105,7 @@ class _StepGraphs:
 
     def _visit(self, model, block: int, visit: int) -> Function:
         keys, values = self.entries[:, visit, block]
-        slot, layer, runs = _FixedSlot(keys, values, self.position), model.layers[block], self.runs[visit, block]
+        slot, layer, runs = FixedSlot(keys, values, self.position), model.layers[block], self.runs[visit, block]
 
         def run() -> None:
             output = layer(
@@ -179,7 +179,7 @@ class DecodingGraphs:
         """
         if capture is None and model.device.type != "cuda":
             raise ValueError(f"decode_with_graphs needs a CUDA GPU, but the model is on {model.device}")
-        if reason := _reason_against(model):
+        if reason := reason_against(model):
             raise ValueError(f"decode_with_graphs does not apply: {reason}")
         self._model = model
         self._capture = capture or CudaCapture(model.device)
@@ -238,7 +238,7 @@ class DecodingGraphs:
 
     def _graphs_for(self, batch_size: int, tokens: int) -> _StepGraphs:
         model = self._model
-        if reason := _reason_against(model):
+        if reason := reason_against(model):
             raise ValueError(f"decode_with_graphs does not apply any more: {reason}")
         weights = (
             *(parameter.data_ptr() for parameter in model.parameters()),
@@ -329,7 +329,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def _reason_against(model) -> str | None:
+def reason_against(model) -> str | None:
     """Why `model` cannot decode from graphs, as a clause; None where it can."""
     config, modules = model.config, list(model.layers.modules())
     rope = getattr(model.rotary_emb, "rope_type", "default")

@@ -11,11 +11,17 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from drllm.rollouts.default_states import STRIDE_ON_GPU
+
 ROWS_ON_CPU = 128
+# On a CPU a padded token costs as much as a real one, and another batch its decoding steps, each of which reads all
+# weights: about as much as so many tokens.
+PADDING_ON_CPU = 512
 MOST_ROWS = 4096  # beyond it a card gains nothing, and the host handles each row
 SHARE_OF_MEMORY = 0.8  # of what is free; the rest is for fragments, and for prompts that come together unluckily
 OPEN_BATCHES = 2  # questions that are searched at once, in batches: while one is full, the others begin or end
 REPEATED = 1.25  # slots of the cache per block: paths repeat few blocks
+BUFFERS = 1.3  # tokens in the buffers of `step_graphs` per token of the rows, whose shapes are rounded up
 Item = TypeVar("Item")
 
 
@@ -26,11 +32,13 @@ class BatchLimit:
     Attributes:
         rows: rows.
         tokens: rows times tokens of the longest one; None: any number.
+        padding: tokens of padding that are worth another batch; None: no number.
         state_bytes: memory for the hidden states of options, from which later rollouts start.
     """
 
     rows: int
     tokens: int | None = None
+    padding: float | None = None
     state_bytes: int = 2 << 30
 
     def __post_init__(self) -> None:
@@ -47,11 +55,11 @@ class BatchLimit:
         most = self.rows if self.tokens is None else min(self.rows, max(1, self.tokens // widths[0]))
         batches = -(-len(widths) // most)
         count = -(-len(widths) // batches)  # batches of one size, so that the last one is not a small remainder
-        if self.tokens is None or count == 1:
+        if self.padding is None or count == 1:
             return count
-        # A cut where it saves the padding of a quarter of a full batch: few prompts are ten times as long as most.
+        # Few prompts are ten times as long as most.
         saved = [(count - cut) * (widths[0] - widths[cut]) for cut in range(1, count)]
-        return saved.index(max(saved)) + 1 if max(saved) > self.tokens / 4 else count
+        return saved.index(max(saved)) + 1 if max(saved) > self.padding else count
 
     def halve(self, rows: int) -> None:
         """Goes on with half after a batch of `rows` ran out of memory."""
@@ -59,16 +67,19 @@ class BatchLimit:
             self.rows = rows // 2
         else:
             self.rows, self.tokens = -(-self.rows // 2), self.tokens // 2
+            self.padding = self.padding and self.padding / 2
         print(f"out of memory at {rows} rows per batch: continuing with {self.rows}", file=sys.stderr)
 
 
 BatchSize = int | BatchLimit
 
 
-def limit_on(model: PreTrainedModel, sizes: Sequence[tuple[int, int]]) -> BatchLimit:
-    """What `--batch_size auto` means for `model` where it lies; `sizes` as for `limit_in`."""
+def limit_on(model: PreTrainedModel, sizes: Sequence[tuple[int, int]], rows: int | None = None) -> BatchLimit:
+    """What `--batch_size ROWS`, or `auto` (None), means for `model` where it lies; `sizes` as for `limit_in`."""
     if model.device.type != "cuda":
-        return BatchLimit(ROWS_ON_CPU)
+        return BatchLimit(rows or ROWS_ON_CPU, padding=PADDING_ON_CPU)
+    if rows:
+        return BatchLimit(rows)
     unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     free = torch.cuda.mem_get_info(model.device)[0] + unused
     return limit_in(free, model.config, model.dtype.itemsize, sizes)
@@ -92,12 +103,14 @@ def limit_in(
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or width // heads
     keys_and_values = 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-    # Per token: the default path's states of a question that is being searched; of a row in a batch its cache, the
-    # inputs of all blocks (while default paths run), what one block holds at a time, and of each visit, whose rows are
-    # others, two rotary embeddings and a row of the mask.
-    kept = bytes_per_value * blocks * (width + keys_and_values)
+    # Per token: the default path's states of a question that is being searched; of a row in a batch its cache and the
+    # buffers that it is decoded in, the inputs of blocks (while default paths run), what one block holds at a time, and
+    # of each visit, whose rows are others, two rotary embeddings and a row of the mask.
+    inputs = width / STRIDE_ON_GPU
+    kept = bytes_per_value * blocks * (inputs + keys_and_values)
     one_block = 3 * config.intermediate_size + 8 * width
-    running = bytes_per_value * (blocks * (REPEATED * keys_and_values + width + 4 * head_dim) + one_block)
+    cached = REPEATED * (1 + BUFFERS) * keys_and_values
+    running = bytes_per_value * (blocks * (cached + inputs + 4 * head_dim) + one_block)
     tokens, places = (mean(column) for column in zip(*sizes, strict=True))
     logits = places * config.vocab_size * (bytes_per_value + 4)
     running += 2 * blocks * tokens
@@ -105,7 +118,8 @@ def limit_in(
     rows = int(usable / (tokens * (OPEN_BATCHES * kept + running) + logits))
     rows = max(1, min(rows, MOST_ROWS))
     longest = max(size for size, _ in sizes)
-    return BatchLimit(rows, max(int(rows * tokens), longest), int(OPEN_BATCHES * rows * tokens * kept))
+    most = max(int(rows * tokens), longest)
+    return BatchLimit(rows, most, most / 4, int(OPEN_BATCHES * rows * tokens * kept))
 
 
 def run_in_batches(

@@ -13,6 +13,9 @@ import torch
 from train_models.cache import PathCache, RowSchedule
 from train_models.paths import EXECUTE, Path
 
+# On a GPU memory limits the rows of a batch. Keeping every fourth block's inputs costs 1.5 blocks that run again.
+STRIDE_ON_GPU = 4
+
 
 def first_edit(path: Path) -> int:
     """The first block that does not run exactly once; 0 for the default path, which is computed whole."""
@@ -20,12 +23,16 @@ def first_edit(path: Path) -> int:
 
 
 class DefaultStates:
-    """Block inputs, keys and values [L, N, ...] of N tokens; those of a question are where `places` says.
+    """Keys and values [L, N, ...] and block inputs [L / stride, N, d] of N tokens; a question's are at its `places`.
 
     Tokens of questions that are forgotten make room for others; the tensors grow as needed and do not shrink.
+
+    Args:
+        stride: rollouts may start at its multiples.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stride: int = 1) -> None:
+        self.stride = stride
         self.places: dict[str, list[int]] = {}  # question id -> places of its tokens
         self._free: list[int] = []
         self._stored: list[torch.Tensor] = []  # inputs, keys, values
@@ -48,7 +55,7 @@ class DefaultStates:
         Args:
             question_ids: question of each row.
             mask: [B, T], 1 for real tokens, which are the last ones of a row.
-            hidden_states: inputs of the blocks, [B, T, d] each.
+            hidden_states: inputs of the blocks, [B, T, d] each; only those at multiples of `stride` are read.
             cache: filled by these rows.
         """
         lengths = dict(zip(question_ids, mask.sum(1).tolist(), strict=True))
@@ -63,26 +70,36 @@ class DefaultStates:
         ids = [place for question_id in question_ids for place in self.places[question_id]]
         where = torch.tensor(ids, device=mask.device)
         for block, layer in enumerate(layers):
-            parts = (hidden_states[block], layer.keys.transpose(1, 2), layer.values.transpose(1, 2))
-            for stored, part in zip(self._stored, parts, strict=True):
-                stored[block].index_copy_(0, where, part.flatten(0, 1).index_select(0, is_real))
+            parts = [
+                (stored[block], part.transpose(1, 2))
+                for stored, part in zip(self._stored[1:], (layer.keys, layer.values), strict=True)
+            ]
+            if block % self.stride == 0:
+                parts.append((self._stored[0][block // self.stride], hidden_states[block]))
+            for stored, part in parts:
+                stored.index_copy_(0, where, part.flatten(0, 1).index_select(0, is_real))
 
     def _make_room(self, tokens: int, hidden: torch.Tensor, layers: Sequence) -> None:
         if not self._stored:
             shapes = (hidden.shape[2:], *(part.shape[1::2] for part in (layers[0].keys, layers[0].values)))
-            self._stored = [hidden.new_zeros(len(layers), 0, *shape) for shape in shapes]
+            inputs = -(-len(layers) // self.stride)
+            counts = (inputs, len(layers), len(layers))
+            self._stored = [hidden.new_zeros(n, 0, *shape) for n, shape in zip(counts, shapes, strict=True)]
         if (missing := tokens - len(self._free)) > 0:
             size = self._stored[0].shape[1]
             for kind, old in enumerate(self._stored):  # one after the other: the old one goes before the next is made
                 # Zeros: what masked positions hold must be a number.
-                new = old.new_zeros(len(layers), missing, *old.shape[2:])
+                new = old.new_zeros(len(old), missing, *old.shape[2:])
                 self._stored[kind] = torch.cat([old, new], dim=1)
             self._free += range(size, size + missing)
 
     def starts(self, question_ids: Sequence[str], paths: Sequence[Path]) -> list[int]:
         """The block at which each row may start."""
         pairs = zip(question_ids, paths, strict=True)
-        return [first_edit(path) if question_id in self.places else 0 for question_id, path in pairs]
+        return [
+            first_edit(path) // self.stride * self.stride if question_id in self.places else 0
+            for question_id, path in pairs
+        ]
 
     def begin(self, embeddings: torch.Tensor, question_ids: Sequence[str], starts: Sequence[int]) -> torch.Tensor:
         """Writes the inputs of the blocks at `starts` into `embeddings` [B, T, d], left-padded.
@@ -94,7 +111,7 @@ class DefaultStates:
         rows = [row for row, start in enumerate(starts) if start]
         known = [self.places[question_ids[row]] for row in rows]
         places = torch.tensor([[0] * (width - len(one)) + one for one in known], device=embeddings.device)
-        blocks = torch.tensor([[starts[row]] for row in rows], device=embeddings.device)
+        blocks = torch.tensor([[starts[row] // self.stride] for row in rows], device=embeddings.device)
         embeddings[torch.tensor(rows, device=embeddings.device)] = self._stored[0][blocks, places]
         return places
 

@@ -12,6 +12,7 @@ over all rows that use it. Two shortcuts, which change answers by rounding at mo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ from drllm.questions.prompts import Prompt
 from drllm.questions.sets import Question
 from drllm.rollouts.background import BackgroundGrader, Rollout
 from drllm.rollouts.batches import BatchLimit, BatchSize, run_in_batches
-from drllm.rollouts.default_states import DefaultStates
+from drllm.rollouts.default_states import STRIDE_ON_GPU, DefaultStates
+from drllm.rollouts.step_graphs import DecodingSteps, Steps
 from train_models.cache import PathCache
 from train_models.paths import Path, default_path, path_to_layer_indices
 
@@ -57,11 +59,12 @@ class RolloutEngine:
     """Runs requests of any number in batches of at most `batch_size` rows, greedily, and grades them.
 
     Args:
-        model: follows `layer_indices` (`data_models.load_path_model`), on its device.
+        model: follows `layer_indices` (`data_models.load_path_model`), on its device. On a GPU it decodes from graphs
+            (`step_graphs`) where it can.
         tokenizer: the model's.
         batch_size: most rows of a batch, or its limit; halved, with one line on stderr, when memory runs out.
-        reuse_default_states: start rollouts at their first edited block. Costs L T (d + 2 d_kv) values a question
-            that is being searched; `forget` gives them back.
+        reuse_default_states: start rollouts at their first edited block, or a few blocks earlier on a GPU. Costs
+            L T (d / stride + 2 d_kv) values a question that is being searched; `forget` gives them back.
 
     Attributes:
         rollouts, block_tokens: rollouts done, and block applications times tokens that they took.
@@ -86,7 +89,8 @@ class RolloutEngine:
         self.rollouts = 0
         self.block_tokens = 0
         self.grader = BackgroundGrader()
-        self._default_states = DefaultStates()
+        self._steps = DecodingSteps.of(model)
+        self._default_states = DefaultStates(1 if model.device.type == "cpu" else STRIDE_ON_GPU)
         # What is known of the responses of the questions being searched, by question id and tokens: there are few.
         self._settled: dict[str, dict[tuple[int, ...], bool]] = {}
         self._graded: dict[str, dict[tuple[int, ...], Future[Rollout]]] = {}
@@ -137,33 +141,76 @@ class RolloutEngine:
             # An edited path may overflow: then its answer is wrong. If the base model does, no reward means anything.
             if not is_finite and row.request.path == default_path(len(row.request.path)):
                 raise UserError(not_finite("logits", row.request, self.model))
+        first = logits.argmax(-1)
+        self.rollouts += len(batch)
+        ended = self._note(active, first.tolist())
+        steps = None
+        if self._steps is not None and len(ended) < len(active):
+            most = max(row.request.prompt.max_new_tokens for row in batch)
+            eager = functools.partial(self._step, first, self._after(mask), is_padded, cache)
+            steps = self._steps.start(cache, mask, first, most, eager)
+        if steps is None:
+            self._decode(active, ended, first, mask, is_padded, cache)
+        else:
+            del cache, eager  # their memory serves others
+            self._replay(active, ended, steps)
+
+    def _decode(
+        self,
+        active: list[_Row],
+        ended: list[int],
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        is_padded: bool,
+        cache: PathCache,
+    ) -> None:
+        """Steps until all rows have ended; rows that have leave the batch."""
         compact_share = COMPACT_SHARE.get(mask.device.type, 0.5)
-        while True:
-            next_ids = logits.argmax(-1)
-            ended = []
-            for place, (row, token) in enumerate(zip(active, next_ids.tolist(), strict=True)):
-                if not self._has_ended(row):
-                    row.tokens.append(token)
-                if self._has_ended(row):
-                    ended.append(place)
-            if len(ended) == len(active):
-                break
+        while len(ended) < len(active):
             if len(ended) >= compact_share * len(active):
                 kept = torch.tensor(sorted(set(range(len(active))) - set(ended)), device=mask.device)
                 cache.batch_select_indices(kept)
-                mask, next_ids = mask[kept], next_ids[kept]
+                mask, tokens = mask[kept], tokens[kept]
                 active = [active[place] for place in kept.tolist()]
-            mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+            mask = self._after(mask)
             self.block_tokens += sum(sum(row.request.path) for row in active)
-            logits = self.model(
-                input_ids=next_ids[:, None],
-                attention_mask=mask if is_padded else None,
-                position_ids=mask.sum(1, keepdim=True) - 1,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-        self.rollouts += len(batch)
+            tokens = self._step(tokens, mask, is_padded, cache).argmax(-1)
+            ended = self._note(active, tokens.tolist())
+
+    def _replay(self, rows: list[_Row], ended: list[int], steps: Steps) -> None:
+        """Steps from a graph until all rows have ended."""
+        tokens = steps.step()
+        while len(ended) < len(rows):
+            ran = sum(sum(row.request.path) for row in rows) - sum(sum(rows[place].request.path) for place in ended)
+            self.block_tokens += ran
+            arrived, tokens = tokens(), steps.step()  # which runs while the host looks at the tokens before it
+            ended = self._note(rows, arrived)
+
+    def _note(self, rows: list[_Row], tokens: list[int]) -> list[int]:
+        """Appends a token to each row that has not ended; the places of those that have now."""
+        ended = []
+        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            if not self._has_ended(row):
+                row.tokens.append(token)
+            if self._has_ended(row):
+                ended.append(place)
+        return ended
+
+    @staticmethod
+    def _after(mask: torch.Tensor) -> torch.Tensor:
+        """`mask` with one more token per row."""
+        return torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+
+    def _step(self, tokens: torch.Tensor, mask: torch.Tensor, is_padded: bool, cache: PathCache) -> torch.Tensor:
+        """Next-token logits [B, V] after `tokens` [B], which `mask` counts already."""
+        return self.model(
+            input_ids=tokens[:, None],
+            attention_mask=mask if is_padded else None,
+            position_ids=mask.sum(1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
 
     def _prefill(
         self, rows: list[_Row], ids: torch.Tensor, mask: torch.Tensor, is_padded: bool
@@ -189,7 +236,7 @@ class RolloutEngine:
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-            output_hidden_states=keep_states,
+            output_hidden_states=list(range(0, self.num_blocks, self._default_states.stride)) if keep_states else False,
         )
         for path, start, prompt in zip(paths, starts, prompts, strict=True):
             self.block_tokens += (sum(path) - start) * len(prompt.input_ids)
@@ -225,6 +272,8 @@ class RolloutEngine:
     def _make_room(self, batch: list[_Row]) -> bool:
         """Drops the states of default paths, which are only a shortcut; whether one row is worth another try then."""
         held_states = self._default_states.clear()  # rollouts start at block 0 again
+        if self._steps is not None:
+            self._steps.clear()
         if len(batch) == 1 and not held_states:
             length = len(batch[0].request.prompt.input_ids)
             raise UserError(

@@ -184,7 +184,7 @@ class SearchInputs:
         if too_long and state.is_main_process:
             print(f"left out {too_long} questions that exceed the model's context of {context} tokens", file=sys.stderr)
         sizes = [reward.size(prompt) for of_set in prompts.values() for prompt in of_set]
-        limit = BatchLimit(args.batch_size) if args.batch_size else limit_on(model, sizes)
+        limit = limit_on(model, sizes, args.batch_size)
         return cls(args, state, reward, model, tokenizer, chat, response_format, prompts, limit)
 
     def questions_at_once(self, wanted: int) -> int:

@@ -21,8 +21,9 @@ def bytes_in_use(name: str, rows: int, tokens: int) -> int:
     config = SHAPES[name]
     heads, head_dim = config.num_key_value_heads, getattr(config, "head_dim", None) or 128
     slot = 2 * heads * head_dim * tokens
-    states = config.num_hidden_layers * (slot + config.hidden_size * tokens)
-    cache = config.num_hidden_layers * slot * 1.25 + config.num_hidden_layers * config.hidden_size * tokens
+    inputs = config.num_hidden_layers // 4 * config.hidden_size * tokens
+    states = config.num_hidden_layers * slot + inputs
+    cache = config.num_hidden_layers * slot * 1.25 * (1 + 1.3) + inputs
     visits = 2 * config.num_hidden_layers
     views = visits * 2 * head_dim * tokens
     mask = visits * tokens * tokens
@@ -49,13 +50,28 @@ def test_an_h200_takes_a_thousand_rows_at_3b_and_a_full_one_a_single_one():
 
 
 def test_a_cpu_has_128_rows(stock_model):
-    assert limit_on(stock_model("llama"), SIZES) == BatchLimit(128)
+    limit = limit_on(stock_model("llama"), SIZES)
+    assert (limit.rows, limit.tokens) == (128, None)
+    assert limit_on(stock_model("llama"), SIZES, 7).rows == 7
+
+
+def test_a_cpu_does_not_pad_short_prompts_to_the_longest(stock_model):
+    """A batch of ARC's and MATH's prompts at once would be 4 parts padding."""
+    limit, done = limit_on(stock_model("llama"), SIZES), []
+    choose = random.Random(0)
+    widths = [choose.randint(60, 130) for _ in range(90)] + [choose.randint(150, 900) for _ in range(30)]
+    run_in_batches(widths, lambda width: width, limit, done.append, lambda batch: False)
+    assert sorted(width for batch in done for width in batch) == sorted(widths)
+    padded = sum(len(batch) * max(batch) for batch in done)
+    assert padded < 1.35 * sum(widths) < 0.35 * 120 * max(widths)
+    assert max(len(batch) for batch in done) > 40, "short prompts make large batches"
+    assert len(done) < 12
 
 
 def test_no_batch_exceeds_rows_or_tokens_and_few_long_prompts_come_alone():
     choose = random.Random(0)
     widths = [choose.randint(30, 150) for _ in range(3000)] + [choose.randint(900, 1300) for _ in range(9)]
-    limit, done = BatchLimit(rows=1000, tokens=100_000), []
+    limit, done = BatchLimit(rows=1000, tokens=100_000, padding=25_000), []
     run_in_batches(widths, lambda width: width, limit, done.append, lambda batch: False)
     assert sorted(width for batch in done for width in batch) == sorted(widths)
     assert all(len(batch) <= 1000 and len(batch) * max(batch) <= 100_000 for batch in done)

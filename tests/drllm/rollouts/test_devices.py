@@ -62,7 +62,10 @@ def test_float32_finds_the_same_labels_and_responses(case, device):
     model.to(device)
     limit = limit_on(model, [(prompt.total_tokens, 1) for prompt in prompts])
     assert limit.rows == (128 if device == "cpu" else MOST_ROWS)
-    assert searched(RolloutEngine(model, tokenizer, limit), prompts) == expected
+    engine = RolloutEngine(model, tokenizer, limit)
+    assert searched(engine, prompts) == expected
+    assert (engine._steps is None) == (device == "cpu")
+    assert engine._steps is None or not engine._steps.is_refused
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -11,6 +11,7 @@ from data_models import load_path_model
 from drllm.errors import UserError
 from drllm.questions.grading import grade
 from drllm.questions.prompts import Prompt, render_prompt
+from drllm.rollouts.default_states import DefaultStates
 from drllm.rollouts.engine import Request, RolloutEngine
 from drllm.search.pool import SearchPool
 from drllm.search.tree import PathSearch, SearchSettings, question_seed
@@ -52,12 +53,14 @@ def random_paths(count: int, seed: int) -> list[tuple[int, ...]]:
 EDGES = [(0, 0, 1, 1, 1, 1), (2, 1, 1, 1, 1, 1), (1, 1, 1, 1, 0, 0), (2,) * 6, (1, 1, 1, 1, 1, 2), (1, 1, 1, 1, 1, 1)]
 
 
-@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("stride", [0, 1, 4])
 @pytest.mark.parametrize("batch_size", [7, 64])
-def test_batched_responses_equal_stock_generate_alone(toy, reuse, batch_size):
+def test_batched_responses_equal_stock_generate_alone(toy, stride, batch_size):
+    """`stride`: of the default path's states that rollouts start from; 0: they start at block 0."""
     model, tokenizer, prompts = toy
     assert len({len(prompt.input_ids) for prompt in prompts}) > 5  # so that there is padding
-    engine = RolloutEngine(model, tokenizer, batch_size, reuse_default_states=reuse)
+    engine = RolloutEngine(model, tokenizer, batch_size, reuse_default_states=stride > 0)
+    engine._default_states = DefaultStates(stride)
     engine.respond([Request(prompt, default_path(NUM_BLOCKS)) for prompt in prompts[::2]])  # half have known states
     cases = [(prompt, path) for prompt, path in zip(prompts * 2, EDGES + random_paths(30, 0), strict=True)]
     rollouts = engine.respond([Request(prompt, path, to_the_end=True) for prompt, path in cases])
