@@ -55,11 +55,12 @@ class BatchLimit:
         most = self.rows if self.tokens is None else min(self.rows, max(1, self.tokens // widths[0]))
         batches = -(-len(widths) // most)
         count = -(-len(widths) // batches)  # batches of one size, so that the last one is not a small remainder
-        if self.padding is None or count == 1:
-            return count
-        # Few prompts are ten times as long as most.
-        saved = [(count - cut) * (widths[0] - widths[cut]) for cut in range(1, count)]
-        return saved.index(max(saved)) + 1 if max(saved) > self.padding else count
+        while self.padding is not None and count > 1:  # few prompts are ten times as long as most
+            saved = [(count - cut) * (widths[0] - widths[cut]) for cut in range(1, count)]
+            if max(saved) <= self.padding:
+                break
+            count = saved.index(max(saved)) + 1
+        return count
 
     def halve(self, rows: int) -> None:
         """Goes on with half after a batch of `rows` ran out of memory."""
