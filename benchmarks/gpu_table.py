@@ -44,6 +44,9 @@ def search_rows(result: Mapping[str, Any]) -> list[Cells]:
     share = f"{figures['share_of_matrix_rate']:.1%}"
     title = f"arithmetic of the blocks in the search at {figures['rows']} rows, TFLOP/s"
     rows.append((title, f"{rate:.1f}", "", "", f"{most:.0f}", share, "at least 30%"))
+    if (captures := figures.get("captures")) is not None:
+        used = "refused: steps were launched one by one" if figures["captures_refused"] else str(captures)
+        rows.append(("captured decoding steps of the search", used, "", "", "", "", ""))
     if grading := figures["grading"]:
         title = f"grading, ms per answer ({grading['answers']} answers)"
         rows.append((title, f"{grading['ms_per_answer']:.2f}", "", "", "", "", ""))

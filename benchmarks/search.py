@@ -133,6 +133,8 @@ def _speed_at(threads: int, args: argparse.Namespace, loaded: tuple) -> Iterator
                 "matrix_operations_per_s": rate,
                 "share_of_matrix_rate": 2 * weights * done["block_tokens"] / seconds / rate,
                 "grading": _grading(parts),
+                "captures": parts[0].get("captures"),
+                "captures_refused": parts[0].get("captures_refused"),
                 "questions_with_same_result": same_results(batched, results["published"]),
                 "questions_compared": len(few),
             }
@@ -150,6 +152,9 @@ def _print_speed(threads: int, figures: dict[str, Any]) -> None:
             low, high = min(pairs["ratios"]), max(pairs["ratios"])
             print(f"  {name.replace('_', ' ')}: {pairs['ratio']:.2f}x (pairs {low:.2f} to {high:.2f}){problems}")
     print(f"  arithmetic of the blocks over the rate of matrix products: {figures['share_of_matrix_rate']:.1%}")
+    if figures["captures"] is not None:
+        refused = ", of which one failed: steps were launched one by one" if figures["captures_refused"] else ""
+        print(f"  captured decoding steps: {figures['captures']}{refused}")
     if grading := figures["grading"]:
         print(f"  grading: {grading['answers']} answers, {grading['ms_per_answer']:.2f} ms each")
         print(f"  the device waits for grades {grading['share_waiting']:.1%} of the time")

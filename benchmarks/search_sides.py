@@ -244,6 +244,9 @@ class Side:
             DEFAULT_QUESTIONS if self.limit.tokens is None else OPEN_BATCHES * self.limit.rows
         )
         self.prompts = load_prompts(args, self.tokenizer, count_all)[rank::count]
+        self.steps: Any = (
+            None  # graphs of the first search, the warm-up: a search of hours captures in its first minute
+        )
 
     def run(self, task: str) -> dict[str, Any]:
         """Runs "search", "plain" or "plain, as torch chooses" kernels; its "seconds" and what it did."""
@@ -251,11 +254,16 @@ class Side:
         with Stopwatch(self.device) as watch:
             if task == "search":
                 engine = make_engine(args, self.model, self.tokenizer, self.limit)
+                if self.steps is not None:
+                    engine.steps = self.steps
                 settings = SearchSettings(num_simulations=args.num_simulations)
                 at_once = args.concurrency or OPEN_BATCHES * self.limit.rows
                 batched, simulations = search_batched(engine, self.prompts, settings, args.seed, at_once)
                 result |= {"batched": batched, "simulations": simulations, "rollouts": engine.rollouts}
                 result |= {"block_tokens": engine.block_tokens}
+                self.steps = getattr(engine, "steps", None)
+                if self.steps is not None:
+                    result |= {"captures": self.steps.captures, "captures_refused": self.steps.is_refused}
                 if grader := getattr(engine, "grader", None):
                     result["grading"] = {name: getattr(grader, name) for name in ("graded", "seconds", "waited")}
             else:

@@ -24,7 +24,6 @@ from .cache import CACHE_NAME, PathCache, RowSchedule
 from .paths import path_to_layer_indices
 
 FIRST_LENGTH = 256  # tokens of the shortest buffers; longer contexts double it
-WARM_UPS = 3  # runs before a capture: libraries allocate their workspaces, compiled blocks compile
 # cuDNN's plans are left out. Every one of these may be captured.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -41,10 +40,14 @@ class CudaCapture:
     """Calling it with a function captures the function in a CUDA graph, and returns what replays it.
 
     All graphs share one memory pool: nothing that a graph allocates is read after it.
+
+    Args:
+        device: a GPU.
+        warm_ups: runs before a capture, in which libraries allocate their workspaces and compiled blocks compile.
     """
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, device: torch.device, warm_ups: int = 3):
+        self._device, self._warm_ups = device, warm_ups
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
@@ -53,7 +56,7 @@ class CudaCapture:
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
-                for _ in range(WARM_UPS):
+                for _ in range(self._warm_ups):
                     function()
             current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()

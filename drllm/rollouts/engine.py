@@ -69,6 +69,7 @@ class RolloutEngine:
     Attributes:
         rollouts, block_tokens: rollouts done, and block applications times tokens that they took.
         grader: grades the responses of one batch while the next one runs.
+        steps: decodes from graphs; None where decoding steps are launched kernel by kernel.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class RolloutEngine:
         self.rollouts = 0
         self.block_tokens = 0
         self.grader = BackgroundGrader()
-        self._steps = DecodingSteps.of(model)
+        self.steps = DecodingSteps.of(model)
         self._default_states = DefaultStates(1 if model.device.type == "cpu" else STRIDE_ON_GPU)
         # What is known of the responses of the questions being searched, by question id and tokens: there are few.
         self._settled: dict[str, dict[tuple[int, ...], bool]] = {}
@@ -145,10 +146,10 @@ class RolloutEngine:
         self.rollouts += len(batch)
         ended = self._note(active, first.tolist())
         steps = None
-        if self._steps is not None and len(ended) < len(active):
+        if self.steps is not None and len(ended) < len(active):
             most = max(row.request.prompt.max_new_tokens for row in batch)
             eager = functools.partial(self._step, first, self._after(mask), is_padded, cache)
-            steps = self._steps.start(cache, mask, first, most, eager)
+            steps = self.steps.start(cache, mask, first, most, eager)
         if steps is None:
             self._decode(active, ended, first, mask, is_padded, cache)
         else:
@@ -272,8 +273,8 @@ class RolloutEngine:
     def _make_room(self, batch: list[_Row]) -> bool:
         """Drops the states of default paths, which are only a shortcut; whether one row is worth another try then."""
         held_states = self._default_states.clear()  # rollouts start at block 0 again
-        if self._steps is not None:
-            self._steps.clear()
+        if self.steps is not None:
+            self.steps.clear()
         if len(batch) == 1 and not held_states:
             length = len(batch[0].request.prompt.input_ids)
             raise UserError(

@@ -31,13 +31,18 @@ class DecodingSteps:
     Args:
         model: follows paths.
         capture: turns a function into what replays it; default: `CudaCapture`.
+
+    Attributes:
+        captures: graphs captured so far.
+        is_refused: whether `start` returns None.
     """
 
     def __init__(self, model: PreTrainedModel, capture: Callable[[Callable], Callable] | None = None) -> None:
         self._model = model
-        self._capture = capture or CudaCapture(model.device)
+        self._capture = capture or CudaCapture(model.device, warm_ups=1)
         self._shapes: dict[tuple[int, int, int], Steps] = {}
         self._entries = [torch.empty(0, dtype=model.dtype, device=model.device)] * 2  # of first and of second visits
+        self.captures = 0
         self.is_refused = False
 
     @classmethod
@@ -101,7 +106,8 @@ class DecodingSteps:
         shape = rows, length, repeats
         if shape in self._shapes:
             return self._shapes[shape], False
-        size = _entries_of(self._model, rows, length), _entries_of(self._model, repeats, length)
+        # Room for more second visits, whose number is chance: new buffers cost new captures.
+        size = _entries_of(self._model, rows, length), _entries_of(self._model, 2 * repeats, length)
         if any(needed > held.numel() for needed, held in zip(size, self._entries, strict=True)):
             held = [max(needed, held.numel()) for needed, held in zip(size, self._entries, strict=True)]
             self.clear()  # graphs hold addresses; and the old buffers go before the new ones are made
@@ -109,6 +115,7 @@ class DecodingSteps:
         if len(self._shapes) >= MOST_SHAPES:
             self._shapes.clear()
         self._shapes[shape] = Steps(self._model, shape, self._entries, self._capture)
+        self.captures += 1
         return self._shapes[shape], True
 
 

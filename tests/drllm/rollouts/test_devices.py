@@ -64,8 +64,8 @@ def test_float32_finds_the_same_labels_and_responses(case, device):
     assert limit.rows == (128 if device == "cpu" else MOST_ROWS)
     engine = RolloutEngine(model, tokenizer, limit)
     assert searched(engine, prompts) == expected
-    assert (engine._steps is None) == (device == "cpu")
-    assert engine._steps is None or not engine._steps.is_refused
+    assert (engine.steps is None) == (device == "cpu")
+    assert engine.steps is None or not engine.steps.is_refused
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -44,7 +44,7 @@ def engines(toy, capture, batch_size=64):
     """(the engine that launches steps, one that replays them)."""
     model, tokenizer, _ = toy
     plain, replaying = (RolloutEngine(model, tokenizer, batch_size) for _ in range(2))
-    replaying._steps = DecodingSteps(model, capture)
+    replaying.steps = DecodingSteps(model, capture)
     return plain, replaying
 
 
@@ -68,7 +68,7 @@ def test_replayed_steps_give_the_tokens_of_launched_ones(toy, batch_size, monkey
         assert replaying.respond(some) == expected
     assert len({rollout.response for rollout in expected}) > 5
     assert replaying.block_tokens <= plain.block_tokens
-    assert not replaying._steps.is_refused
+    assert not replaying.steps.is_refused
     assert "one by one" not in capsys.readouterr().err
     before = capture.count
     replaying.respond(requests)
@@ -81,7 +81,7 @@ def test_what_an_earlier_batch_left_does_not_matter(toy):
     expected = plain.respond(requests)
     replaying.respond(requests)
     with torch.inference_mode():
-        for entries in replaying._steps._entries:
+        for entries in replaying.steps._entries:
             entries.fill_(float("nan"))
     assert replaying.respond(requests) == expected
 
@@ -98,7 +98,7 @@ def test_steps_that_fail_or_differ_are_launched_as_usual(toy, broken, capsys):
     assert message.count("decoding steps are launched one by one, since a captured one failed: ") == 1
     assert reasons[broken] in message
     assert "more" not in message
-    assert all(not entries.numel() for entries in replaying._steps._entries), "the memory is given back"
+    assert all(not entries.numel() for entries in replaying.steps._entries), "the memory is given back"
 
 
 def test_no_memory_for_the_buffers_halves_the_batch(toy, monkeypatch, capsys):
@@ -117,10 +117,10 @@ def test_no_memory_for_the_buffers_halves_the_batch(toy, monkeypatch, capsys):
     assert replaying.respond(requests) == expected
     assert max(tries) > 10
     assert "out of memory at" in capsys.readouterr().err
-    assert not replaying._steps.is_refused
+    assert not replaying.steps.is_refused
 
 
 def test_a_cpu_launches_steps(toy):
     model, tokenizer, _ = toy
     assert DecodingSteps.of(model) is None
-    assert RolloutEngine(model, tokenizer, 4)._steps is None
+    assert RolloutEngine(model, tokenizer, 4).steps is None
