@@ -106,12 +106,13 @@ class DecodingSteps:
         shape = rows, length, repeats
         if shape in self._shapes:
             return self._shapes[shape], False
-        # Room for more second visits, whose number is chance: new buffers cost new captures.
-        size = _entries_of(self._model, rows, length), _entries_of(self._model, 2 * repeats, length)
-        if any(needed > held.numel() for needed, held in zip(size, self._entries, strict=True)):
-            held = [max(needed, held.numel()) for needed, held in zip(size, self._entries, strict=True)]
+        needed = [_entries_of(self._model, count, length) for count in (rows, repeats)]
+        held = [entries.numel() for entries in self._entries]
+        if needed[0] > held[0] or needed[1] > held[1]:
             self.clear()  # graphs hold addresses; and the old buffers go before the new ones are made
-            self._entries = [old.new_empty(count) for old, count in zip(self._entries, held, strict=True)]
+            # Twice the second visits, whose number is chance: new buffers cost new captures.
+            sizes = max(needed[0], held[0]), max(2 * needed[1], held[1])
+            self._entries = [old.new_empty(size) for old, size in zip(self._entries, sizes, strict=True)]
         if len(self._shapes) >= MOST_SHAPES:
             self._shapes.clear()
         self._shapes[shape] = Steps(self._model, shape, self._entries, self._capture)
