@@ -135,18 +135,18 @@ class Steps:
 
     def __init__(self, model: PreTrainedModel, shape: tuple[int, int, int], entries: list[torch.Tensor], capture):
         self._model, (rows, length, repeats) = model, shape
-        blocks, on = model.config.num_hidden_layers, {"device": model.device}
+        blocks, device = model.config.num_hidden_layers, model.device
         self._first, self._second = (
             held[: _entries_of(model, count, length)].view(_shape_of(model, count, length))
             for held, count in zip(entries, (rows, repeats), strict=True)
         )
-        self._tokens = torch.zeros(rows, 1, dtype=torch.int64, **on)
-        self._hidden = torch.zeros(rows, 1, model.config.hidden_size, dtype=model.dtype, **on)
-        self._mask = torch.ones(rows, 1, 1, length, dtype=torch.bool, **on)
-        self._position = torch.zeros(1, dtype=torch.int64, **on)  # in the cache
-        self._position_ids = torch.zeros(rows, 1, dtype=torch.int64, **on)
-        self._runs = torch.ones(blocks, rows, 1, 1, dtype=torch.bool, **on)
-        self._repeats = torch.full((blocks, repeats), rows - 1, **on)
+        self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self._hidden = torch.zeros(rows, 1, model.config.hidden_size, dtype=model.dtype, device=device)
+        self._mask = torch.ones(rows, 1, 1, length, dtype=torch.bool, device=device)
+        self._position = torch.zeros(1, dtype=torch.int64, device=device)  # in the cache
+        self._position_ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self._runs = torch.ones(blocks, rows, 1, 1, dtype=torch.bool, device=device)
+        self._repeats = torch.full((blocks, repeats), rows - 1, device=device)
         self._rows = rows  # of the batch that is decoded
         self._first.zero_()  # the runs before a capture attend to it
         self._second.zero_()
@@ -161,30 +161,29 @@ class Steps:
         bias.masked_fill_(~self._mask, float("-inf"))
         angles = base.rotary_emb(hidden, self._position_ids)
         for block, layer in enumerate(base.layers):
-            output = layer(
-                hidden,
-                attention_mask=bias,
-                position_ids=self._position_ids,
-                position_embeddings=angles,
-                use_cache=True,
-                **{CACHE_NAME: FixedSlot(*self._first[:, block], self._position)},
-            )
+            output = self._visit(layer, hidden, bias, self._position_ids, angles, self._first[:, block])
             hidden = torch.where(self._runs[block], output, hidden)
             rows = self._repeats[block]
             if len(rows):
-                again = layer(
-                    hidden.index_select(0, rows),
-                    attention_mask=bias.index_select(0, rows),
-                    position_ids=self._position_ids.index_select(0, rows),
-                    position_embeddings=tuple(part.index_select(0, rows) for part in angles),
-                    use_cache=True,
-                    **{CACHE_NAME: FixedSlot(*self._second[:, block], self._position)},
-                )
+                repeated, masked, at = (part.index_select(0, rows) for part in (hidden, bias, self._position_ids))
+                of_rows = tuple(part.index_select(0, rows) for part in angles)
+                again = self._visit(layer, repeated, masked, at, of_rows, self._second[:, block])
                 hidden = hidden.index_copy(0, rows, again)
         self._hidden.copy_(base.norm(hidden))
         self._tokens.copy_(self._model.lm_head(self._hidden).argmax(-1))
         self._position.add_(1)
         self._position_ids.add_(1)
+
+    def _visit(self, layer, hidden, bias, position_ids, angles, entries) -> torch.Tensor:
+        keys, values = entries
+        return layer(
+            hidden,
+            attention_mask=bias,
+            position_ids=position_ids,
+            position_embeddings=angles,
+            use_cache=True,
+            **{CACHE_NAME: FixedSlot(keys, values, self._position)},
+        )
 
     def load(self, cache: PathCache, mask: torch.Tensor, tokens: torch.Tensor) -> None:
         """Copies a batch, of `cache` the tokens in `mask`, and zeros everywhere else: masked entries have weight zero,
