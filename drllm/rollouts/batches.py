@@ -14,9 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from drllm.rollouts.default_states import STRIDE_ON_GPU
 
 ROWS_ON_CPU = 128
-# On a CPU a padded token costs as much as a real one, and another batch its decoding steps, each of which reads all
-# weights: about as much as so many tokens.
-PADDING_ON_CPU = 512
+# What another batch costs on a CPU, in tokens of padding: its decoding steps read all weights, which goes with the size
+# of the model as a token does, and run Python, which does not.
+READING_TOKENS, PYTHON_PARAMETERS = 256, 5e9
 MOST_ROWS = 4096  # beyond it a card gains nothing, and the host handles each row
 SHARE_OF_MEMORY = 0.8  # of what is free; the rest is for fragments, and for prompts that come together unluckily
 OPEN_BATCHES = 2  # questions that are searched at once, in batches: while one is full, the others begin or end
@@ -78,7 +78,7 @@ BatchSize = int | BatchLimit
 def limit_on(model: PreTrainedModel, sizes: Sequence[tuple[int, int]], rows: int | None = None) -> BatchLimit:
     """What `--batch_size ROWS`, or `auto` (None), means for `model` where it lies; `sizes` as for `limit_in`."""
     if model.device.type != "cuda":
-        return BatchLimit(rows or ROWS_ON_CPU, padding=PADDING_ON_CPU)
+        return BatchLimit(rows or ROWS_ON_CPU, padding=READING_TOKENS + PYTHON_PARAMETERS / model.num_parameters())
     if rows:
         return BatchLimit(rows)
     unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
