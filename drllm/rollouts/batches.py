@@ -13,7 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from drllm.rollouts.default_states import STRIDE_ON_GPU
 
-ROWS_ON_CPU = 128
+# On a CPU a batch of an LLM gains nothing beyond some rows, and what is being searched is lost when a run is killed. In
+# a toy each step costs Python, whatever its rows.
+ROWS_ON_CPU, TOY_ROWS, TOY_PARAMETERS = 32, 128, 5e7
 # What another batch costs on a CPU, in tokens of padding: its decoding steps read all weights, which goes with the size
 # of the model as a token does, and run Python, which does not.
 READING_TOKENS, PYTHON_PARAMETERS = 256, 5e9
@@ -78,7 +80,9 @@ BatchSize = int | BatchLimit
 def limit_on(model: PreTrainedModel, sizes: Sequence[tuple[int, int]], rows: int | None = None) -> BatchLimit:
     """What `--batch_size ROWS`, or `auto` (None), means for `model` where it lies; `sizes` as for `limit_in`."""
     if model.device.type != "cuda":
-        return BatchLimit(rows or ROWS_ON_CPU, padding=READING_TOKENS + PYTHON_PARAMETERS / model.num_parameters())
+        size = model.num_parameters()
+        rows = rows or (TOY_ROWS if size < TOY_PARAMETERS else ROWS_ON_CPU)
+        return BatchLimit(rows, padding=READING_TOKENS + PYTHON_PARAMETERS / size)
     if rows:
         return BatchLimit(rows)
     unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)

@@ -49,10 +49,13 @@ def test_an_h200_takes_a_thousand_rows_at_3b_and_a_full_one_a_single_one():
     assert many_logits.rows < 0.9 * limit_in(130 * GB, SHAPES["llama-3.2-3b"], 2, [(110, 1)]).rows
 
 
-def test_a_cpu_has_128_rows(stock_model):
+def test_a_cpu_has_128_rows_of_a_toy_and_32_of_an_llm(stock_model, monkeypatch):
     limit = limit_on(stock_model("llama"), SIZES)
     assert (limit.rows, limit.tokens) == (128, None)
     assert limit_on(stock_model("llama"), SIZES, 7).rows == 7
+    model = stock_model("llama")
+    monkeypatch.setattr(model, "num_parameters", lambda: 135_000_000)
+    assert limit_on(model, SIZES).rows == 32
 
 
 def test_a_cpu_does_not_pad_short_prompts_to_the_longest(stock_model, monkeypatch):
@@ -60,7 +63,7 @@ def test_a_cpu_does_not_pad_short_prompts_to_the_longest(stock_model, monkeypatc
     model, done = stock_model("llama"), []
     assert limit_on(model, SIZES).padding > 10_000, "a tiny model's batches cost more than their padding"
     monkeypatch.setattr(model, "num_parameters", lambda: 5 * 10**8)
-    limit = limit_on(model, SIZES)
+    limit = limit_on(model, SIZES, 128)
     choose = random.Random(0)
     widths = [choose.randint(60, 130) for _ in range(90)] + [choose.randint(150, 900) for _ in range(30)]
     run_in_batches(widths, lambda width: width, limit, done.append, lambda batch: False)
