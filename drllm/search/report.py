@@ -16,10 +16,19 @@ COUNTS = ("original", "sampled", "visited", "inferences", WRONG_TO_RIGHT)
 
 
 class Display:
-    """The progress line of the main process: visited questions, simulations per second, labels so far, time left."""
+    """The progress line of the main process: visited questions, simulations per second, labels so far, time left.
 
-    def __init__(self, progress: Progress, num_processes: int, is_shown: bool) -> None:
+    Args:
+        progress: what all processes have finished.
+        num_processes: their number.
+        is_shown: whether this is the main process.
+        num_simulations: most simulations of a question.
+    """
+
+    def __init__(self, progress: Progress, num_processes: int, is_shown: bool, num_simulations: int) -> None:
         self.progress = progress
+        self.num_simulations = num_simulations
+        self.earlier = self._finished()  # by earlier runs
         self.simulations = 0
         self.num_processes = num_processes
         self.started = self.updated = time.monotonic()
@@ -28,7 +37,7 @@ class Display:
             unit=" questions",
             initial=len(progress.selection.records),
             disable=not is_shown,
-            bar_format="{desc}: {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}] {postfix}",
+            bar_format="{desc}: {n_fmt}/{total_fmt}{unit} [{elapsed}{postfix}",
         )
         self.show()
 
@@ -53,12 +62,25 @@ class Display:
         rate = self.simulations * self.num_processes / max(self.updated - self.started, 1e-9)
         self.bar.total = max(self.progress.selection.expected_visits(), len(records))
         self.bar.n = len(records)
+        left = tqdm.format_interval(self.seconds_left(rate)) if rate else "?"
         self.bar.set_postfix_str(
-            f"{rate:.0f} simulations/s, {len(labelled)} labels, {fixed} wrong-to-right, "
+            f"{left} left] {rate:.0f} simulations/s, {len(labelled)} labels, {fixed} wrong-to-right, "
             f"{saved:.2f} layers saved per label",
             refresh=False,
         )
         self.bar.refresh()
+
+    def seconds_left(self, rate: float) -> float:
+        """Estimated by simulations, `rate` per second: many questions are open at once and end at about one time."""
+        simulations, questions = self._finished(), len(self.progress.selection.records)
+        unfinished = self.bar.total - questions
+        # The first ones to end are those that took few.
+        typical = simulations / questions if questions > unfinished else self.num_simulations
+        begun = self.simulations * self.num_processes - (simulations - self.earlier)
+        return max(0.0, unfinished * typical - begun) / rate
+
+    def _finished(self) -> int:
+        return sum(record.simulations for record in self.progress.selection.records.values())
 
 
 def table2_text(rows: list[dict[str, Any]]) -> str:

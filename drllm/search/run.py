@@ -53,7 +53,8 @@ def search_labels(
     progress = Progress(folder, state.process_index, selection)
     progress.update()
     progress.open()
-    display = Display(progress, state.num_processes, state.is_main_process)
+    num_simulations = manifest.arguments["num_simulations"]
+    display = Display(progress, state.num_processes, state.is_main_process, num_simulations)
     pool = new_pool(is_wanted=selection.is_wanted_as, after_round=display.after_round)
     try:
         with display.bar:
