@@ -64,20 +64,18 @@ class Display:
         self.bar.n = len(records)
         left = tqdm.format_interval(self.seconds_left(rate)) if rate else "?"
         self.bar.set_postfix_str(
-            f"{left} left] {rate:.0f} simulations/s, {len(labelled)} labels, {fixed} wrong-to-right, "
+            f"at most {left} left] {rate:.0f} simulations/s, {len(labelled)} labels, {fixed} wrong-to-right, "
             f"{saved:.2f} layers saved per label",
             refresh=False,
         )
         self.bar.refresh()
 
     def seconds_left(self, rate: float) -> float:
-        """Estimated by simulations, `rate` per second: many questions are open at once and end at about one time."""
-        simulations, questions = self._finished(), len(self.progress.selection.records)
-        unfinished = self.bar.total - questions
-        # The first ones to end are those that took few.
-        typical = simulations / questions if questions > unfinished else self.num_simulations
-        begun = self.simulations * self.num_processes - (simulations - self.earlier)
-        return max(0.0, unfinished * typical - begun) / rate
+        """At `rate` simulations per second, if no search ends early. Counted by simulations and not by questions: many
+        are open at once and end at about one time."""
+        unfinished = self.bar.total - len(self.progress.selection.records)
+        begun = self.simulations * self.num_processes - (self._finished() - self.earlier)
+        return max(0.0, unfinished * self.num_simulations - begun) / rate
 
     def _finished(self) -> int:
         return sum(record.simulations for record in self.progress.selection.records.values())
