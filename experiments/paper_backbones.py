@@ -302,8 +302,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="treat models that are not the paper's as base models: no chat template, math prompts end with \\boxed{",
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry_run", action="store_true", help="print commands and costs (default)")
-    what.add_argument("--run", action="store_true", help="run the steps, one after the other")
+    what.add_argument(
+        "--run", action="store_true", help="run the steps, one after the other; else print them, with costs"
+    )
     what.add_argument("--slurm", action="store_true", help="print a Slurm array script that runs them")
     add("--gpus", type=int, default=8, help="GPUs of this machine; 0: the CPU (default: 8)")
     add("--output_dir", default="out/backbones", help="gets one folder per model (default: out/backbones)")

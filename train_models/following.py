@@ -269,8 +269,7 @@ class FollowsPaths(ChecksItself):
             # The last state is the normed one.
             all_hidden_states.append(hidden_states if block + 1 in wanted and block + 1 < len(blocks) else None)
         hidden_states = self.norm(hidden_states)
-        if len(self.layers) in wanted:
-            all_hidden_states[-1] = hidden_states
+        all_hidden_states[-1] = hidden_states if len(self.layers) in wanted else None
 
         if advances_cache:
             self.note_pass(schedule, cache, num_tokens)

@@ -45,8 +45,8 @@ def test_the_papers_six_models_are_known_by_short_and_by_hub_name():
     assert [round(backbone.router_parameters / 1e6, 1) for backbone in found[:2]] == [11.0, 16.8]
 
 
-def test_dry_run_prints_every_command_with_its_cost(capsys):
-    assert paper_backbones.main(["--model", "llama-3.2-3b-instruct", "--dry_run"]) == 0
+def test_without_run_it_prints_every_command_with_its_cost(capsys):
+    assert paper_backbones.main(["--model", "llama-3.2-3b-instruct"]) == 0
     printed = capsys.readouterr().out
     commands = [line for line in printed.splitlines() if line and not line.startswith("#")]
     assert len(commands) == len(paper_backbones.STEPS)
