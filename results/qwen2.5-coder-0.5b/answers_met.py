@@ -1,6 +1,6 @@
 """Of the wrong MATH problems that the searches visited: how many a path makes right, by the kind of gold answer.
 
-    python results/qwen2.5-coder-0.5b/answers_met.py
+python results/qwen2.5-coder-0.5b/answers_met.py
 """
 
 import gzip
