@@ -2,7 +2,7 @@
 # The published protocol on an LLM of the paper's Qwen2.5 family, Qwen2.5-Coder-0.5B-Instruct, as a base model: direct
 # answers, graded, on ARC and MATH. Run it again to resume. results/qwen2.5-coder-0.5b has what it gave.
 #
-#   runs/qwen.sh LIMIT=24 TEST=24                    # reduced, on a CPU: a night on two cores at LIMIT=50
+#   runs/qwen.sh LIMIT=32 TEST=32 DTYPE=bfloat16     # reduced, on a CPU: labels take 24 minutes a draw on two cores
 #   runs/qwen.sh MODEL=Qwen/Qwen2.5-Coder-0.5B-Instruct DRAWS=0,1    # whole, on a GPU
 #   runs/qwen.sh STAGES=labels,train                 # some stages; each leaves what the next ones need in packed.tar.gz
 #
