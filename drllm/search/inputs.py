@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: SearchSettings) -> 
         "batch_size",
         "auto",
         type=rows_or_auto,
-        about="; halved when memory runs out; auto: what fits into a GPU's memory, 128 on a CPU",
+        about="; halved when memory runs out; auto: what fits into a GPU's memory, 32 on a CPU (128 of a toy)",
     )
     add("--output_dir", default="data/", help="folder of the labels")
 
