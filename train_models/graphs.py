@@ -10,6 +10,7 @@ batch size and each length of a doubling series. At the first step after a prefi
 copied into the buffers; they are copied back when anything else touches that cache (`PathCache.settle`).
 """
 
+import contextlib
 import copy
 import gc
 import threading
@@ -34,6 +35,19 @@ CHECKED_STEPS = 3
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
 
 Function = Callable[[], None]
+
+
+@contextlib.contextmanager
+def without_collection():
+    """Captures happen within it: an object that is finalised during one may call what a capture forbids."""
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class CudaCapture:
@@ -260,12 +274,9 @@ class DecodingGraphs:
         return self._sets[batch_size, length]
 
     def _captured(self, batch_size: int, length: int) -> _StepGraphs:
-        collects = gc.isenabled()
-        gc.collect()
-        gc.disable()  # an object finalised during a capture may call what a capture forbids
         try:
             # Buffers made in inference mode could not be written outside of it.
-            with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(KERNELS):
+            with without_collection(), torch.inference_mode(False), torch.no_grad(), sdpa_kernel(KERNELS):
                 graphs = _StepGraphs(self._model, batch_size, length, self._capture)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
@@ -273,9 +284,6 @@ class DecodingGraphs:
                 f"decode_with_graphs: {batch_size} rows of {length} tokens could not be captured ({reason}); call "
                 "decode_with_graphs(False)"
             ) from error
-        finally:
-            if collects:
-                gc.enable()
         self.captures += 1
         return graphs
 

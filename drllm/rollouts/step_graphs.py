@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from train_models.cache import CACHE_NAME, PathCache
-from train_models.graphs import TOLERANCE, CudaCapture, FixedSlot, reason_against
+from train_models.graphs import TOLERANCE, CudaCapture, FixedSlot, reason_against, without_collection
 
 ROWS, LENGTHS, FEWEST_REPEATS = 64, 64, 8  # shapes are rounded up, so that few of them cover all batches
 MOST_SHAPES = 32  # graphs that are kept: a graph of thousands of kernels takes some megabytes
@@ -115,7 +115,8 @@ class DecodingSteps:
             self._entries = [old.new_empty(size) for old, size in zip(self._entries, sizes, strict=True)]
         if len(self._shapes) >= MOST_SHAPES:
             self._shapes.clear()
-        self._shapes[shape] = Steps(self._model, shape, self._entries, self._capture)
+        with without_collection():
+            self._shapes[shape] = Steps(self._model, shape, self._entries, self._capture)
         self.captures += 1
         return self._shapes[shape], True
 
