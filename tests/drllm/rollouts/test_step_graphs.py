@@ -75,6 +75,16 @@ def test_replayed_steps_give_the_tokens_of_launched_ones(toy, batch_size, monkey
     assert capture.count == before, "known shapes are captured once"
 
 
+def test_only_so_many_shapes_are_kept(toy, monkeypatch):
+    monkeypatch.setattr(step_graphs, "ROWS", 1)
+    monkeypatch.setattr(step_graphs, "MOST_SHAPES", 2)
+    _, replaying = engines(toy, Captures())
+    for rows in (2, 3, 4, 5):
+        replaying.respond(cases(toy)[:rows])
+    assert replaying.steps.captures == 4
+    assert len(replaying.steps._shapes) <= 2
+
+
 def test_what_an_earlier_batch_left_does_not_matter(toy):
     plain, replaying = engines(toy, Captures())
     requests = cases(toy)
@@ -87,9 +97,16 @@ def test_what_an_earlier_batch_left_does_not_matter(toy):
 
 
 @pytest.mark.parametrize("broken", ["capture", "replay"])
-def test_steps_that_fail_or_differ_are_launched_as_usual(toy, broken, capsys):
+def test_steps_that_fail_or_differ_are_launched_as_usual(toy, broken, capsys, monkeypatch):
     plain, replaying = engines(toy, Captures(broken))
     requests = cases(toy)
+    decode = RolloutEngine._decode
+
+    def checked(self, active, ended, tokens, mask, is_padded, cache):
+        assert cache.tokens_seen == mask.shape[1], "the step that was compared is taken back"
+        decode(self, active, ended, tokens, mask, is_padded, cache)
+
+    monkeypatch.setattr(RolloutEngine, "_decode", checked)
     expected = plain.respond(requests)
     for _ in range(2):
         assert replaying.respond(requests) == expected
