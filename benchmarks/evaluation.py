@@ -24,6 +24,7 @@ weights and prompts as long as those of ARC; nothing is downloaded.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import random
 import statistics
@@ -35,7 +36,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from benchmarks.pairs import LEAST_PAIRS, Pairs, load_per_core, parse_threads, torch_threads  # noqa: E402
+from benchmarks.pairs import LEAST_PAIRS, Pairs, load_per_core, parse_threads, rounds, torch_threads  # noqa: E402
 from benchmarks.random_base import WORD_SHAPES, prompt_tokens, random_text, write_random_base  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 from drllm.arguments import A_GPU, add_shared, check_device, check_ranges, parse_list  # noqa: E402
@@ -138,20 +138,21 @@ class Bench:
         """By batch size of `drllm`: the record of its pairs with `hf` at batch size `hf_size`, which all take turns."""
         method = "generate_until" if requests[0].request_type == "generate_until" else "loglikelihood"
         questions = len({request.metadata[1] for request in requests})
-        sides = [(self.hf, hf_size), *((self.ours, size) for size in sizes)]
-        seconds: list[list[float]] = [[] for _ in sides]
+
+        def seconds(lm, batch_size: int) -> float:
+            lm.batch_size_per_gpu = batch_size
+            return seconds_per_question(getattr(lm, method), requests, questions)
+
+        sides = {"hf": functools.partial(seconds, self.hf, hf_size)}
+        sides |= {f"drllm {size}": functools.partial(seconds, self.ours, size) for size in sizes}
         load = load_per_core()
         with torch_threads(threads):
-            for number in tqdm(range(self.args.pairs + 1), desc=f"{kind}, {threads} threads", unit="round"):
-                for place in sorted(range(len(sides)), reverse=number % 2 == 1):
-                    lm, lm.batch_size_per_gpu = sides[place]
-                    spent = seconds_per_question(getattr(lm, method), requests, questions)
-                    if number:  # the first round warms up
-                        seconds[place].append(spent)
+            *_, times = rounds(sides, self.args.pairs, f"{kind}, {threads} threads")
         records = {}
-        for size, ours in zip(sizes, seconds[1:], strict=True):
-            pairs, title = Pairs(tuple(seconds[0]), tuple(ours), load), f"{kind}, {threads} threads, batch {size}"
-            middle = {"ours_seconds": statistics.median(ours), "reference_seconds": statistics.median(seconds[0])}
+        for size in sizes:
+            hf, ours = times["hf"], times[f"drllm {size}"]
+            pairs, title = Pairs(tuple(hf), tuple(ours), load), f"{kind}, {threads} threads, batch {size}"
+            middle = {"ours_seconds": statistics.median(ours), "reference_seconds": statistics.median(hf)}
             self.figures.append({"name": title, **middle, "ratio": pairs.ratio, "problems": pairs.problems()})
             shown = [f"{1000 * value:.1f} ms" for value in middle.values()]
             print(f"  {title}: drllm {shown[0]} per question, hf at batch {hf_size} {shown[1]}: {pairs}", flush=True)

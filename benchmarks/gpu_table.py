@@ -9,6 +9,7 @@ whose stage did not get that far says so.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping
@@ -35,8 +36,8 @@ def search_rows(result: Mapping[str, Any]) -> list[Cells]:
             if (pairs := figures.get(f"engine_over_{name}{kernels}")) is None:
                 continue
             unit = "simulations/s" if name == "published" else "rollouts/s"
-            speed = 1 / _median(pairs["seconds"])
-            reference = 1 / _median(pairs["reference_seconds"])
+            speed = 1 / statistics.median_high(pairs["seconds"])
+            reference = 1 / statistics.median_high(pairs["reference_seconds"])
             title = f"search, {unit} over {'the published way' if name == 'published' else 'plain generation'}{kernels}"
             usable = " (unusable)" if pairs["problems"] else ""
             rows.append((title, f"{speed:.1f}", f"{reference:.1f}", f"{pairs['ratio']:.2f}{usable}", "", "", goal))
@@ -132,10 +133,6 @@ def table_of(folder: Path) -> str:
             rows.append((stage, MISSING, "", "", "", "", ""))
     lines = [HEADER, ("---",) * len(HEADER), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "".join(f"\n\n{one}" for one in sorted(made))
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 @main_guard
